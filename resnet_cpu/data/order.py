@@ -1,0 +1,79 @@
+"""Which example is read at which step: a pure function of (seed, step, global batch), of nothing else.
+
+Position p of one endless stream holds example permutation(seed, p div M)[p mod M]; step t reads the positions
+t*GB ... (t+1)*GB - 1, rank r its slice of them. So there is no shuffle buffer and no iterator state: resume needs the
+step number alone, any number of ranks sees the same examples in step t, and no example is dropped at an epoch border.
+"""
+
+import functools
+from typing import Tuple
+
+import numpy as np
+
+
+@functools.lru_cache(maxsize=2)  # a batch straddles two epochs at most (more only where M < GB, which is refused)
+def permutation(seed: int, epoch: int, examples: int, block: int = 1) -> np.ndarray:
+    """Return the order of epoch `epoch`, int64 [examples]; `block` consecutive records stay together."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    if block <= 1:
+        order = generator.permutation(examples)
+    else:
+        starts = generator.permutation(-(-examples // block)) * block
+        order = (starts[:, None] + np.arange(block)).reshape(-1)
+        order = order[order < examples]
+    order.flags.writeable = False
+    return order
+
+
+def stream(seed: int, first: int, count: int, examples: int, block: int = 1) -> Tuple[np.ndarray, np.ndarray]:
+    """Return (example ids, their epochs), int64 [count] each, of `count` positions of the stream from `first`."""
+    positions = np.arange(first, first + count)
+    epochs = positions // examples
+    within = positions % examples
+    ids = np.empty(count, np.int64)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        ids[chosen] = permutation(seed, int(epoch), examples, block)[within[chosen]]
+    return ids, epochs
+
+
+def train_batch(
+    seed: int, step: int, rank: int, ranks: int, batch_size: int, examples: int, block: int = 1
+) -> Tuple[np.ndarray, np.ndarray]:
+    """Return (example ids, their epochs) that `rank` reads in step `step`."""
+    first = (step * ranks + rank) * batch_size
+    return stream(seed, first, batch_size, examples, block)
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014)."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def draws(seed: int, epochs: np.ndarray, ids: np.ndarray, count: int) -> np.ndarray:
+    """Return float32 [examples, count] uniform in [0, 1): the chances of each example in its epoch.
+
+    Keyed by (seed, epoch, example id) alone, so neither rank nor batch nor thread changes an augmentation.
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+        key = _mix(np.full(len(ids), seed, np.uint64) + golden)
+        key = _mix((key ^ epochs.astype(np.uint64)) + golden)
+        key = _mix((key ^ ids.astype(np.uint64)) + golden)
+        bits = _mix(key[:, None] + golden * np.arange(1, count + 1, dtype=np.uint64))
+    return ((bits >> np.uint64(40)).astype(np.float64) * 2.0**-24).astype(np.float32)
+
+
+def evaluation_steps(ranks: int, batch_size: int, examples: int) -> int:
+    """Return the batches that every rank evaluates, the last ones padded."""
+    return -(-examples // (ranks * batch_size))
+
+
+def evaluation_batch(
+    step: int, rank: int, ranks: int, batch_size: int, examples: int
+) -> Tuple[np.ndarray, np.ndarray]:
+    """Return (example ids, weights) of one evaluation batch; padding repeats the last example with weight 0."""
+    positions = (step * ranks + rank) * batch_size + np.arange(batch_size)
+    return np.minimum(positions, examples - 1), (positions < examples).astype(np.int64)

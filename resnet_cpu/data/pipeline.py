@@ -1,0 +1,171 @@
+"""tf.data: from (step) to (ids, images, labels), in a fixed order, on threads of its own.
+
+Reading is one Python call a batch, in a map of its own; decoding is pure TensorFlow and runs in parallel.
+"""
+
+from typing import Callable, Iterator, List, Tuple
+
+import numpy as np
+import tensorflow as tf
+
+from resnet_cpu.data import order, preprocess
+from resnet_cpu.data.shards import ShardedData, Split
+from resnet_cpu.errors import DataError
+
+PREFETCH = 2  # batches; more only takes memory, since the order of the work is fixed
+_FEATURES = {
+    "image/encoded": tf.io.FixedLenFeature([], tf.string),
+    "image/class/label": tf.io.FixedLenFeature([], tf.int64),
+}
+
+# (example ids int64 [batch], images float32 [batch, size, size, 3], labels int64 [batch])
+Batch = Tuple[np.ndarray, tf.Tensor, tf.Tensor]
+
+
+def options(threads: int) -> tf.data.Options:
+    """Return tf.data options: deterministic, `threads` private threads, nothing that tunes itself while timing runs."""
+    chosen = tf.data.Options()
+    chosen.deterministic = True
+    chosen.autotune.enabled = False
+    chosen.threading.private_threadpool_size = threads
+    chosen.threading.max_intra_op_parallelism = 1
+    return chosen
+
+
+def _decoded(
+    steps: tf.data.Dataset,
+    read: Callable[[np.ndarray], Tuple[np.ndarray, np.ndarray, np.ndarray]],
+    decode: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    label_base: int,
+    batch_size: int,
+    threads: int,
+) -> tf.data.Dataset:
+    def parse(ids: tf.Tensor, records: tf.Tensor, draws: tf.Tensor) -> Tuple[tf.Tensor, ...]:
+        example = tf.io.parse_example(records, _FEATURES)
+        return ids, example["image/encoded"], draws, example["image/class/label"] - label_base
+
+    def read_batch(step: tf.Tensor) -> Tuple[tf.Tensor, ...]:
+        ids, records, draws = tf.numpy_function(read, [step], (tf.int64, tf.string, tf.float32), stateful=False)
+        return tf.ensure_shape(ids, [batch_size]), tf.ensure_shape(records, [batch_size]), draws
+
+    def decode_one(
+        example: tf.Tensor, encoded: tf.Tensor, draws: tf.Tensor, label: tf.Tensor
+    ) -> Tuple[tf.Tensor, ...]:
+        return example, decode(encoded, tf.ensure_shape(draws, [preprocess.DRAWS])), label
+
+    data = steps.map(read_batch).map(parse).unbatch()
+    data = data.map(decode_one, num_parallel_calls=threads)
+    return data.batch(batch_size, drop_remainder=True).prefetch(PREFETCH).with_options(options(threads))
+
+
+def training_batches(
+    data: ShardedData,
+    view: preprocess.View,
+    augment: str,
+    *,
+    examples: int,
+    seed: int,
+    first_step: int,
+    last_step: int,
+    rank: int,
+    ranks: int,
+    batch_size: int,
+    order_block: int,
+    num_classes: int,
+    threads: int,
+) -> Iterator[Batch]:
+    """Yield the batches of `rank` for the steps first_step ... last_step - 1; raise DataError on a bad record."""
+
+    def ids_of(step: int) -> Tuple[np.ndarray, np.ndarray]:
+        return order.train_batch(seed, step, rank, ranks, batch_size, examples, order_block)
+
+    def read(step: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+        ids, epochs = ids_of(int(step))
+        return ids, np.array(data.train.read(ids), object), order.draws(seed, epochs, ids, preprocess.DRAWS)
+
+    batches = _decoded(
+        tf.data.Dataset.range(first_step, last_step),
+        read,
+        lambda encoded, draws: preprocess.training_image(encoded, draws, augment, view),
+        data.label_base,
+        batch_size,
+        threads,
+    )
+    return _checked(batches, data.train, num_classes, lambda n: ids_of(first_step + n)[0])
+
+
+def evaluation_batches(
+    data: ShardedData, view: preprocess.View, *, rank: int, ranks: int, batch_size: int, num_classes: int, threads: int
+) -> Iterator[Batch]:
+    """Yield the evaluation batches of `rank`; their weights are `order.evaluation_batch`'s."""
+    examples = data.validation.examples
+
+    def ids_of(step: int) -> np.ndarray:
+        return order.evaluation_batch(step, rank, ranks, batch_size, examples)[0]
+
+    def read(step: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+        ids = ids_of(int(step))
+        return ids, np.array(data.validation.read(ids), object), np.zeros([len(ids), preprocess.DRAWS], np.float32)
+
+    batches = _decoded(
+        tf.data.Dataset.range(order.evaluation_steps(ranks, batch_size, examples)),
+        read,
+        lambda encoded, draws: preprocess.evaluation_image(encoded, view),
+        data.label_base,
+        batch_size,
+        threads,
+    )
+    return _checked(batches, data.validation, num_classes, ids_of)
+
+
+def _checked(
+    batches: tf.data.Dataset, split: Split, num_classes: int, ids_of: Callable[[int], np.ndarray]
+) -> Iterator[Batch]:
+    """Pass batches on; turn what TensorFlow says of a bad one into the file and the record."""
+    iterator = iter(batches)
+    number = 0
+    while True:
+        try:
+            ids, images, labels = next(iterator)
+        except StopIteration:
+            return
+        except tf.errors.OpError as error:
+            raise _find_bad_record(split, ids_of(number), error) from None
+        check_labels(split, ids.numpy(), labels.numpy(), num_classes)
+        yield ids.numpy(), images, labels
+        number += 1
+
+
+def check_labels(split: Split, ids: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
+    """Raise DataError for the first label outside 0 ... num_classes - 1."""
+    outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if outside.size:
+        path, record = split.locate(ids[outside[0]])
+        raise DataError(
+            f"{path}: record {record}: label {labels[outside[0]]} is outside the {num_classes} classes "
+            f"0..{num_classes - 1}; set --num_classes or prepare the data set again"
+        )
+
+
+def _find_bad_record(split: Split, ids: np.ndarray, cause: tf.errors.OpError) -> DataError:
+    """Read a failed batch once more, one record at a time, to name the one at fault."""
+    for example in ids:
+        path, record = split.locate(example)
+        try:
+            parsed = tf.io.parse_single_example(split.read(np.array([example]))[0], _FEATURES)
+            encoded = parsed["image/encoded"]
+            shape = tf.image.extract_jpeg_shape(encoded)
+            tf.image.decode_and_crop_jpeg(encoded, tf.concat([[0, 0], shape[:2]], 0), channels=3)
+        except DataError as error:
+            return error
+        except tf.errors.OpError as error:
+            reason = _first_line(error)
+            return DataError(
+                f"{path}: record {record}: no JPEG image in a standard example ({reason}); prepare the data set again"
+            )
+    return DataError(f"a batch could not be read: {_first_line(cause)}")
+
+
+def _first_line(error: tf.errors.OpError) -> str:
+    lines: List[str] = [line for line in (error.message or type(error).__name__).splitlines() if line.strip()]
+    return lines[0].replace("{{function_node __wrapped__", "").strip()[:200]

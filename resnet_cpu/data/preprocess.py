@@ -1,0 +1,129 @@
+"""From the bytes of one JPEG to the pixels that the network sees; pure TensorFlow, one example at a time.
+
+Crops are decoded, not cut out afterwards: only the blocks under the window go through the inverse cosine transform.
+"""
+
+import dataclasses
+from typing import Tuple
+
+import tensorflow as tf
+
+CROP_AREA = (0.08, 1.0)  # share of the image; Szegedy et al., arXiv 1409.4842
+CROP_ASPECT = (3 / 4, 4 / 3)
+CROP_ATTEMPTS = 10
+DRAWS = 4 * CROP_ATTEMPTS + 1  # (area, aspect, y, x) of each attempt, and the flip
+
+# Mean and scale of pixels 0..255; the first is the authors' (sara-nl/caffe train_val.prototxt: BGR order, x 1/128).
+_FLAVOURS = {
+    "authors": ((104.0, 117.0, 123.0), (128.0,) * 3, True),
+    "torch": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), False),
+    "tf": ((127.5,) * 3, (127.5,) * 3, False),
+}
+NORMALIZATIONS = ("auto", "dataset", *_FLAVOURS)
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How an image is looked at: size, interpolation, normalisation; the same in training and evaluation."""
+
+    image_size: int  # pixels
+    resize: str  # bilinear or bicubic
+    eval_crop: float  # share of the short side
+    mean: Tuple[float, ...]  # of pixels 0..255, in the channel order of the network
+    scale: Tuple[float, ...]
+    bgr: bool
+
+
+def make_view(
+    image_size: int,
+    resize: str,
+    eval_crop: float,
+    normalization: str,
+    pixel_mean: Tuple[float, ...],
+    pixel_std: Tuple[float, ...],
+) -> View:
+    """Return the View for a normalisation by name; `auto` is `dataset`, the data set's own mean and deviation."""
+    flavour = _FLAVOURS.get(normalization, (pixel_mean, pixel_std, False))
+    return View(image_size, resize, eval_crop, *flavour)
+
+
+def training_image(encoded: tf.Tensor, draws: tf.Tensor, augment: str, view: View) -> tf.Tensor:
+    """Return float32 [size, size, 3] of a JPEG, augmented by `draws`, float32 [DRAWS] uniform in [0, 1).
+
+    full: a window of random area and aspect, flipped half of the time. light: a window of the evaluation's size at a
+    random place, flipped; where evaluation looks at the whole image, it is padded by an eighth first. none: as in
+    evaluation.
+    """
+    if augment == "none":
+        return evaluation_image(encoded, view)
+    shape = tf.image.extract_jpeg_shape(encoded)
+    if augment == "full":
+        window = _area_window(shape, draws)
+    elif view.eval_crop < 1:
+        window = _light_window(shape, draws, view.eval_crop)
+    else:
+        window = tf.concat([[0, 0], shape[:2]], 0)
+    image = _decode(encoded, window, view)
+    if augment == "light" and view.eval_crop >= 1:
+        image = _shift(image, draws, view)
+    image = _normalize(image, view)
+    return tf.cond(draws[-1] < 0.5, lambda: tf.reverse(image, [1]), lambda: image)
+
+
+def evaluation_image(encoded: tf.Tensor, view: View) -> tf.Tensor:
+    """Return float32 [size, size, 3]: the centre square of `eval_crop` of the short side."""
+    shape = tf.image.extract_jpeg_shape(encoded)[:2]
+    if view.eval_crop < 1:
+        side = tf.cast(tf.round(tf.cast(tf.reduce_min(shape), tf.float32) * view.eval_crop), tf.int32)
+        sides = tf.stack([side, side])
+    else:
+        sides = tf.fill([2], tf.reduce_min(shape))
+    return _normalize(_decode(encoded, tf.concat([(shape - sides) // 2, sides], 0), view), view)
+
+
+def _area_window(shape: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+    """Return int32 [y, x, height, width] of the first attempt that fits, else the largest centre window that may."""
+    height, width = tf.cast(shape[0], tf.float32), tf.cast(shape[1], tf.float32)
+    attempts = tf.reshape(draws[:-1], [CROP_ATTEMPTS, 4])
+    area = height * width * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * attempts[:, 0])
+    low, high = tf.math.log(CROP_ASPECT[0]), tf.math.log(CROP_ASPECT[1])
+    aspect = tf.exp(low + (high - low) * attempts[:, 1])
+    heights, widths = tf.round(tf.sqrt(area / aspect)), tf.round(tf.sqrt(area * aspect))
+    fits = (heights >= 1) & (widths >= 1) & (heights <= height) & (widths <= width)
+    first = tf.argmax(tf.cast(fits, tf.int32), output_type=tf.int32)
+    y = tf.floor(attempts[first, 2] * (height - heights[first] + 1))
+    x = tf.floor(attempts[first, 3] * (width - widths[first] + 1))
+    found = tf.stack([y, x, heights[first], widths[first]])
+    fallback_height = tf.minimum(height, tf.round(width / CROP_ASPECT[0]))
+    fallback_width = tf.minimum(width, tf.round(height * CROP_ASPECT[1]))
+    fallback = tf.stack(
+        [(height - fallback_height) // 2, (width - fallback_width) // 2, fallback_height, fallback_width]
+    )
+    return tf.cast(tf.where(tf.reduce_any(fits), found, fallback), tf.int32)
+
+
+def _light_window(shape: tf.Tensor, draws: tf.Tensor, share: float) -> tf.Tensor:
+    sides = tf.cast(shape[:2], tf.float32)
+    side = tf.round(tf.reduce_min(sides) * share)
+    corner = tf.floor(draws[2:4] * (sides - side + 1))
+    return tf.cast(tf.concat([corner, [side, side]], 0), tf.int32)
+
+
+def _shift(image: tf.Tensor, draws: tf.Tensor, view: View) -> tf.Tensor:
+    """Pad an image by an eighth on each side with zeros and cut its size out at a random place."""
+    size, pad = view.image_size, view.image_size // 8
+    corner = tf.cast(tf.floor(draws[2:4] * (2 * pad + 1)), tf.int32)
+    image = tf.pad(image, [[pad, pad], [pad, pad], [0, 0]])
+    return tf.slice(image, tf.concat([corner, [0]], 0), [size, size, 3])
+
+
+def _decode(encoded: tf.Tensor, window: tf.Tensor, view: View) -> tf.Tensor:
+    image = tf.image.decode_and_crop_jpeg(encoded, window, channels=3)
+    image = tf.image.resize(image, [view.image_size, view.image_size], method=view.resize)
+    return tf.ensure_shape(image, [view.image_size, view.image_size, 3])
+
+
+def _normalize(image: tf.Tensor, view: View) -> tf.Tensor:
+    if view.bgr:
+        image = tf.reverse(image, [2])
+    return (image - tf.constant(view.mean, tf.float32)) * tf.constant([1 / scale for scale in view.scale], tf.float32)

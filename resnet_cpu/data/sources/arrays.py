@@ -1,0 +1,77 @@
+"""Raw images as arrays -> verified JPEG shards; and the reader of the IDX files that the MNIST family comes in."""
+
+import gzip
+import os
+import struct
+import sys
+from typing import Dict, Iterator, Tuple
+
+import numpy as np
+import tensorflow as tf
+
+from resnet_cpu.data import shards
+from resnet_cpu.errors import DataError
+
+JPEG_QUALITY = 100  # tiny images are read from memory anyway, and the loss of a lower quality shows on 28 pixels
+EXAMPLES_PER_SHARD = 8192
+
+
+def read_idx(path: str) -> np.ndarray:
+    """Return the uint8 array of a gzipped IDX file (magic, dimensions big-endian, bytes)."""
+    try:
+        with gzip.open(path, "rb") as file:
+            content = file.read()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; set --raw_dir to the folder that holds it") from None
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: not readable as gzip ({error}); fetch it again") from None
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise DataError(f"{path}: no IDX file of bytes; fetch it again")
+    dimensions = struct.unpack(f">{content[3]}I", content[4 : 4 + 4 * content[3]])
+    array = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
+    if array.size != np.prod(dimensions):
+        raise DataError(f"{path}: {array.size} bytes where {dimensions} needs {np.prod(dimensions)}; fetch it again")
+    return array.reshape(dimensions)
+
+
+def serialized_examples(images: np.ndarray, labels: np.ndarray, what: str) -> Iterator[bytes]:
+    """Yield standard TFRecord examples of grey images, uint8 [n, height, width], as JPEG."""
+    _, height, width = images.shape
+    for number, (image, label) in enumerate(zip(images, labels)):
+        encoded = tf.io.encode_jpeg(image[:, :, None], format="grayscale", quality=JPEG_QUALITY).numpy()
+        feature = {
+            "image/encoded": tf.train.Feature(bytes_list=tf.train.BytesList(value=[encoded])),
+            "image/format": tf.train.Feature(bytes_list=tf.train.BytesList(value=[b"JPEG"])),
+            "image/height": tf.train.Feature(int64_list=tf.train.Int64List(value=[height])),
+            "image/width": tf.train.Feature(int64_list=tf.train.Int64List(value=[width])),
+            "image/class/label": tf.train.Feature(int64_list=tf.train.Int64List(value=[int(label)])),
+        }
+        yield tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString(deterministic=True)
+        if number % 10_000 == 9_999:
+            print(f"prepare: {what}: {number + 1} of {len(images)} examples", file=sys.stderr, flush=True)
+
+
+def write_data_set(
+    folder: str, dataset: str, source: str, splits: Dict[str, Tuple[np.ndarray, np.ndarray]], num_classes: int
+) -> Dict[str, int]:
+    """Write grey images and labels of each split as shards with manifest; return the examples of each split."""
+    os.makedirs(folder, exist_ok=True)
+    rows = {}
+    for split, (images, labels) in splits.items():
+        if labels.min() < 0 or labels.max() >= num_classes or len(images) != len(labels):
+            raise DataError(f"{source}: {split}: labels do not fit {len(images)} images of {num_classes} classes")
+        count = -(-len(images) // EXAMPLES_PER_SHARD)
+        examples = serialized_examples(images, labels, f"{dataset} {split}")
+        rows[split] = shards.write_split(folder, split, examples, len(images), count)
+    pixels = splits["train"][0].astype(np.float64)
+    manifest = {
+        "dataset": dataset,
+        "source": source,
+        "num_classes": num_classes,
+        "label_base": 0,
+        "pixel_mean": [round(float(pixels.mean()), 4)] * 3,
+        "pixel_std": [round(float(pixels.std()), 4)] * 3,
+        "splits": rows,
+    }
+    shards.write_manifest(folder, manifest)
+    return shards.verify(folder)

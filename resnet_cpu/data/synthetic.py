@@ -1,0 +1,45 @@
+"""Images that cost nothing to read: for timing and for trying a set-up without any data."""
+
+from typing import Iterator, Tuple
+
+import numpy as np
+import tensorflow as tf
+
+from resnet_cpu.data import order, pipeline
+
+POOL = 64  # distinct images; enough that a batch is no copy of one image, small enough to stay in memory
+
+
+def image_pool(image_size: int, num_classes: int) -> Tuple[np.ndarray, np.ndarray]:
+    """Return (float32 [POOL, size, size, 3] of standard normal noise, int64 [POOL] labels)."""
+    generator = np.random.Generator(np.random.Philox(key=[image_size, num_classes]))
+    images = generator.standard_normal([POOL, image_size, image_size, 3], np.float32)
+    return images, np.arange(POOL, dtype=np.int64) % num_classes
+
+
+def training_batches(
+    *,
+    image_size: int,
+    num_classes: int,
+    examples: int,
+    seed: int,
+    first_step: int,
+    last_step: int,
+    rank: int,
+    ranks: int,
+    batch_size: int,
+    threads: int,
+) -> Iterator[pipeline.Batch]:
+    """Yield batches as `pipeline.training_batches` does; example i is image i mod POOL."""
+    images, labels = (tf.constant(array) for array in image_pool(image_size, num_classes))
+
+    def read(step: np.ndarray) -> np.ndarray:
+        return order.train_batch(seed, int(step), rank, ranks, batch_size, examples)[0]
+
+    def gather(step: tf.Tensor) -> Tuple[tf.Tensor, ...]:
+        ids = tf.ensure_shape(tf.numpy_function(read, [step], tf.int64, stateful=False), [batch_size])
+        return ids, tf.gather(images, ids % POOL), tf.gather(labels, ids % POOL)
+
+    data = tf.data.Dataset.range(first_step, last_step).map(gather)
+    for ids, batch, batch_labels in data.prefetch(pipeline.PREFETCH).with_options(pipeline.options(threads)):
+        yield ids.numpy(), batch, batch_labels

@@ -1,0 +1,80 @@
+"""What can go wrong for a user, one class an exit code.
+
+Each message is one line: what is wrong, where, and the remedy. The codes follow BSD's sysexits where one fits, so that
+batch scripts can decide what to submit again (75 always, 76 with a cap, the others never).
+"""
+
+
+class UserError(Exception):
+    """An error that is told in one line, without a traceback; `exit_code` becomes the exit code of the process."""
+
+    exit_code = 70
+
+    def __init__(self, message: str, collective: bool = False) -> None:
+        """`collective`: raised on every rank alike, so the ranks can meet once more before they exit."""
+        super().__init__(message)
+        self.collective = collective
+
+
+class FlagError(UserError):
+    """A flag, a phase or a combination of them is wrong."""
+
+    exit_code = 64
+
+
+class DataError(UserError):
+    """The data set is missing, too small, damaged or does not fit the model."""
+
+    exit_code = 65
+
+
+class CheckpointError(UserError):
+    """There is no usable checkpoint, or it belongs to another model or recipe."""
+
+    exit_code = 66
+
+
+class RunFolderError(UserError):
+    """The run folder cannot be written or a live job uses it."""
+
+    exit_code = 73
+
+
+class OutputError(UserError):
+    """Writing failed half-way: I/O error or disk full."""
+
+    exit_code = 74
+
+
+class StopRequested(UserError):
+    """Stopped cleanly on request, with a checkpoint written: submit again."""
+
+    exit_code = 75
+
+
+class PeerLost(UserError):
+    """A peer was lost, or no step was finished for too long."""
+
+    exit_code = 76
+
+
+class NotFinite(UserError):
+    """The loss, or a weight, is not a finite number."""
+
+    exit_code = 77
+
+
+BY_CODE = {
+    error.exit_code: error
+    for error in (
+        UserError,
+        FlagError,
+        DataError,
+        CheckpointError,
+        RunFolderError,
+        OutputError,
+        StopRequested,
+        PeerLost,
+        NotFinite,
+    )
+}

@@ -1,0 +1,245 @@
+"""Every flag: its unit, its default, who takes it; from the command line to frozen settings.
+
+A parser of our own stands in front of absl's: errors become exit code 64 with one line, `--help` shows every flag and
+exits 0, and no flag is global, so that tests may parse as often as they like.
+"""
+
+import sys
+from typing import Callable, List, Optional, Sequence, Tuple
+
+from absl import flags
+
+from resnet_cpu import settings
+from resnet_cpu.data.datasets import DATASETS
+from resnet_cpu.errors import FlagError
+from resnet_cpu.recipe import batch_rule, phases
+
+EXPERIMENTS = ("train", "scaling", "lr_scaling", "collapsed_ensemble")
+MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+NORMALIZATIONS = ("auto", "dataset", "authors", "torch", "tf")
+SOURCES = ("fashion_mnist", "digits", "verify")
+
+Section = Tuple[str, List[str]]
+
+
+class _Definer:
+    """Collects flags in sections, so that `--help` can show them in an order that makes sense."""
+
+    def __init__(self) -> None:
+        self.values = flags.FlagValues()
+        self.sections: List[Section] = []
+
+    def section(self, title: str) -> None:
+        self.sections.append((title, []))
+
+    def __getattr__(self, kind: str) -> Callable:
+        define = getattr(flags, f"DEFINE_{kind}")
+
+        def wrapped(name: str, *arguments: object, **keywords: object) -> None:
+            define(name, *arguments, flag_values=self.values, **keywords)
+            self.sections[-1][1].append(name)
+
+        return wrapped
+
+
+def _define() -> _Definer:
+    d = _Definer()
+    d.section("what is run")
+    d.enum("experiment", "train", EXPERIMENTS, "The mode: what is recorded and reported at the end.")
+    d.multi_string(
+        "phase",
+        [],
+        "A phase of the recipe, NAME:key=value,... (repeat for more; the same NAME again replaces it). "
+        "Lengths: steps or epochs; peak LR: lr or lr_per_256; the keys are listed in README.md.",
+    )
+    d.integer("batch_size", None, "Images per rank and step (default 32).", lower_bound=1)
+    d.integer("global_batch_size", None, "Images per step over all ranks, instead of --batch_size.", lower_bound=1)
+    d.enum("lr_scaling", "linear", batch_rule.SCALINGS, "How lr_per_256 grows with the global batch.")
+    d.boolean("wd_on_bn", False, "Let gamma and beta of batch norm decay as well.")
+    d.integer("seed", 0, "Of initial weights, order and augmentation.", lower_bound=0, upper_bound=2**31 - 1)
+
+    d.section("data")
+    d.enum("dataset", "imagenet", list(DATASETS), "The data set.")
+    d.string("data_dir", None, "Folder of its shards, made by python -m resnet_cpu.prepare; synthetic needs none.")
+    d.integer("train_examples", None, "Train on the first so many examples (default: all).", lower_bound=1)
+    d.integer("num_classes", None, "Classes (default: the data set's).", lower_bound=2)
+    d.integer("image_size", None, "Pixels of the square image that the network sees (default: the data set's).", lower_bound=8)
+    d.enum("resize", "bilinear", ["bilinear", "bicubic"], "Interpolation.")
+    d.enum(
+        "normalization",
+        "auto",
+        NORMALIZATIONS,
+        "Mean and scale: dataset (mean and deviation of its training pixels; what auto means), authors (BGR, "
+        "-104/117/123, /128), torch (RGB, mean and deviation of ImageNet) or tf (-1..1).",
+    )
+    d.float("eval_crop", None, "Share of the short side that evaluation sees (default: the data set's).", 0.1, 1.0)
+    d.integer("order_block", 1, "Records that stay together in the random order, for slow random reads.", lower_bound=1)
+    d.integer("data_threads", 0, "Threads for decoding, per rank (0: as many as the rank has cores).", lower_bound=0)
+
+    d.section("model")
+    d.enum("model", "resnet50", MODELS, "The network.")
+    d.float("width", 1.0, "Factor on every channel count.", 0.01, 16.0)
+    d.enum("stem", "imagenet", ["imagenet", "small"], "imagenet: 7x7 stride 2 and pool; small: 3x3, for small images.")
+    d.enum("stride_in", "3x3", ["3x3", "1x1"], "Where a stage's first bottleneck strides: 3x3 (v1.5) or 1x1 (v1).")
+    d.enum(
+        "padding",
+        "symmetric",
+        ["symmetric", "caffe", "same"],
+        "Of strided windows: symmetric (PyTorch, Keras), caffe (the authors': pool rounded up) or same (TensorFlow).",
+    )
+    d.enum("zero_gamma", "last", ["all", "last", "none"], "Residual branches that start at zero: last is of each stage.")
+    d.float("bn_momentum", 0.9, "Share of batch norm's moving statistics kept each step.", 0.0, 0.9999)
+    d.float("bn_epsilon", 1e-5, "Added to the variance in batch norm.", 0.0, 1.0)
+    d.boolean("conv1_bias", False, "Give the first convolution a bias, as the authors' has.")
+
+    d.section("run")
+    d.string("run_dir", None, "Folder of this run; made if missing. The same command again goes on where it stopped.")
+    d.enum("resume", "auto", ["auto", "never", "must"], "auto: go on if there is a checkpoint; never, must: or fail.")
+    d.integer("max_steps", None, "Stop after so many steps of the recipe; a later call goes on.", lower_bound=1)
+    d.float("eval_every_epochs", 1.0, "Epochs between evaluations (0: at the end only).", lower_bound=0.0)
+    d.integer("eval_batch_size", None, "Images per rank and evaluation batch (default: --batch_size).", lower_bound=1)
+    d.integer("checkpoint_every_steps", 1000, "Steps between checkpoints (0: at the end of a phase only).", lower_bound=0)
+    d.integer("keep_checkpoints", 2, "Newest checkpoints that are kept.", lower_bound=2)
+    d.integer("log_every_steps", 20, "Steps between rows of metrics.jsonl.", lower_bound=1)
+    d.string("checkpoint", None, "evaluate: this checkpoint folder instead of the newest of --run_dir.")
+
+    d.section("machine")
+    d.integer("ranks", None, "Ranks that are expected; plan: ranks to plan for (default 1).", lower_bound=1)
+    d.integer("threads", 0, "Compute threads per rank (0: as many as the rank has cores).", lower_bound=0)
+    d.float("stall_timeout", 600.0, "Seconds without a finished step after which the job is ended.", lower_bound=1.0)
+
+    d.section("plan and prepare")
+    d.enum("format", "table", ["table", "csv", "png"], "plan: what is printed; png goes to the file --output.")
+    d.string("output", "plan.png", "plan: file of --format=png.")
+    d.string("raw_dir", None, "prepare: folder of the raw files (fashion_mnist: default is the Debian package's).")
+    return d
+
+
+def help_text(command: str) -> str:
+    """Return what `--help` prints: every flag with its default."""
+    definer = _define()
+    lines = [
+        f"usage: python -m resnet_cpu.{command} [--flagfile=FILE] [--flag=value ...]",
+        "Later flags win, so overrides go after --flagfile. Switches are --name and --noname.",
+    ]
+    for title, names in definer.sections:
+        lines += ["", f"{title}:"]
+        for name in names:
+            flag = definer.values[name]
+            default = "" if flag.default in (None, []) else f" [{flag.default_as_str}]"
+            choices = getattr(flag.parser, "enum_values", None)
+            shown = f"--{name}" + (f"={'|'.join(choices)}" if choices else "")
+            lines.append(f"  {shown}{default}\n      {flag.help}")
+    return "\n".join(lines)
+
+
+def parse_values(argv: Sequence[str], positional: int = 0) -> Tuple[flags.FlagValues, List[str]]:
+    """Return (absl flag values, positional arguments) of a command line without the program's name.
+
+    `--help` prints every flag and exits 0. Raises FlagError for anything else that is not as it should be.
+    """
+    if any(argument in ("-h", "--help", "--helpfull", "-help", "-helpfull") for argument in argv):
+        print(help_text("train"))
+        sys.exit(0)
+    values = _define().values
+    try:
+        rest = values(["resnet_cpu", *argv])[1:]
+    except flags.UnrecognizedFlagError as error:
+        hint = f"; did you mean {', '.join('--' + name for name in error.suggestions)}?" if error.suggestions else ""
+        shown = f"={error.flagvalue}" if error.flagvalue else ""
+        raise FlagError(f"--{error.flagname}{shown}: unknown flag{hint or '; --help lists them all'}") from None
+    except flags.Error as error:
+        raise FlagError(f"{' '.join(str(error).split())}; --help shows what is allowed") from None
+    if len(rest) > positional:
+        raise FlagError(
+            f"'{rest[positional]}' is no flag; write flags as --name=value, and in flagfiles comments from column 0 on"
+        )
+    for name in values:
+        for value in values[name].value if isinstance(values[name].value, list) else [values[name].value]:
+            if isinstance(value, str) and ("\n" in value or "\r" in value):
+                raise FlagError(f"--{name}={value!r}: a newline in the value; write it on one line")
+    return values, rest
+
+
+def parse(argv: Sequence[str]) -> settings.Settings:
+    """Return the settings of a command line without the program's name; raise FlagError with a one-line remedy."""
+    return make_settings(parse_values(argv)[0])
+
+
+def make_settings(v: flags.FlagValues) -> settings.Settings:
+    """Check flags against each other, fill in what depends on the data set, and freeze them."""
+    if v.experiment != "train":
+        raise FlagError(f"--experiment={v.experiment}: this version runs --experiment=train; the other modes come later")
+    facts = DATASETS[v.dataset]
+    if v.dataset == "synthetic" and v.data_dir:
+        raise FlagError(f"--data_dir={v.data_dir}: contradicts --dataset=synthetic; leave one of them out")
+    if v.batch_size and v.global_batch_size and v.global_batch_size % v.batch_size:
+        raise FlagError(
+            f"--batch_size={v.batch_size} (per rank) contradicts --global_batch_size={v.global_batch_size}, which is no "
+            "multiple of it; leave one of the two out"
+        )
+    return settings.Settings(
+        model=settings.Model(
+            model=v.model,
+            width=v.width,
+            stem=v.stem,
+            stride_in=v.stride_in,
+            padding=v.padding,
+            zero_gamma=v.zero_gamma,
+            bn_momentum=v.bn_momentum,
+            bn_epsilon=v.bn_epsilon,
+            conv1_bias=v.conv1_bias,
+            num_classes=v.num_classes or facts.num_classes,
+        ),
+        data=settings.Data(
+            dataset=v.dataset,
+            data_dir=v.data_dir or None,
+            train_examples=v.train_examples,
+            image_size=v.image_size or facts.image_size,
+            resize=v.resize,
+            normalization=v.normalization,
+            eval_crop=v.eval_crop or facts.eval_crop,
+            order_block=v.order_block,
+            data_threads=v.data_threads,
+        ),
+        recipe=settings.Recipe(
+            phases=tuple(phases.parse(v.phase)),
+            batch_size=v.batch_size,
+            global_batch_size=v.global_batch_size,
+            lr_scaling=v.lr_scaling,
+            wd_on_bn=v.wd_on_bn,
+            seed=v.seed,
+        ),
+        run=settings.Run(
+            experiment=v.experiment,
+            run_dir=v.run_dir,
+            resume=v.resume,
+            max_steps=v.max_steps,
+            eval_every_epochs=v.eval_every_epochs,
+            eval_batch_size=v.eval_batch_size,
+            checkpoint_every_steps=v.checkpoint_every_steps,
+            keep_checkpoints=v.keep_checkpoints,
+            log_every_steps=v.log_every_steps,
+        ),
+        system=settings.System(ranks=v.ranks, threads=v.threads, stall_timeout=v.stall_timeout),
+        resolved_flags=resolved(v),
+    )
+
+
+def resolved(values: flags.FlagValues) -> str:
+    """Return a flagfile that gives these values again, one flag a line, in the order of `--help`."""
+    lines: List[str] = []
+    for title, names in _define().sections:
+        lines += [f"# {title}"]
+        for name in names:
+            flag = values[name]
+            if flag.value is not None and flag.value != []:
+                lines.append(flag.serialize())
+    return "\n".join(lines) + "\n"
+
+
+def required(value: Optional[str], flag: str, remedy: str) -> str:
+    """Return the value of a flag that this command cannot do without."""
+    if not value:
+        raise FlagError(f"--{flag} is missing; {remedy}")
+    return value

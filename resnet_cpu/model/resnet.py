@@ -1,0 +1,158 @@
+"""Residual networks (He et al., arXiv 1512.03385) as functional Keras models that return logits.
+
+Defaults are the "v1.5" of the field (stride in the 3x3 convolution), which is also the authors' network. Layers are
+named as in keras.applications, so that weights can be matched by name.
+"""
+
+import zlib
+from typing import Dict, Tuple
+
+import tensorflow as tf
+
+from resnet_cpu.errors import FlagError
+
+layers = tf.keras.layers
+
+#: name -> (blocks of each stage, whether blocks are bottlenecks)
+DEPTHS: Dict[str, Tuple[Tuple[int, ...], bool]] = {
+    "resnet18": ((2, 2, 2, 2), False),
+    "resnet34": ((3, 4, 6, 3), False),
+    "resnet50": ((3, 4, 6, 3), True),
+    "resnet101": ((3, 4, 23, 3), True),
+    "resnet152": ((3, 8, 36, 3), True),
+}
+
+
+def resnet(
+    name: str = "resnet50",
+    num_classes: int = 1000,
+    *,
+    width: float = 1.0,
+    stem: str = "imagenet",
+    stride_in: str = "3x3",
+    padding: str = "symmetric",
+    zero_gamma: str = "last",
+    bn_momentum: float = 0.9,
+    bn_epsilon: float = 1e-5,
+    conv1_bias: bool = False,
+    seed: int = 0,
+) -> tf.keras.Model:
+    """Return a ResNet from float32 images [batch, height, width, 3] to logits [batch, num_classes].
+
+    Args:
+        name: one of DEPTHS.
+        num_classes: length of the logits.
+        width: factor on every channel count.
+        stem: `imagenet` (7x7 stride 2, pool 3x3 stride 2) or `small` (3x3 stride 1, no pool) for small images.
+        stride_in: where a stage's first bottleneck strides: `3x3` (v1.5) or `1x1` (v1).
+        padding: of strided windows: `symmetric` ((k-1)/2 zeros on both sides, as in PyTorch and keras.applications),
+            `caffe` (the same for convolutions, the pool rounded up as in the authors' Caffe) or `same` (TensorFlow's).
+        zero_gamma: which residual branches start at zero: of `all` blocks (Goyal et al., arXiv 1706.02677), of the
+            `last` block of each stage (the authors' train_val.prototxt), or `none`.
+        bn_momentum: share of the old moving statistics that is kept each step.
+        bn_epsilon: added to the variance.
+        conv1_bias: give the first convolution a bias, as the authors' has.
+        seed: of the initial weights: normal with variance 2/fan_in, of the first convolution 2/fan_out, of the
+            classifier standard deviation 0.01 (the authors' fillers).
+    """
+    if name not in DEPTHS:
+        raise FlagError(f"--model={name}: unknown; use one of {', '.join(DEPTHS)}")
+    blocks, bottleneck = DEPTHS[name]
+    net = _Builder(width, stride_in, padding, bn_momentum, bn_epsilon, seed)
+    inputs = layers.Input([None, None, 3], name="images")
+    x = net.stem(inputs, stem, conv1_bias)
+    for stage, count in enumerate(blocks):
+        for block in range(count):
+            stride = 2 if stage > 0 and block == 0 else 1
+            zero = zero_gamma == "all" or (zero_gamma == "last" and block == count - 1)
+            residual = net.bottleneck_block if bottleneck else net.basic_block
+            x = residual(x, 64 * 2**stage, stride, project=block == 0, zero=zero, name=f"conv{stage + 2}_block{block + 1}")
+    x = layers.GlobalAveragePooling2D(name="avg_pool")(x)
+    logits = layers.Dense(
+        num_classes, kernel_initializer=tf.keras.initializers.RandomNormal(0.0, 0.01, net.seed("logits")), name="logits"
+    )(x)
+    return tf.keras.Model(inputs, logits, name=name)
+
+
+def resnet50(num_classes: int = 1000, **options) -> tf.keras.Model:  # type: ignore[no-untyped-def]
+    """Return the 50-layer network; `options` are those of `resnet`."""
+    return resnet("resnet50", num_classes, **options)
+
+
+class _Builder:
+    """The choices that every layer of one network shares."""
+
+    def __init__(
+        self, width: float, stride_in: str, padding: str, bn_momentum: float, bn_epsilon: float, seed: int
+    ) -> None:
+        self.width, self.stride_in, self.padding = width, stride_in, padding
+        self.bn_momentum, self.bn_epsilon, self.base_seed = bn_momentum, bn_epsilon, seed
+
+    def seed(self, name: str) -> int:
+        """Return a seed for the layer `name`, whatever layers are built before it."""
+        return zlib.crc32(f"{self.base_seed}/{name}".encode())
+
+    def channels(self, count: int) -> int:
+        return max(1, round(count * self.width))
+
+    def conv(
+        self, x: tf.Tensor, channels: int, kernel: int, stride: int, name: str, fan: str = "fan_in", bias: bool = False
+    ) -> tf.Tensor:
+        padding = "same"
+        if stride > 1 and kernel > 1 and self.padding != "same":
+            # TensorFlow's "same" would pad one side more than the other under a stride.
+            x = layers.ZeroPadding2D((kernel - 1) // 2, name=f"{name}_pad")(x)
+            padding = "valid"
+        initializer = tf.keras.initializers.VarianceScaling(2.0, fan, "untruncated_normal", self.seed(name))
+        return layers.Conv2D(
+            channels, kernel, stride, padding, use_bias=bias, kernel_initializer=initializer, name=f"{name}_conv"
+        )(x)
+
+    def bn(self, x: tf.Tensor, name: str, zero: bool = False) -> tf.Tensor:
+        return layers.BatchNormalization(
+            momentum=self.bn_momentum,
+            epsilon=self.bn_epsilon,
+            gamma_initializer="zeros" if zero else "ones",
+            name=f"{name}_bn",
+        )(x)
+
+    def relu(self, x: tf.Tensor, name: str) -> tf.Tensor:
+        return layers.ReLU(name=f"{name}_relu")(x)
+
+    def stem(self, x: tf.Tensor, kind: str, bias: bool) -> tf.Tensor:
+        channels = self.channels(64)
+        if kind == "small":
+            x = self.conv(x, channels, 3, 1, "conv1", "fan_out", bias)
+            return self.relu(self.bn(x, "conv1"), "conv1")
+        x = self.conv(x, channels, 7, 2, "conv1", "fan_out", bias)
+        x = self.relu(self.bn(x, "conv1"), "conv1")
+        if self.padding == "symmetric":
+            # Zeros pad as well as minus infinity does: the values come out of a ReLU.
+            x = layers.ZeroPadding2D(1, name="pool1_pad")(x)
+            return layers.MaxPool2D(3, 2, "valid", name="pool1_pool")(x)
+        return layers.MaxPool2D(3, 2, "same", name="pool1_pool")(x)  # on even sizes: Caffe's rounding up
+
+    def shortcut(self, x: tf.Tensor, channels: int, stride: int, project: bool, name: str) -> tf.Tensor:
+        if not project or (stride == 1 and x.shape[-1] == channels):
+            return x
+        return self.bn(self.conv(x, channels, 1, stride, f"{name}_0"), f"{name}_0")
+
+    def bottleneck_block(
+        self, x: tf.Tensor, channels: int, stride: int, *, project: bool, zero: bool, name: str
+    ) -> tf.Tensor:
+        inner, outer = self.channels(channels), self.channels(4 * channels)
+        shortcut = self.shortcut(x, outer, stride, project, name)
+        first, second = (stride, 1) if self.stride_in == "1x1" else (1, stride)
+        x = self.relu(self.bn(self.conv(x, inner, 1, first, f"{name}_1"), f"{name}_1"), f"{name}_1")
+        x = self.relu(self.bn(self.conv(x, inner, 3, second, f"{name}_2"), f"{name}_2"), f"{name}_2")
+        x = self.bn(self.conv(x, outer, 1, 1, f"{name}_3"), f"{name}_3", zero)
+        return self.relu(layers.Add(name=f"{name}_add")([shortcut, x]), f"{name}_out")
+
+    def basic_block(
+        self, x: tf.Tensor, channels: int, stride: int, *, project: bool, zero: bool, name: str
+    ) -> tf.Tensor:
+        outer = self.channels(channels)
+        shortcut = self.shortcut(x, outer, stride, project, name)
+        x = self.relu(self.bn(self.conv(x, outer, 3, stride, f"{name}_1"), f"{name}_1"), f"{name}_1")
+        x = self.bn(self.conv(x, outer, 3, 1, f"{name}_2"), f"{name}_2", zero)
+        return self.relu(layers.Add(name=f"{name}_add")([shortcut, x]), f"{name}_out")

@@ -1,0 +1,94 @@
+"""Momentum SGD with coupled weight decay, as the authors' Caffe does it:
+
+    v <- momentum * v + lr * (gradient + wd * w)
+    w <- w - v
+
+The LR sits inside the velocity, so a falling LR does not scale down what is already on its way. Keras' own
+`weight_decay` is decoupled (w -= lr * wd * w outside the velocity) and would train another model.
+"""
+
+from typing import Any, Dict, Iterable, List, Sequence, Union
+
+import tensorflow as tf
+
+Scalar = Union[float, tf.Variable]
+
+
+class SGD(tf.keras.optimizers.Optimizer):
+    """Coupled-L2 momentum SGD; LR, weight decay and momentum are variables that the loop sets.
+
+    Horovod rebuilds an optimizer from `get_config`. The variables go through it as they are, so that the rebuilt
+    optimizer follows the same ones, and the exclusion list is part of it.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Scalar = 0.0,
+        weight_decay: Scalar = 0.0,
+        momentum: Scalar = 0.0,
+        exclude: Sequence[str] = (),
+        name: str = "SGD",
+        **kwargs: Any,
+    ) -> None:
+        """Args: `exclude` holds the names of variables that do not decay."""
+        super().__init__(name=name, jit_compile=False)
+        self._learning_rate = _variable(learning_rate, "learning_rate")
+        self.decay = _variable(weight_decay, "weight_decay")
+        self.momentum = _variable(momentum, "momentum")
+        self.exclude = list(exclude)
+
+    def build(self, var_list: Iterable[tf.Variable]) -> None:
+        super().build(var_list)
+        if getattr(self, "_built", False):
+            return
+        self.velocities: List[tf.Variable] = [
+            self.add_variable_from_reference(variable, "velocity") for variable in var_list
+        ]
+        self._built = True
+
+    def update_step(self, gradient: tf.Tensor, variable: tf.Variable) -> None:
+        """Update one variable, dense gradient of its shape."""
+        dtype = variable.dtype.base_dtype
+        velocity = self.velocities[self._index_dict[self._var_key(variable)]]
+        if variable.name not in self.exclude:
+            gradient = gradient + tf.cast(self.decay, dtype) * variable
+        # One fused kernel: accum <- momentum * accum - lr * gradient; var <- var + accum. So accum is -v.
+        tf.raw_ops.ResourceApplyKerasMomentum(
+            var=variable.handle,
+            accum=velocity.handle,
+            lr=tf.cast(self._learning_rate, dtype),
+            grad=gradient,
+            momentum=tf.cast(self.momentum, dtype),
+            use_locking=False,
+            use_nesterov=False,
+        )
+
+    def get_config(self) -> Dict[str, Any]:
+        return {
+            "name": self.name,
+            "learning_rate": self._learning_rate,
+            "weight_decay": self.decay,
+            "momentum": self.momentum,
+            "exclude": self.exclude,
+        }
+
+
+def _variable(value: Scalar, name: str) -> tf.Variable:
+    if isinstance(value, tf.Variable):
+        return value
+    return tf.Variable(value, trainable=False, dtype=tf.keras.backend.floatx(), name=name)
+
+
+def without_decay(model: tf.keras.Model, wd_on_bn: bool) -> List[str]:
+    """Return the variables that do not decay: gamma and beta of batch norm, unless `wd_on_bn`.
+
+    Biases decay, as in the authors' train_val.prototxt (only its Scale layers have decay_mult 0).
+    """
+    if wd_on_bn:
+        return []
+    return [
+        variable.name
+        for layer in model.layers
+        if isinstance(layer, tf.keras.layers.BatchNormalization)
+        for variable in layer.trainable_variables
+    ]

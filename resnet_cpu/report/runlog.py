@@ -1,0 +1,171 @@
+"""What a run leaves behind: the run folder with its lock, rows, result, and the progress line. Rank 0 only.
+
+Files are append-only over attempts; nothing here imports TensorFlow but the TensorBoard writer, when it is opened.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from typing import Any, Dict, IO, Iterator, List, Mapping, Optional
+
+import numpy as np
+
+from resnet_cpu.data.shards import write_atomically
+from resnet_cpu.errors import RunFolderError
+
+SCHEMA = 1  # of the files in a run folder
+
+
+class RunFolder:
+    """A run folder held by this process until it is closed or dies."""
+
+    def __init__(self, path: str) -> None:
+        """Make the folder if it is missing and lock it; raise RunFolderError if it cannot be used."""
+        self.path = path
+        self._files: Dict[str, IO[str]] = {}
+        self._board: Any = None
+        try:
+            os.makedirs(os.path.join(path, "plots"), exist_ok=True)
+            # Opened for appending: the text of a live holder must stay for the message below.
+            self._lock = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")
+        except OSError as error:
+            raise RunFolderError(f"--run_dir={path}: cannot be written ({error.strerror}); choose another") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            raise RunFolderError(
+                f"--run_dir={path}: in use by a live job ({holder}); wait for it or choose another"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"{socket.gethostname()} pid {os.getpid()}")
+        self._lock.flush()
+
+    def file(self, *parts: str) -> str:
+        """Return the path of a file in the folder."""
+        return os.path.join(self.path, *parts)
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Append a row to a JSON-lines file; it reaches the file system at once."""
+        if name not in self._files:
+            self._files[name] = open(self.file(name), "a", encoding="utf-8")
+        self._files[name].write(json.dumps(finite(row)) + "\n")
+        self._files[name].flush()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write values to TensorBoard."""
+        import tensorflow as tf
+
+        if self._board is None:
+            self._board = tf.summary.create_file_writer(self.file("tensorboard"))
+        with self._board.as_default():
+            for name, value in values.items():
+                tf.summary.scalar(name, value, step)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Replace a JSON file atomically."""
+        write_atomically(self.file(name), (json.dumps(finite(content), indent=1) + "\n").encode())
+
+    def write_text(self, name: str, content: str) -> None:
+        """Replace a text file atomically."""
+        write_atomically(self.file(name), content.encode())
+
+    def close(self) -> None:
+        """Flush everything and give the folder free."""
+        for file in self._files.values():
+            file.close()
+        if self._board is not None:
+            self._board.close()
+        self._lock.close()
+
+
+def finite(content: Any) -> Any:
+    """Return `content` with what JSON cannot hold (NaN, infinities) as null, numpy numbers as Python's."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    if isinstance(content, np.generic):
+        content = content.item()
+    if isinstance(content, float) and not np.isfinite(content):
+        return None
+    return content
+
+
+def read_json(path: str) -> Optional[Dict[str, Any]]:
+    """Return a JSON file's content, or None if there is none that can be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return None
+
+
+def read_rows(path: str) -> List[Dict[str, Any]]:
+    """Return the rows of a JSON-lines file, of each step the last attempt's, in the order of the steps."""
+    rows: Dict[int, Dict[str, Any]] = {}
+    for row in _parsed_lines(path):
+        rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+def _parsed_lines(path: str) -> Iterator[Dict[str, Any]]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue  # a line that a kill cut short
+    except OSError:
+        return
+
+
+def duration(seconds: float) -> str:
+    """Return a time to be read at a glance, as in 4m10s or 2h05m."""
+    seconds = int(round(seconds))
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+class Progress:
+    """One line on standard error that says where the run is: rewritten on a terminal, appended elsewhere."""
+
+    def __init__(self, total_steps: int, total_epochs: float, cores: int) -> None:
+        self.total_steps, self.total_epochs, self.cores = total_steps, total_epochs, cores
+        self._terminal = sys.stderr.isatty()
+
+    def show(self, row: Mapping[str, Any], step_s: float) -> None:
+        """Print one row of metrics.jsonl; `step_s` is the time a step takes, for the time left."""
+        steps = row["step"] + 1
+        rate = row["images_per_second"]
+        line = (
+            f"{row['phase']}  step {steps}/{self.total_steps}  epoch {row['epoch']:.2f}/{self.total_epochs:.2f}  "
+            f"loss {row['loss']:.4f}  lr {row['lr']:.5g}  {rate:.1f} img/s ({rate / self.cores:.1f}/core)  "
+            f"data wait {100 * row['data_wait_s'] / max(row['step_s'], 1e-9):.1f}%  "
+            f"left {duration((self.total_steps - steps) * step_s)}"
+        )
+        end = "" if self._terminal else "\n"
+        print(("\r\x1b[K" if self._terminal else "") + line, end=end, file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line of its own."""
+        print(("\r\x1b[K" if self._terminal else "") + text, file=sys.stderr, flush=True)
+
+
+class Stopwatch:
+    """Time in this attempt and those before it."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        """`before`: seconds of earlier attempts that count."""
+        self._before, self._start = before, time.monotonic()
+
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._start

@@ -1,0 +1,29 @@
+"""Runs an experiment: `python -m resnet_cpu.train --flagfile=experiments/quickstart.flags`."""
+
+import json
+from typing import List
+
+from resnet_cpu import flags
+from resnet_cpu.cluster import control, guard, layout
+
+
+def main(argv: List[str]) -> None:
+    """Train; the last line on standard output is the result as JSON (rank 0)."""
+    settings = flags.parse(argv)
+    threads = layout.apply(settings.system.threads)
+    world = control.connect(settings.system.ranks)
+    from resnet_cpu.training import job
+
+    opened = job.open_job(settings, world, threads)
+    result = opened.finished
+    if result is None:
+        # TensorFlow takes 5 s to load and reads its environment once: after the layout, after the early errors.
+        from resnet_cpu.training import loop
+
+        result = loop.run(opened)
+    if world.rank == 0:
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    guard.run(main)

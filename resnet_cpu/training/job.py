@@ -1,0 +1,220 @@
+"""What is settled before TensorFlow is loaded: data opened, recipe planned, run folder held, all ranks agreed.
+
+Every user error that can be found early is found here, in about a second.
+"""
+
+import dataclasses
+import hashlib
+import os
+import sys
+from typing import Any, Dict, Optional, Tuple
+
+from resnet_cpu.cluster.control import World
+from resnet_cpu.data import shards
+from resnet_cpu.data.datasets import DATASETS
+from resnet_cpu.errors import CheckpointError, DataError, FlagError, RunFolderError
+from resnet_cpu.recipe import batch_rule, phases, schedule
+from resnet_cpu.recipe.phases import Phase
+from resnet_cpu.report import provenance
+from resnet_cpu.report.runlog import RunFolder, read_json
+from resnet_cpu.settings import Settings
+from resnet_cpu.training import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run that may start: settings, and what follows from them on this world and this data."""
+
+    settings: Settings
+    world: World
+    phases: Tuple[Phase, ...]
+    batch_size: int  # images per rank
+    global_batch_size: int  # images
+    train_examples: int
+    validation_examples: int
+    data: Optional[shards.ShardedData]  # None: synthetic
+    signature: Dict[str, Any]  # what a checkpoint must agree with
+    run_dir: str
+    folder: Optional[RunFolder]  # on rank 0
+    resume_from: Optional[str]  # checkpoint folder
+    attempt: int
+    finished: Optional[Dict[str, Any]]  # the result, where nothing is left to do
+
+    @property
+    def total_steps(self) -> int:
+        return schedule.total_steps(self.phases)
+
+
+def open_data(settings: Settings, world: World) -> Optional[shards.ShardedData]:
+    """Open the data set on every rank, rank 0 first so that its errors are told once; None for synthetic data."""
+    if settings.data.dataset == "synthetic":
+        return None
+    folder = settings.data.data_dir
+    if not folder:
+        raise FlagError(
+            f"--data_dir is missing; --dataset={settings.data.dataset} needs the folder made by "
+            "python -m resnet_cpu.prepare (or use --dataset=synthetic)",
+            collective=True,
+        )
+
+    def check() -> None:
+        stored = shards.read_manifest(folder).get("dataset")
+        if stored != settings.data.dataset:
+            raise DataError(f"--data_dir={folder}: holds {stored}, not --dataset={settings.data.dataset}; correct one")
+        found = shards.open_data(folder).num_classes
+        if found > settings.model.num_classes:
+            raise DataError(
+                f"--data_dir={folder}: has {found} classes, the model only {settings.model.num_classes}; "
+                f"set --num_classes={found}"
+            )
+
+    world.on_rank0(check)
+    return shards.open_data(folder)
+
+
+def examples(settings: Settings, data: Optional[shards.ShardedData]) -> Tuple[int, int]:
+    """Return (training examples, evaluation examples) that are used; raise DataError if more are asked for."""
+    wanted = settings.data.train_examples
+    if data is None:
+        return wanted or DATASETS["synthetic"].train_examples or 0, 0
+    if wanted is not None and wanted > data.train.examples:
+        raise DataError(
+            f"--train_examples={wanted}: {settings.data.data_dir} holds {data.train.examples}; lower it",
+            collective=True,
+        )
+    return wanted or data.train.examples, data.validation.examples
+
+
+def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
+    """Settle everything, collectively; raise the one-line errors of bad flags, data, folders and checkpoints."""
+    if not settings.run.run_dir:
+        raise FlagError("--run_dir is missing; name the folder for this run, as in --run_dir=runs/first", collective=True)
+    _check_same_everywhere(settings, world)
+    data = open_data(settings, world)
+    train_examples, validation_examples = examples(settings, data)
+    batch_size, global_batch_size = batch_rule.resolve_batch(
+        settings.recipe.batch_size, settings.recipe.global_batch_size, world.size
+    )
+    if train_examples < global_batch_size:
+        raise DataError(
+            f"{train_examples} training examples are fewer than one global batch of {global_batch_size}; "
+            "lower --batch_size or use fewer ranks",
+            collective=True,
+        )
+    planned = phases.plan(
+        settings.recipe.phases,
+        train_examples=train_examples,
+        global_batch_size=global_batch_size,
+        lr_scaling=settings.recipe.lr_scaling,
+        image_size=settings.data.image_size,
+    )
+    refuse_branches(planned)
+    signature = _signature(settings, planned, global_batch_size, train_examples)
+    run_dir = os.path.abspath(settings.run.run_dir)
+    folder: Optional[RunFolder] = None
+
+    def hold() -> Dict[str, Any]:
+        nonlocal folder
+        record = read_json(os.path.join(run_dir, "run.json"))
+        result = read_json(os.path.join(run_dir, "result.json"))
+        has_run = record is not None or bool(checkpoint.steps(run_dir))
+        if settings.run.resume == "never" and has_run:
+            raise RunFolderError(f"--run_dir={run_dir}: holds a run already; choose another, or --resume=auto to go on")
+        if record is not None:
+            checkpoint.check_signature(run_dir, record["signature"], signature)
+        if result is not None and result.get("complete"):
+            return {"finished": result}
+        folder = RunFolder(run_dir)
+        newest = checkpoint.newest(run_dir)
+        if newest is None and settings.run.resume == "must":
+            raise CheckpointError(f"--resume=must: no checkpoint in {run_dir}; use --resume=auto to start afresh")
+        if newest is not None:
+            checkpoint.check_signature(newest[0], newest[1]["signature"], signature)
+        attempt = (record or {}).get("attempt", 0) + 1
+        return {"finished": None, "resume_from": newest and newest[0], "attempt": attempt}
+
+    agreed = world.on_rank0(hold)
+    rows = world.gather(provenance.of_rank(threads))
+    if folder is not None:
+        folder.write_text("resolved.flags", settings.resolved_flags)
+        folder.write_json(
+            "run.json",
+            {
+                **provenance.of_job(),
+                "attempt": agreed["attempt"],
+                "seed": settings.recipe.seed,
+                "ranks": world.size,
+                "per_rank": rows,
+                "signature": signature,
+            },
+        )
+    return Job(
+        settings=settings,
+        world=world,
+        phases=planned,
+        batch_size=batch_size,
+        global_batch_size=global_batch_size,
+        train_examples=train_examples,
+        validation_examples=validation_examples,
+        data=data,
+        signature=signature,
+        run_dir=run_dir,
+        folder=folder,
+        resume_from=agreed.get("resume_from"),
+        attempt=agreed.get("attempt", 0),
+        finished=agreed["finished"],
+    )
+
+
+def refuse_branches(planned: Tuple[Phase, ...]) -> None:
+    """Raise FlagError for what this version plans but does not run yet."""
+    for index, phase in enumerate(planned):
+        previous = planned[index - 1].name if index else None
+        if phase.branch or phase.member or phase.parent != previous:
+            key = "branch=1" if phase.branch else "member=1" if phase.member else f"from={phase.parent}"
+            raise FlagError(
+                f"--phase={phase.name}: {key} is planned but not yet run by this version; remove the phase or use "
+                "python -m resnet_cpu.plan to cost it",
+                collective=True,
+            )
+
+
+def _signature(
+    settings: Settings, planned: Tuple[Phase, ...], global_batch_size: int, train_examples: int
+) -> Dict[str, Any]:
+    """Return all that decides what is computed; two runs of equal signature train the same model."""
+    data = settings.data
+    return {
+        "model": dataclasses.asdict(settings.model),
+        "data": {
+            "dataset": data.dataset,
+            "train_examples": train_examples,
+            "resize": data.resize,
+            "normalization": data.normalization,
+            "eval_crop": data.eval_crop,
+            "order_block": data.order_block,
+        },
+        "global_batch_size": global_batch_size,
+        "wd_on_bn": settings.recipe.wd_on_bn,
+        "seed": settings.recipe.seed,
+        "phases": {
+            phase.name: {**dataclasses.asdict(phase), "boundary_steps": list(phase.boundary_steps)} for phase in planned
+        },
+        "order_of_phases": [phase.name for phase in planned],
+    }
+
+
+def _check_same_everywhere(settings: Settings, world: World) -> None:
+    facts = {
+        "flags": hashlib.sha256(settings.resolved_flags.encode()).hexdigest()[:12],
+        "Python": sys.version.split()[0],
+        "code": provenance.code_digest(),
+    }
+    rows = world.gather(facts)
+    for rank, row in enumerate(rows):
+        for key in facts:
+            if row[key] != rows[0][key]:
+                raise FlagError(
+                    f"rank {rank} runs with other {key} ({row[key]}) than rank 0 ({rows[0][key]}); start all ranks alike",
+                    collective=True,
+                )

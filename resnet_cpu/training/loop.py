@@ -1,0 +1,412 @@
+"""The training loop: phases in their order, a step at a time, in the open."""
+
+import os
+import sys
+import time
+from typing import Any, Dict, Iterator, List, Optional
+
+import numpy as np
+import tensorflow as tf
+
+from resnet_cpu.cluster import guard, horovod, layout
+from resnet_cpu.data import pipeline, preprocess, synthetic
+from resnet_cpu.errors import CheckpointError, NotFinite, StopRequested
+from resnet_cpu.model import resnet
+from resnet_cpu.recipe import schedule
+from resnet_cpu.recipe.phases import Phase
+from resnet_cpu.report import plots, provenance
+from resnet_cpu.report.runlog import Progress, Stopwatch, read_json, read_rows
+from resnet_cpu.settings import Settings
+from resnet_cpu.training import checkpoint, evaluation
+from resnet_cpu.training.job import Job
+from resnet_cpu.training.step import Knobs, make_knobs, make_optimizer, make_train_step
+
+TOP1_MARKS = (0.5, 0.6, 0.7, 0.75, 0.759, 0.8, 0.85, 0.88, 0.9)  # whose first crossing is timed
+
+
+def build_model(settings: Settings) -> tf.keras.Model:
+    """Return the network of the settings, initialised from their seed."""
+    m = settings.model
+    return resnet.resnet(
+        m.model,
+        m.num_classes,
+        width=m.width,
+        stem=m.stem,
+        stride_in=m.stride_in,
+        padding=m.padding,
+        zero_gamma=m.zero_gamma,
+        bn_momentum=m.bn_momentum,
+        bn_epsilon=m.bn_epsilon,
+        conv1_bias=m.conv1_bias,
+        seed=settings.recipe.seed,
+    )
+
+
+class State:
+    """All that training changes: weights, statistics, velocity and the step, with names to save them under."""
+
+    def __init__(self, model: tf.keras.Model, optimizer: tf.keras.optimizers.Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.step = 0
+        self.velocity = dict(zip([variable.name for variable in model.trainable_variables], optimizer.velocities))
+
+    @property
+    def variables(self) -> List[tf.Variable]:
+        return [*self.model.variables, *self.velocity.values()]
+
+    def arrays(self) -> Dict[str, checkpoint.Arrays]:
+        """Return the groups of arrays of a checkpoint."""
+        return {
+            "weights": {variable.name: variable.numpy() for variable in self.model.variables},
+            "optimizer": {name: variable.numpy() for name, variable in self.velocity.items()},
+        }
+
+    def restore(self, path: str) -> None:
+        """Take over weights, statistics and velocity of a checkpoint."""
+        assign(path, {variable.name: variable for variable in self.model.variables}, checkpoint.load(path, "weights"))
+        assign(path, self.velocity, checkpoint.load(path, "optimizer"))
+
+    def reset_velocity(self) -> None:
+        for variable in self.velocity.values():
+            variable.assign(tf.zeros_like(variable))
+
+
+def assign(path: str, variables: Dict[str, tf.Variable], arrays: checkpoint.Arrays) -> None:
+    """Set every variable from the array of its name; raise CheckpointError that tells what does not fit."""
+    there = {name: f"{array.shape} {array.dtype}" for name, array in arrays.items()}
+    here = {name: f"{tuple(variable.shape)} {variable.dtype.name}" for name, variable in variables.items()}
+    checkpoint.check_signature(path, there, here)
+    for name, variable in variables.items():
+        variable.assign(arrays[name])
+
+
+def run(job: Job) -> Dict[str, Any]:
+    """Train to the end of the recipe (or --max_steps); return the result, which rank 0 has also written."""
+    horovod.start(job.world)
+    guard.catch_stop_signals()
+    with guard.Watchdog(job.settings.system.stall_timeout) as watchdog:
+        return _Training(job, watchdog).run()
+
+
+class _Training:
+    """The parts of one run, and the few numbers that its report needs."""
+
+    def __init__(self, job: Job, watchdog: guard.Watchdog) -> None:
+        self.job, self.watchdog = job, watchdog
+        self.run_settings = job.settings.run
+        self.cores = layout.cores_of_rank() * job.world.size
+        self.threads = job.settings.data.data_threads or layout.cores_of_rank()
+        self.model = build_model(job.settings)
+        self.knobs: Knobs = make_knobs()
+        self.state = State(self.model, make_optimizer(self.model, self.knobs, job.settings.recipe.wd_on_bn))
+        self.train_step = make_train_step(self.model, self.state.optimizer, self.knobs)
+        self.evaluate_step = evaluation.make_evaluate_step(self.model)
+        self.timed_steps, self.timed_s = 0, 0.0
+        self.seconds_to_top1: Dict[str, float] = {}
+        self.score: Optional[evaluation.Score] = None
+        elapsed = self._restore()
+        self.clock = Stopwatch(elapsed)
+        total_epochs = self._epoch(job.total_steps)
+        self.progress = Progress(job.total_steps, total_epochs, self.cores) if job.folder else None
+
+    # --- start -------------------------------------------------------------------------------------------------
+
+    def _restore(self) -> float:
+        """Start from the agreed checkpoint, if any; make all ranks equal and see that they are. Return its seconds."""
+        job, elapsed = self.job, 0.0
+        manifest = None
+        if job.resume_from is not None:
+
+            def restore() -> Dict[str, Any]:
+                self.state.restore(job.resume_from or "")
+                return checkpoint.read_manifest(job.resume_from or "")
+
+            manifest = job.world.on_rank0(restore)
+            self.state.step = manifest["step"]
+            self.seconds_to_top1 = manifest["seconds_to_top1"]
+            elapsed = manifest["wall_seconds"]
+        horovod.broadcast(self.state.variables)
+        horovod.check_replicas(job.world, self.state.variables, f"before step {self.state.step}")
+        return elapsed
+
+    def _announce(self) -> None:
+        job = self.job
+        if self.progress is None:
+            return
+        trainable = sum(int(np.prod(variable.shape)) for variable in self.model.trainable_variables)
+        self.progress.say(
+            f"{job.settings.model.model}: {trainable:,} trainable parameters, {job.settings.data.dataset}: "
+            f"{job.train_examples:,} training and {job.validation_examples:,} evaluation images; {job.world.size} ranks "
+            f"x {job.batch_size} images, {layout.cores_of_rank()} cores each; {job.total_steps} steps = "
+            f"{self._epoch(job.total_steps):.2f} epochs; results in {job.run_dir}"
+        )
+        if self.state.step:
+            self.progress.say(f"resumed after step {self.state.step} from {job.resume_from} (attempt {job.attempt})")
+
+    # --- the loop ----------------------------------------------------------------------------------------------
+
+    def run(self) -> Dict[str, Any]:
+        self._announce()
+        job = self.job
+        last = min(job.total_steps, self.run_settings.max_steps or job.total_steps)
+        first_of_phase = 0
+        for phase in job.phases:
+            begin, end = max(self.state.step, first_of_phase), min(first_of_phase + phase.steps, last)
+            if begin < end:
+                if begin == first_of_phase and phase.velocity == "reset":
+                    self.state.reset_velocity()
+                self._run_phase(phase, first_of_phase, begin, end)
+            first_of_phase += phase.steps
+        if self.score is None:
+            self._evaluate()
+        self._save()
+        result = self._result(complete=self.state.step >= job.total_steps)
+        if job.folder is not None:
+            job.folder.write_json("result.json", result)
+            self._draw()
+            if self.progress is not None:
+                self._say_result(result)
+        self._record_memory()
+        return result
+
+    def _run_phase(self, phase: Phase, first_of_phase: int, begin: int, end: int) -> None:
+        self.knobs.weight_decay.assign(phase.wd)
+        self.knobs.momentum.assign(phase.momentum)
+        batches = self._training_batches(phase, begin, end)
+        window = _Window()
+        for step in range(begin, end):
+            rate = schedule.learning_rate(phase, step - first_of_phase)
+            started = time.perf_counter()
+            _, images, labels = next(batches)
+            waited = time.perf_counter() - started
+            stop = tf.constant(float(guard.stop_requested()))
+            loss, stopping = self.train_step(images, labels, tf.constant(rate), stop).numpy()
+            taken = time.perf_counter() - started
+            self.state.step = step + 1
+            self.watchdog.beat()
+            if not np.isfinite(loss):
+                raise NotFinite(
+                    f"loss is {loss} in step {step} (phase {phase.name}, LR {rate:g}); the last checkpoint is from "
+                    "before it: lower the LR or lengthen the warm-up",
+                    collective=True,
+                )
+            if step > begin:  # the first step of a phase traces the graph and is never timed
+                window.add(waited, taken)
+                self.timed_steps, self.timed_s = self.timed_steps + 1, self.timed_s + taken
+            if (step + 1) % self.run_settings.log_every_steps == 0 or step + 1 == end:
+                self._log(step, phase, rate, float(loss), window)
+                window = _Window()
+            self._after_step(step, end_of_phase=step + 1 == first_of_phase + phase.steps)
+            if stopping > 0 and self.state.step < self.job.total_steps:
+                self._save()
+                raise StopRequested(
+                    f"stopped on request after step {self.state.step}, checkpoint written; run the same command again "
+                    "to go on",
+                    collective=True,
+                )
+
+    def _after_step(self, step: int, end_of_phase: bool) -> None:
+        """Evaluate and save where the agreed steps fall."""
+        self.score = None
+        every = self.run_settings.eval_every_epochs
+        last_of_all = step + 1 == self.job.total_steps
+        if every and (self._epoch(step + 1) // every > self._epoch(step) // every) and not last_of_all:
+            self._evaluate()
+        every_steps = self.run_settings.checkpoint_every_steps
+        if end_of_phase or (every_steps and (step + 1) % every_steps == 0):
+            if not last_of_all:  # that one is saved with its score
+                self._save()
+
+    def _training_batches(self, phase: Phase, begin: int, end: int) -> Iterator[pipeline.Batch]:
+        job, data = self.job, self.job.settings.data
+        common: Dict[str, Any] = dict(
+            examples=job.train_examples,
+            seed=job.settings.recipe.seed,
+            first_step=begin,
+            last_step=end,
+            rank=job.world.rank,
+            ranks=job.world.size,
+            batch_size=job.batch_size,
+            num_classes=job.settings.model.num_classes,
+            threads=self.threads,
+        )
+        if job.data is None:
+            return synthetic.training_batches(image_size=phase.image_size, **common)
+        return pipeline.training_batches(
+            job.data, self._view(phase.image_size), phase.augment, order_block=data.order_block, **common
+        )
+
+    def _view(self, image_size: int) -> preprocess.View:
+        data = self.job.settings.data
+        assert self.job.data is not None
+        return preprocess.make_view(
+            image_size,
+            data.resize,
+            data.eval_crop,
+            data.normalization,
+            self.job.data.pixel_mean,
+            self.job.data.pixel_std,
+        )
+
+    def _epoch(self, step: int) -> float:
+        return step * self.job.global_batch_size / self.job.train_examples
+
+    # --- evaluation and saving ---------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        """Evaluate on all ranks, record it; synthetic data has nothing to evaluate."""
+        job = self.job
+        if job.data is None:
+            return
+        batch_size = self.run_settings.eval_batch_size or job.batch_size
+        batches = pipeline.evaluation_batches(
+            job.data,
+            self._view(job.settings.data.image_size),
+            rank=job.world.rank,
+            ranks=job.world.size,
+            batch_size=batch_size,
+            num_classes=job.settings.model.num_classes,
+            threads=self.threads,
+        )
+        started = time.perf_counter()
+        score = self.score = evaluation.evaluate(
+            self.evaluate_step,
+            batches,
+            examples=job.validation_examples,
+            rank=job.world.rank,
+            ranks=job.world.size,
+            batch_size=batch_size,
+            beat=self.watchdog.beat,
+        )
+        horovod.check_replicas(job.world, self.state.variables, f"after step {self.state.step}")
+        wall = self.clock.seconds()
+        for mark in TOP1_MARKS:
+            if score.top1 >= mark:
+                self.seconds_to_top1.setdefault(str(mark), round(wall, 3))
+        if job.folder is None or self.progress is None:
+            return
+        seconds = time.perf_counter() - started
+        row = {
+            "step": self.state.step - 1,
+            "epoch": self._epoch(self.state.step),
+            "top1": score.top1,
+            "top5": score.top5,
+            "loss": score.loss,
+            "examples": score.examples,
+            "images_per_second": score.examples / seconds,
+            "wall_seconds": wall,
+            "attempt": job.attempt,
+        }
+        job.folder.append("eval.jsonl", row)
+        job.folder.scalars(self.state.step, {"evaluation/top1": score.top1, "evaluation/loss": score.loss})
+        self.progress.say(
+            f"evaluation after step {self.state.step}: top-1 {100 * score.top1:.2f} %, top-5 {100 * score.top5:.2f} %, "
+            f"loss {score.loss:.4f} on {score.examples} images, {row['images_per_second']:.0f} img/s"
+        )
+        self._draw()
+
+    def _save(self) -> None:
+        """Publish a checkpoint from rank 0; every rank learns whether it succeeded."""
+        job, step = self.job, self.state.step
+        path = checkpoint.folder(job.run_dir, step)
+        if path == job.resume_from:
+            return  # nothing was trained since
+
+        def save() -> None:
+            info = {
+                "step": step,
+                "signature": job.signature,
+                "ranks": job.world.size,
+                "wall_seconds": self.clock.seconds(),
+                "seconds_to_top1": self.seconds_to_top1,
+                "versions": provenance.versions(),
+            }
+            checkpoint.save(path, self.state.arrays(), info)
+            checkpoint.prune(job.run_dir, self.run_settings.keep_checkpoints)
+
+        horovod.check_replicas(job.world, self.state.variables, f"after step {step}")
+        job.world.on_rank0(save)
+        self.watchdog.beat()
+
+    # --- report ------------------------------------------------------------------------------------------------
+
+    def _log(self, step: int, phase: Phase, rate: float, loss: float, window: "_Window") -> None:
+        job = self.job
+        if job.folder is None or self.progress is None:
+            return
+        row = {
+            "step": step,
+            "phase": phase.name,
+            "epoch": self._epoch(step + 1),
+            "lr": rate,
+            "loss": loss,
+            "images_per_second": window.steps * job.global_batch_size / window.taken if window.steps else 0.0,
+            "data_wait_s": window.waited / max(window.steps, 1),
+            "step_s": window.taken / max(window.steps, 1),
+            "attempt": job.attempt,
+        }
+        job.folder.append("metrics.jsonl", row)
+        job.folder.scalars(
+            step,
+            {name: row[name] for name in ("loss", "lr", "images_per_second")},  # type: ignore[misc]
+        )
+        self.progress.show(row, self.timed_s / max(self.timed_steps, 1))
+
+    def _result(self, complete: bool) -> Dict[str, Any]:
+        job, score = self.job, self.score
+        rate = self.timed_steps * job.global_batch_size / self.timed_s if self.timed_steps else None
+        if rate is None:  # a run that was only finished here: what its earlier attempts wrote still stands
+            earlier = read_json(os.path.join(job.run_dir, "result.json")) or {}
+            rate = earlier.get("images_per_second")
+        return {
+            "experiment": self.run_settings.experiment,
+            "top1": score.top1 if score else None,
+            "top5": score.top5 if score else None,
+            "loss": score.loss if score else None,
+            "examples": score.examples if score else 0,
+            "images_per_second": rate,
+            "images_per_second_per_core": rate / self.cores if rate else None,
+            "steps": self.state.step,
+            "epochs": self._epoch(self.state.step),
+            "ranks": job.world.size,
+            "global_batch_size": job.global_batch_size,
+            "wall_seconds": self.clock.seconds(),
+            "seconds_to_top1": self.seconds_to_top1,
+            "seed": job.settings.recipe.seed,
+            "complete": complete,
+        }
+
+    def _say_result(self, result: Dict[str, Any]) -> None:
+        assert self.progress is not None
+        if result["complete"]:
+            self.progress.say(f"done: result in {self.job.run_dir}/result.json, curves in {self.job.run_dir}/plots")
+        else:
+            self.progress.say(f"stopped after step {result['steps']} (--max_steps); a later call goes on from here")
+
+    def _draw(self) -> None:
+        """Draw the curves; a plot that fails is told, and never ends a run."""
+        folder = self.job.folder
+        if folder is None or not plots.available():
+            return
+        try:
+            metrics, evaluations = read_rows(folder.file("metrics.jsonl")), read_rows(folder.file("eval.jsonl"))
+            title = f"{self.job.settings.model.model} on {self.job.settings.data.dataset}, {self.job.world.size} ranks"
+            plots.draw_curves(metrics, evaluations, folder.file("plots", "curves.png"), title)
+        except Exception as error:
+            print(f"plots: not drawn ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
+
+    def _record_memory(self) -> None:
+        peaks = self.job.world.gather(provenance.peak_memory_gib())
+        if self.job.folder is not None:
+            record = read_json(self.job.folder.file("run.json")) or {}
+            self.job.folder.write_json("run.json", {**record, "peak_memory_gib_per_rank": peaks})
+
+
+class _Window:
+    """Times since the last row of metrics.jsonl, seconds."""
+
+    def __init__(self) -> None:
+        self.steps, self.waited, self.taken = 0, 0.0, 0.0
+
+    def add(self, waited: float, taken: float) -> None:
+        self.steps, self.waited, self.taken = self.steps + 1, self.waited + waited, self.taken + taken
