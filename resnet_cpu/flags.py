@@ -4,6 +4,7 @@ A parser of our own stands in front of absl's: errors become exit code 64 with o
 exits 0, and no flag is global, so that tests may parse as often as they like.
 """
 
+import difflib
 import sys
 from typing import Callable, List, Optional, Sequence, Tuple
 
@@ -145,9 +146,10 @@ def parse_values(argv: Sequence[str], positional: int = 0) -> Tuple[flags.FlagVa
     try:
         rest = values(["resnet_cpu", *argv])[1:]
     except flags.UnrecognizedFlagError as error:
-        hint = f"; did you mean {', '.join('--' + name for name in error.suggestions)}?" if error.suggestions else ""
+        close = difflib.get_close_matches(error.flagname, list(values), n=3)
+        remedy = f"did you mean {' or '.join('--' + name for name in close)}?" if close else "--help lists them all"
         shown = f"={error.flagvalue}" if error.flagvalue else ""
-        raise FlagError(f"--{error.flagname}{shown}: unknown flag{hint or '; --help lists them all'}") from None
+        raise FlagError(f"--{error.flagname}{shown}: unknown flag; {remedy}") from None
     except flags.Error as error:
         raise FlagError(f"{' '.join(str(error).split())}; --help shows what is allowed") from None
     if len(rest) > positional:
@@ -168,8 +170,6 @@ def parse(argv: Sequence[str]) -> settings.Settings:
 
 def make_settings(v: flags.FlagValues) -> settings.Settings:
     """Check flags against each other, fill in what depends on the data set, and freeze them."""
-    if v.experiment != "train":
-        raise FlagError(f"--experiment={v.experiment}: this version runs --experiment=train; the other modes come later")
     facts = DATASETS[v.dataset]
     if v.dataset == "synthetic" and v.data_dir:
         raise FlagError(f"--data_dir={v.data_dir}: contradicts --dataset=synthetic; leave one of them out")

@@ -11,6 +11,7 @@ import tensorflow as tf
 from resnet_cpu.data import order, preprocess
 from resnet_cpu.data.shards import ShardedData, Split
 from resnet_cpu.errors import DataError
+from resnet_cpu.settings import Data
 
 PREFETCH = 2  # batches; more only takes memory, since the order of the work is fixed
 _FEATURES = {
@@ -30,6 +31,13 @@ def options(threads: int) -> tf.data.Options:
     chosen.threading.private_threadpool_size = threads
     chosen.threading.max_intra_op_parallelism = 1
     return chosen
+
+
+def make_view(settings: Data, data: ShardedData, image_size: int) -> preprocess.View:
+    """Return how images of `data` are looked at by the flags, at `image_size` pixels."""
+    return preprocess.make_view(
+        image_size, settings.resize, settings.eval_crop, settings.normalization, data.pixel_mean, data.pixel_std
+    )
 
 
 def _decoded(
@@ -83,10 +91,13 @@ def training_batches(
         ids, epochs = ids_of(int(step))
         return ids, np.array(data.train.read(ids), object), order.draws(seed, epochs, ids, preprocess.DRAWS)
 
+    def decode(encoded: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+        return preprocess.training_image(encoded, draws, augment, view)
+
     batches = _decoded(
         tf.data.Dataset.range(first_step, last_step),
         read,
-        lambda encoded, draws: preprocess.training_image(encoded, draws, augment, view),
+        decode,
         data.label_base,
         batch_size,
         threads,
@@ -107,10 +118,13 @@ def evaluation_batches(
         ids = ids_of(int(step))
         return ids, np.array(data.validation.read(ids), object), np.zeros([len(ids), preprocess.DRAWS], np.float32)
 
+    def decode(encoded: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+        return preprocess.evaluation_image(encoded, view)
+
     batches = _decoded(
         tf.data.Dataset.range(order.evaluation_steps(ranks, batch_size, examples)),
         read,
-        lambda encoded, draws: preprocess.evaluation_image(encoded, view),
+        decode,
         data.label_base,
         batch_size,
         threads,

@@ -1,15 +1,19 @@
 """Evaluation that counts every example exactly once, for any number of ranks and any batch size."""
 
 import dataclasses
-from typing import Callable, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 import numpy as np
 import tensorflow as tf
 
-from resnet_cpu.cluster import horovod
-from resnet_cpu.data import order
-from resnet_cpu.data.pipeline import Batch
+from resnet_cpu.cluster import horovod, layout
+from resnet_cpu.cluster.control import World
+from resnet_cpu.data import order, pipeline
+from resnet_cpu.data.shards import ShardedData
 from resnet_cpu.errors import UserError
+from resnet_cpu.recipe import batch_rule
+from resnet_cpu.settings import Settings
+from resnet_cpu.training import state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,25 +52,46 @@ def make_evaluate_step(model: tf.keras.Model) -> Callable:
 
 def evaluate(
     evaluate_step: Callable,
-    batches: Iterator[Batch],
-    *,
-    examples: int,
-    rank: int,
-    ranks: int,
+    settings: Settings,
+    world: World,
+    data: ShardedData,
     batch_size: int,
-    beat: Optional[Callable[[], None]] = None,
+    beat: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Evaluate over all ranks; raise UserError if the examples counted are not exactly `examples`."""
+    """Evaluate the whole validation split over all ranks, `--eval_batch_size` or `batch_size` images each at a time.
+
+    Calls `beat` after each batch. Raises UserError if the examples counted are not exactly those of the split.
+    """
+    batch_size = settings.run.eval_batch_size or batch_size
+    batches = pipeline.evaluation_batches(
+        data,
+        pipeline.make_view(settings.data, data, settings.data.image_size),
+        rank=world.rank,
+        ranks=world.size,
+        batch_size=batch_size,
+        num_classes=settings.model.num_classes,
+        threads=settings.data.data_threads or layout.cores_of_rank(),
+    )
+    examples = data.validation.examples
     counts, loss = np.zeros(3, np.int64), 0.0
     for step, (_, images, labels) in enumerate(batches):
-        _, weights = order.evaluation_batch(step, rank, ranks, batch_size, examples)
+        _, weights = order.evaluation_batch(step, world.rank, world.size, batch_size, examples)
         batch_counts, batch_loss = evaluate_step(images, labels, tf.constant(weights))
         counts += batch_counts.numpy()
         loss += float(batch_loss)
-        if beat is not None:
-            beat()
+        beat()
     counts = horovod.total(tf.constant(counts), "evaluation_counts").numpy()
     loss = float(horovod.total(tf.constant(loss, tf.float64), "evaluation_loss"))
     if counts[0] != examples:
         raise UserError(f"evaluation counted {counts[0]} examples of {examples}", collective=True)
     return Score(int(counts[0]), int(counts[1]), int(counts[2]), loss / examples)
+
+
+def evaluate_checkpoint(settings: Settings, world: World, data: ShardedData, path: str) -> Dict[str, Any]:
+    """Return the scores of a checkpoint's weights; the ranks share the images, rank 0 alone reads the file."""
+    horovod.start(world)
+    model = state.build_model(settings)
+    world.on_rank0(lambda: state.load_weights(model, path))
+    horovod.broadcast(model.variables)
+    score = evaluate(make_evaluate_step(model), settings, world, data, batch_rule.DEFAULT_BATCH_PER_RANK)
+    return {"examples": score.examples, "top1": score.top1, "top5": score.top5, "loss": score.loss}

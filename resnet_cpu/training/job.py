@@ -108,7 +108,7 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
         lr_scaling=settings.recipe.lr_scaling,
         image_size=settings.data.image_size,
     )
-    refuse_branches(planned)
+    _refuse_what_is_only_planned(settings, planned)
     signature = _signature(settings, planned, global_batch_size, train_examples)
     run_dir = os.path.abspath(settings.run.run_dir)
     folder: Optional[RunFolder] = None
@@ -166,8 +166,31 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
     )
 
 
-def refuse_branches(planned: Tuple[Phase, ...]) -> None:
-    """Raise FlagError for what this version plans but does not run yet."""
+def find_checkpoint(settings: Settings, world: World, path: Optional[str]) -> Tuple[str, int]:
+    """Return (folder, step) of the checkpoint `path`, or of the run's newest; it must hold the model of the flags."""
+
+    def find() -> Tuple[str, int]:
+        if path:
+            found = (os.path.abspath(path), checkpoint.read_manifest(path))
+        else:
+            newest = checkpoint.newest(settings.run.run_dir or "")
+            if newest is None:
+                raise CheckpointError(f"--run_dir={settings.run.run_dir}: no checkpoint in it yet; train first")
+            found = newest
+        checkpoint.check_signature(found[0], found[1]["signature"]["model"], dataclasses.asdict(settings.model))
+        return found[0], found[1]["step"]
+
+    folder, step = world.on_rank0(find)
+    return folder, step
+
+
+def _refuse_what_is_only_planned(settings: Settings, planned: Tuple[Phase, ...]) -> None:
+    """Raise FlagError for what this version reads and plans but does not run yet."""
+    if settings.run.experiment != "train":
+        raise FlagError(
+            f"--experiment={settings.run.experiment}: not yet run by this version; use --experiment=train",
+            collective=True,
+        )
     for index, phase in enumerate(planned):
         previous = planned[index - 1].name if index else None
         if phase.branch or phase.member or phase.parent != previous:

@@ -3,81 +3,24 @@
 import os
 import sys
 import time
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, Optional
 
 import numpy as np
 import tensorflow as tf
 
 from resnet_cpu.cluster import guard, horovod, layout
-from resnet_cpu.data import pipeline, preprocess, synthetic
-from resnet_cpu.errors import CheckpointError, NotFinite, StopRequested
-from resnet_cpu.model import resnet
+from resnet_cpu.data import pipeline, synthetic
+from resnet_cpu.errors import NotFinite, StopRequested
 from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.phases import Phase
 from resnet_cpu.report import plots, provenance
 from resnet_cpu.report.runlog import Progress, Stopwatch, read_json, read_rows
-from resnet_cpu.settings import Settings
 from resnet_cpu.training import checkpoint, evaluation
 from resnet_cpu.training.job import Job
+from resnet_cpu.training.state import State, build_model
 from resnet_cpu.training.step import Knobs, make_knobs, make_optimizer, make_train_step
 
 TOP1_MARKS = (0.5, 0.6, 0.7, 0.75, 0.759, 0.8, 0.85, 0.88, 0.9)  # whose first crossing is timed
-
-
-def build_model(settings: Settings) -> tf.keras.Model:
-    """Return the network of the settings, initialised from their seed."""
-    m = settings.model
-    return resnet.resnet(
-        m.model,
-        m.num_classes,
-        width=m.width,
-        stem=m.stem,
-        stride_in=m.stride_in,
-        padding=m.padding,
-        zero_gamma=m.zero_gamma,
-        bn_momentum=m.bn_momentum,
-        bn_epsilon=m.bn_epsilon,
-        conv1_bias=m.conv1_bias,
-        seed=settings.recipe.seed,
-    )
-
-
-class State:
-    """All that training changes: weights, statistics, velocity and the step, with names to save them under."""
-
-    def __init__(self, model: tf.keras.Model, optimizer: tf.keras.optimizers.Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
-        self.step = 0
-        self.velocity = dict(zip([variable.name for variable in model.trainable_variables], optimizer.velocities))
-
-    @property
-    def variables(self) -> List[tf.Variable]:
-        return [*self.model.variables, *self.velocity.values()]
-
-    def arrays(self) -> Dict[str, checkpoint.Arrays]:
-        """Return the groups of arrays of a checkpoint."""
-        return {
-            "weights": {variable.name: variable.numpy() for variable in self.model.variables},
-            "optimizer": {name: variable.numpy() for name, variable in self.velocity.items()},
-        }
-
-    def restore(self, path: str) -> None:
-        """Take over weights, statistics and velocity of a checkpoint."""
-        assign(path, {variable.name: variable for variable in self.model.variables}, checkpoint.load(path, "weights"))
-        assign(path, self.velocity, checkpoint.load(path, "optimizer"))
-
-    def reset_velocity(self) -> None:
-        for variable in self.velocity.values():
-            variable.assign(tf.zeros_like(variable))
-
-
-def assign(path: str, variables: Dict[str, tf.Variable], arrays: checkpoint.Arrays) -> None:
-    """Set every variable from the array of its name; raise CheckpointError that tells what does not fit."""
-    there = {name: f"{array.shape} {array.dtype}" for name, array in arrays.items()}
-    here = {name: f"{tuple(variable.shape)} {variable.dtype.name}" for name, variable in variables.items()}
-    checkpoint.check_signature(path, there, here)
-    for name, variable in variables.items():
-        variable.assign(arrays[name])
 
 
 def run(job: Job) -> Dict[str, Any]:
@@ -95,7 +38,6 @@ class _Training:
         self.job, self.watchdog = job, watchdog
         self.run_settings = job.settings.run
         self.cores = layout.cores_of_rank() * job.world.size
-        self.threads = job.settings.data.data_threads or layout.cores_of_rank()
         self.model = build_model(job.settings)
         self.knobs: Knobs = make_knobs()
         self.state = State(self.model, make_optimizer(self.model, self.knobs, job.settings.recipe.wd_on_bn))
@@ -228,24 +170,12 @@ class _Training:
             ranks=job.world.size,
             batch_size=job.batch_size,
             num_classes=job.settings.model.num_classes,
-            threads=self.threads,
+            threads=data.data_threads or layout.cores_of_rank(),
         )
         if job.data is None:
             return synthetic.training_batches(image_size=phase.image_size, **common)
         return pipeline.training_batches(
-            job.data, self._view(phase.image_size), phase.augment, order_block=data.order_block, **common
-        )
-
-    def _view(self, image_size: int) -> preprocess.View:
-        data = self.job.settings.data
-        assert self.job.data is not None
-        return preprocess.make_view(
-            image_size,
-            data.resize,
-            data.eval_crop,
-            data.normalization,
-            self.job.data.pixel_mean,
-            self.job.data.pixel_std,
+            job.data, pipeline.make_view(data, job.data, phase.image_size), phase.augment, order_block=data.order_block, **common
         )
 
     def _epoch(self, step: int) -> float:
@@ -258,25 +188,9 @@ class _Training:
         job = self.job
         if job.data is None:
             return
-        batch_size = self.run_settings.eval_batch_size or job.batch_size
-        batches = pipeline.evaluation_batches(
-            job.data,
-            self._view(job.settings.data.image_size),
-            rank=job.world.rank,
-            ranks=job.world.size,
-            batch_size=batch_size,
-            num_classes=job.settings.model.num_classes,
-            threads=self.threads,
-        )
         started = time.perf_counter()
         score = self.score = evaluation.evaluate(
-            self.evaluate_step,
-            batches,
-            examples=job.validation_examples,
-            rank=job.world.rank,
-            ranks=job.world.size,
-            batch_size=batch_size,
-            beat=self.watchdog.beat,
+            self.evaluate_step, job.settings, job.world, job.data, job.batch_size, self.watchdog.beat
         )
         horovod.check_replicas(job.world, self.state.variables, f"after step {self.state.step}")
         wall = self.clock.seconds()

@@ -1,0 +1,84 @@
+"""Shared parts of the tests: small real data sets, and the package's commands as a user calls them."""
+
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Callable, Dict, List
+
+from resnet_cpu.cluster import layout
+
+layout.apply(0)  # before any test module imports TensorFlow
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# A network and a recipe small enough that a whole run takes seconds.
+TINY_FLAGS = [
+    "--dataset=digits",
+    "--model=resnet18",
+    "--width=0.0625",
+    "--stem=small",
+    "--image_size=16",
+    "--global_batch_size=12",
+    "--log_every_steps=1",
+    "--checkpoint_every_steps=0",
+    "--eval_every_epochs=0",
+    "--phase=main:steps=10,lr=0.05,warmup_steps=3",
+    "--phase=tail:steps=6,lr=0.01,decay=cosine,wd=5e-4,augment=light",
+]
+
+
+def write_tiny_data(folder: str, train: int = 50, validation: int = 21, classes: int = 10) -> Dict[str, int]:
+    """Write a data set of grey 16x16 images with the product's own writer, several shards a split."""
+    from resnet_cpu.data.sources import arrays
+
+    generator = np.random.Generator(np.random.Philox(key=[train, validation]))
+
+    def split(count: int):
+        labels = np.arange(count) % classes
+        images = generator.integers(0, 60, [count, 16, 16]) + (labels * 190 // classes)[:, None, None]
+        return images.astype(np.uint8), labels
+
+    old, arrays.EXAMPLES_PER_SHARD = arrays.EXAMPLES_PER_SHARD, 20
+    try:
+        return arrays.write_data_set(folder, "digits", "made by the tests", {"train": split(train), "validation": split(validation)}, classes)
+    finally:
+        arrays.EXAMPLES_PER_SHARD = old
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A prepared data set: 50 training examples in 3 shards, 21 for evaluation in 2. Not to be changed."""
+    folder = str(tmp_path_factory.mktemp("tiny_data"))
+    write_tiny_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_command() -> Callable[..., subprocess.CompletedProcess]:
+    """Run `python -m resnet_cpu.COMMAND ARGUMENTS` to its end."""
+
+    def run(command: str, *arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", f"resnet_cpu.{command}", *arguments],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+def last_line(text: str) -> str:
+    """Return the last line that is not empty."""
+    return [line for line in text.splitlines() if line.strip()][-1]
+
+
+def told(process: subprocess.CompletedProcess) -> List[str]:
+    """Return the lines in which the package told an error."""
+    return [line for line in process.stderr.splitlines() if line.startswith("resnet_cpu")]

@@ -1,0 +1,98 @@
+"""Five steps on fixed examples: what N ranks compute together, and the same on one rank by other means."""
+
+import contextlib
+
+import numpy as np
+import tensorflow as tf
+
+from resnet_cpu.optim.sgd import SGD
+from resnet_cpu.training import step as training_step
+
+BATCH, STEPS = 24, 5
+CASES = ("float64", "float32", "batch_norm")
+LR, WD, MOMENTUM = 0.05, 1e-3, 0.9
+
+
+@contextlib.contextmanager
+def floatx(name):
+    old = tf.keras.backend.floatx()
+    tf.keras.backend.set_floatx(name)
+    try:
+        yield
+    finally:
+        tf.keras.backend.set_floatx(old)
+
+
+def network(batch_norm):
+    """Three small layers with biases, so that decay and its exclusions have something to act on."""
+    layers, seeds = tf.keras.layers, iter(range(10))
+
+    def init():
+        return tf.keras.initializers.GlorotUniform(next(seeds))
+
+    x = inputs = layers.Input([8, 8, 3])
+    x = layers.Conv2D(6, 3, 2, "same", kernel_initializer=init(), name="c1")(x)
+    if batch_norm:
+        x = layers.BatchNormalization(momentum=0.8, name="bn1")(x)
+    x = layers.ReLU()(x)
+    x = layers.Conv2D(8, 3, 2, "same", kernel_initializer=init(), name="c2")(x)
+    if batch_norm:
+        x = layers.BatchNormalization(momentum=0.8, name="bn2")(x)
+    x = layers.GlobalAveragePooling2D()(layers.ReLU()(x))
+    return tf.keras.Model(inputs, layers.Dense(5, kernel_initializer=init(), name="out")(x))
+
+
+def examples(step, dtype):
+    generator = np.random.Generator(np.random.Philox(key=[7, step]))
+    return generator.standard_normal([BATCH, 8, 8, 3]).astype(dtype), generator.integers(0, 5, BATCH)
+
+
+def train(case, part, as_variables=False):
+    """Return the model's arrays after five of our training steps on the slice `part` of each global batch."""
+    dtype = "float64" if case == "float64" else "float32"
+    with floatx(dtype):
+        model = network(case == "batch_norm")
+        knobs = training_step.make_knobs()
+        optimizer = training_step.make_optimizer(model, knobs, wd_on_bn=False)
+        knobs.weight_decay.assign(WD)
+        knobs.momentum.assign(MOMENTUM)
+        one_step = training_step.make_train_step(model, optimizer, knobs)
+        for step in range(STEPS):
+            images, labels = examples(step, dtype)
+            one_step(tf.constant(images[part]), tf.constant(labels[part]), tf.constant(LR), tf.constant(0.0))
+    variables = [*model.variables, *optimizer.velocities]
+    if as_variables:
+        return variables
+    return named(variables)
+
+
+def named(variables):
+    # Velocities come after the weights in the order of the trainable ones; numbers keep the names apart.
+    return {f"{number:02d} {variable.name}": variable.numpy() for number, variable in enumerate(variables)}
+
+
+def ghost_batches(ranks):
+    """The batch-norm case on one process: a micro-batch a rank, normalised by itself; gradients and statistics averaged."""
+    model = network(True)
+    exclude = [v.name for layer in model.layers if "bn" in layer.name for v in layer.trainable_variables]
+    optimizer = SGD(LR, WD, MOMENTUM, exclude)
+    optimizer.build(model.trainable_variables)
+    per_rank = BATCH // ranks
+    for step in range(STEPS):
+        images, labels = examples(step, "float32")
+        before = [v.numpy() for v in model.non_trainable_variables]
+        gradients, statistics = [], []
+        for rank in range(ranks):
+            for variable, value in zip(model.non_trainable_variables, before):
+                variable.assign(value)
+            part = slice(rank * per_rank, (rank + 1) * per_rank)
+            with tf.GradientTape() as tape:
+                logits = model(images[part], training=True)
+                loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels[part], logits))
+            gradients.append(tape.gradient(loss, model.trainable_variables))
+            statistics.append([v.numpy() for v in model.non_trainable_variables])
+        for variable, values in zip(model.non_trainable_variables, zip(*statistics)):
+            variable.assign(np.mean(values, 0))
+        mean = [tf.add_n(list(column)) / ranks for column in zip(*gradients)]
+        optimizer.apply_gradients(zip(mean, model.trainable_variables))
+    return named([*model.variables, *optimizer.velocities])

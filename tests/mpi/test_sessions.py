@@ -1,0 +1,160 @@
+"""Several ranks under the real mpirun: equality, evaluation, resume, and the controls that must turn red."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import equality
+import numpy as np
+import pytest
+from conftest import ROOT, write_tiny_data
+
+pytestmark = pytest.mark.mpi
+SIZES = (2, 3, 4)
+
+
+@pytest.fixture(scope="session")
+def data_sets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mpi_data")
+    write_tiny_data(str(folder / "train"))
+    for examples in (1, 7, 50, 101):
+        write_tiny_data(str(folder / str(examples)), train=10, validation=examples)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sessions(tmp_path_factory, data_sets):
+    """Run the worker once for each rank count, when first asked for; return its folder."""
+    done = {}
+
+    def session(ranks):
+        if ranks not in done:
+            out = tmp_path_factory.mktemp(f"ranks{ranks}")
+            process = subprocess.run(
+                ["launch/local.sh", str(ranks), sys.executable, "tests/mpi/worker.py", str(out), str(data_sets)],
+                cwd=ROOT, capture_output=True, text=True, timeout=300,
+            )  # fmt: skip
+            (out / "log").write_text(process.stdout + process.stderr)
+            done[ranks] = out, process
+        out, process = done[ranks]
+        assert process.returncode == 0, process.stderr[-4000:]
+        return out
+
+    return session
+
+
+def found(folder: pathlib.Path, case: str):
+    return json.loads((folder / f"{case}.json").read_text())
+
+
+def arrays(folder, case):
+    with np.load(folder / f"{case}.npz") as content:
+        return {name: content[name] for name in content.files}
+
+
+@pytest.mark.parametrize("ranks", SIZES)
+def test_sums_and_means_are_exact(sessions, ranks):
+    assert found(sessions(ranks), "allreduce") == {"mean": (ranks - 1) / 2, "total": ranks * (ranks - 1) // 2}
+
+
+@pytest.mark.parametrize("ranks", (2, 3))
+def test_control_plane(sessions, ranks):
+    assert found(sessions(ranks), "control_plane")["ok"]
+
+
+def relative_norms(one, other):
+    return {name: np.linalg.norm(one[name] - other[name]) / (np.linalg.norm(other[name]) or 1) for name in other}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one rank computes from the whole batches."""
+    return {case: equality.train(case, slice(None)) for case in equality.CASES}
+
+
+@pytest.mark.parametrize("ranks", SIZES)
+def test_ranks_equal_one_rank_with_the_whole_batch_float64(sessions, alone, ranks):
+    together = arrays(sessions(ranks), "equality_float64")
+    for name, expected in alone["float64"].items():
+        np.testing.assert_allclose(together[name], expected, rtol=1e-12, atol=1e-14, err_msg=name)
+
+
+@pytest.mark.parametrize("ranks", SIZES)
+def test_ranks_equal_one_rank_with_the_whole_batch_float32(sessions, alone, ranks):
+    norms = relative_norms(arrays(sessions(ranks), "equality_float32"), alone["float32"])
+    assert max(norms.values()) < 1e-6, norms
+
+
+@pytest.mark.parametrize("ranks", (1, *SIZES))
+def test_batch_norm_equals_ghost_batches(sessions, alone, ranks):
+    together = alone["batch_norm"] if ranks == 1 else arrays(sessions(ranks), "equality_batch_norm")
+    norms = relative_norms(together, equality.ghost_batches(ranks))
+    assert max(norms.values()) < 1e-5, norms
+
+
+def test_negative_control_batch_norm_is_not_that_of_the_whole_batch(sessions, alone):
+    norms = relative_norms(arrays(sessions(2), "equality_batch_norm"), alone["batch_norm"])
+    assert max(norms.values()) > 1e-3
+
+
+def test_negative_control_without_averaging_ranks_train_apart_and_are_caught(sessions, alone):
+    apart = arrays(sessions(2), "equality_without_averaging")
+    whole = {name.split(" ", 1)[1]: array for name, array in alone["float64"].items() if "velocity" not in name}
+    assert max(relative_norms({k: apart[k] for k in whole}, whole).values()) > 1e-6
+    assert "replicas differ in the test" in found(sessions(2), "without_averaging")["error"]
+
+
+def test_broadcast_makes_ranks_equal_and_its_absence_is_caught(sessions):
+    seen = found(sessions(2), "broadcast")
+    assert "replicas differ" in seen["before"] and seen["after"] is None
+    run = found(sessions(2), "run_without_broadcast")
+    assert "replicas differ before step 0" in run["error"] and run["rows"] == []
+
+
+def test_evaluation_is_exact_for_any_ranks_and_batches(sessions, data_sets):
+    results = {ranks: found(sessions(ranks), "evaluation") for ranks in (2, 3)}
+    results[1] = one_rank_evaluation(data_sets)
+    for examples in (1, 7, 50, 101):
+        rows = [results[ranks][f"{examples}/{batch}"] for ranks in (1, 2, 3) for batch in (1, 8, 64)]
+        assert all(row[:3] == rows[0][:3] for row in rows), (examples, rows)
+        assert rows[0][0] == examples and rows[0][1] <= rows[0][2] <= examples
+        np.testing.assert_allclose([row[3] for row in rows], rows[0][3], rtol=1e-6)
+
+
+def one_rank_evaluation(data_sets):
+    import runs
+
+    from resnet_cpu import flags
+    from resnet_cpu.cluster.control import World
+    from resnet_cpu.data import shards
+    from resnet_cpu.training import evaluation
+    from resnet_cpu.training.state import build_model
+
+    settings = flags.parse([*runs.TINY_FLAGS, "--seed=3"])
+    step = evaluation.make_evaluate_step(build_model(settings))
+    found_here = {}
+    for examples in (1, 7, 50, 101):
+        data = shards.open_data(str(data_sets / str(examples)))
+        for batch in (1, 8, 64):
+            score = evaluation.evaluate(step, settings, World(1, 0), data, batch)
+            found_here[f"{examples}/{batch}"] = [score.examples, score.correct1, score.correct5, score.loss]
+    return found_here
+
+
+def test_resume_on_two_ranks_is_bit_identical(sessions):
+    assert found(sessions(2), "resume")["ok"]
+
+
+def test_two_ranks_run_like_one_up_to_rounding_of_batch_norm(sessions, data_sets, tmp_path):
+    """The same global batch on one rank sees the same examples: LR and steps agree, and so does the loss, roughly."""
+    import runs
+
+    from resnet_cpu.cluster.control import World
+
+    folder = sessions(2)
+    assert found(folder, "run_state")["batch"] == [6, 12]
+    runs.train(World(1, 0), str(data_sets / "train"), str(tmp_path / "run"))
+    two, one = runs.losses(str(folder / "run")), runs.losses(str(tmp_path / "run"))
+    assert [(step, rate) for step, _, rate in two] == [(step, rate) for step, _, rate in one]
+    assert two[0][1] == pytest.approx(one[0][1], rel=0.05)  # first step: batch norm over 6 images each, not 12

@@ -1,0 +1,61 @@
+"""Whole runs inside this process, and what they leave: shared by the tests of one rank and of several."""
+
+import os
+from typing import Any, Dict, List, Tuple
+
+import numpy as np
+from conftest import TINY_FLAGS
+
+from resnet_cpu import flags
+from resnet_cpu.cluster import control
+from resnet_cpu.report.runlog import read_rows
+from resnet_cpu.training import checkpoint, job, loop
+
+
+def train(world: control.World, data_dir: str, run_dir: str, *more: str) -> Dict[str, Any]:
+    """Train as `python -m resnet_cpu.train` does after MPI is up; return the result."""
+    settings = flags.parse([*TINY_FLAGS, f"--data_dir={data_dir}", f"--run_dir={run_dir}", *more])
+    opened = job.open_job(settings, world, {})
+    try:
+        return opened.finished or loop.run(opened)
+    finally:
+        if opened.folder is not None:
+            opened.folder.close()
+
+
+def final_state(run_dir: str) -> Dict[str, np.ndarray]:
+    """Return every array of the newest checkpoint: weights, statistics, velocity."""
+    path, manifest = checkpoint.newest(run_dir)
+    state = {f"{group}/{name}": array for group in ("weights", "optimizer") for name, array in checkpoint.load(path, group).items()}
+    return {**state, "step": np.array(manifest["step"])}
+
+
+def losses(run_dir: str) -> List[Tuple[int, float, float]]:
+    """Return (step, loss, LR) of every step."""
+    return [(row["step"], row["loss"], row["lr"]) for row in read_rows(os.path.join(run_dir, "metrics.jsonl"))]
+
+
+def differing(one: Dict[str, np.ndarray], other: Dict[str, np.ndarray]) -> List[str]:
+    """Return the names of the arrays that are not the same bits."""
+    assert set(one) == set(other)
+    return [name for name in one if one[name].tobytes() != other[name].tobytes()]
+
+
+# Where a run of 10 + 6 steps is stopped before it is resumed: in the first phase, at the border, in the second.
+STOPS = (4, 10, 13)
+
+
+def check_resume(world: control.World, data_dir: str, folder: str) -> None:
+    """Stop and resume at each of STOPS; weights, velocity, statistics and losses equal the uninterrupted run's."""
+    whole = train(world, data_dir, f"{folder}/whole")
+    assert whole["complete"] and whole["steps"] == 16
+    for stop in STOPS:
+        run_dir = f"{folder}/stop{stop}"
+        part = train(world, data_dir, run_dir, f"--max_steps={stop}")
+        assert not part["complete"] and part["steps"] == stop
+        rest = train(world, data_dir, run_dir, "--resume=must")
+        assert rest["complete"]
+        world.barrier()
+        assert not differing(final_state(run_dir), final_state(f"{folder}/whole")), stop
+        assert losses(run_dir) == losses(f"{folder}/whole"), stop
+        assert (rest["top1"], rest["top5"], rest["loss"]) == (whole["top1"], whole["top5"], whole["loss"])

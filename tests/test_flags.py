@@ -1,0 +1,102 @@
+"""Flags: what is refused and how, and that a written flagfile gives the same settings again."""
+
+import dataclasses
+
+import pytest
+
+from resnet_cpu import flags
+from resnet_cpu.errors import FlagError
+
+PHASE = "--phase=main:steps=1,lr=1"
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--batchsize=3"], ["--batchsize=3", "unknown", "--batch_size"]),
+        (["--no_such_thing"], ["--no_such_thing", "--help"]),
+        (["--batch_size=0"], ["batch_size", "0", "--help"]),
+        (["--batch_size=x"], ["batch_size", "x"]),
+        (["--model=vgg16"], ["model", "vgg16", "resnet50"]),
+        (["--seed=-1"], ["seed", "-1"]),
+        (["stray"], ["'stray'", "--name=value"]),
+        (["--batch_size=3", "--global_batch_size=8"], ["--batch_size=3", "--global_batch_size=8", "leave one"]),
+        (["--dataset=synthetic", "--data_dir=x"], ["--data_dir=x", "synthetic", "leave one"]),
+        (["--run_dir=a\nb"], ["run_dir", "newline"]),
+        (["--phase=main:steps=1\n,lr=1"], ["phase", "newline"]),
+        (["--phase=main:steps=1"], ["main", "lr"]),
+        (["--flagfile=/no/such.flags"], ["/no/such.flags"]),
+        (["--keep_checkpoints=1"], ["keep_checkpoints", "1"]),
+    ],
+)
+def test_bad_flags_are_told_in_one_line(arguments, parts):
+    with pytest.raises(FlagError) as caught:
+        flags.parse(arguments)
+    assert all(part in str(caught.value) for part in parts), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults_follow_the_data_set():
+    small, large = flags.parse(["--dataset=fashion_mnist"]), flags.parse([])
+    assert (small.data.image_size, small.data.eval_crop, small.model.num_classes) == (32, 1.0, 10)
+    assert (large.data.image_size, large.data.eval_crop, large.model.num_classes) == (224, 0.875, 1000)
+    assert flags.parse(["--dataset=fashion_mnist", "--image_size=64"]).data.image_size == 64
+
+
+def test_flagfiles_nest_later_flags_win_and_an_indented_comment_is_a_leftover(tmp_path):
+    (tmp_path / "base.flags").write_text("# a comment\n--seed=1\n--batch_size=4\n")
+    (tmp_path / "top.flags").write_text(f"--flagfile={tmp_path}/base.flags\n--seed=2\n")
+    parsed = flags.parse([f"--flagfile={tmp_path}/top.flags", "--batch_size=8"])
+    assert (parsed.recipe.seed, parsed.recipe.batch_size) == (2, 8)
+    (tmp_path / "bad.flags").write_text("--seed=1\n  # indented\n")
+    with pytest.raises(FlagError, match="column 0"):
+        flags.parse([f"--flagfile={tmp_path}/bad.flags"])
+
+
+def test_resolved_flags_are_a_fixed_point(tmp_path):
+    given = ["--dataset=fashion_mnist", "--data_dir=d", PHASE, "--phase=b:epochs=1,lr_per_256=0.1,wd=0", "--conv1_bias"]
+    first = flags.parse([*given, "--nowd_on_bn", "--run_dir=a folder", "--bn_epsilon=1.001e-5"])
+    (tmp_path / "resolved.flags").write_text(first.resolved_flags)
+    second = flags.parse([f"--flagfile={tmp_path}/resolved.flags"])
+    assert second == first
+    assert second.resolved_flags == first.resolved_flags
+
+
+def test_help_shows_every_flag():
+    text = flags.help_text("train")
+    for section in dataclasses.fields(flags.parse([PHASE])):
+        pass  # the sections of settings are not flags; the flags are below
+    values, _ = flags.parse_values([])
+    for name in values:
+        assert f"--{name}" in text
+
+
+@pytest.mark.parametrize("argument", ["--help", "-h", "--helpfull"])
+def test_help_exits_0(argument, capsys):
+    with pytest.raises(SystemExit) as caught:
+        flags.parse([argument])
+    assert caught.value.code == 0
+    assert "--batch_size" in capsys.readouterr().out
+
+
+# A value for every flag that differs from its default and changes the settings.
+CHANGES = {
+    "experiment": "scaling", "phase": "x:steps=2,lr=1", "batch_size": "5", "global_batch_size": "10", "lr_scaling": "sqrt",
+    "wd_on_bn": "true", "seed": "4", "dataset": "digits", "data_dir": "d", "train_examples": "9", "num_classes": "3",
+    "image_size": "64", "resize": "bicubic", "normalization": "tf", "eval_crop": "0.5", "order_block": "2",
+    "data_threads": "3", "model": "resnet18", "width": "2", "stem": "small", "stride_in": "1x1", "padding": "same",
+    "zero_gamma": "none", "bn_momentum": "0.5", "bn_epsilon": "0.1", "conv1_bias": "true", "run_dir": "r",
+    "resume": "must", "max_steps": "3", "eval_every_epochs": "2", "eval_batch_size": "7", "checkpoint_every_steps": "3",
+    "keep_checkpoints": "5", "log_every_steps": "2", "ranks": "2", "threads": "2", "stall_timeout": "9",
+}  # fmt: skip
+OF_ONE_COMMAND = {"checkpoint", "format", "output", "raw_dir"}  # read by evaluate, plan and prepare themselves
+
+
+def test_every_flag_changes_the_settings():
+    values, _ = flags.parse_values([])
+    ours = {name for name in values if name not in OF_ONE_COMMAND}
+    assert ours == set(CHANGES)
+    before = flags.parse([])
+    for name, value in CHANGES.items():
+        after = flags.parse([f"--{name}={value}"])
+        assert dataclasses.replace(after, resolved_flags="") != dataclasses.replace(before, resolved_flags=""), name

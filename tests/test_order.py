@@ -1,0 +1,78 @@
+"""Which example comes when: pure functions, so the tests need neither ranks nor TensorFlow."""
+
+import numpy as np
+import pytest
+
+from resnet_cpu.data import order
+
+
+def ids_of_step(step, ranks, batch, examples, seed=3, block=1):
+    return np.concatenate([order.train_batch(seed, step, rank, ranks, batch, examples, block)[0] for rank in range(ranks)])
+
+
+@pytest.mark.parametrize("examples", [17, 48, 50, 101])
+@pytest.mark.parametrize("block", [1, 4, 7])
+def test_the_examples_of_a_step_do_not_depend_on_the_ranks(examples, block):
+    for step in range(20):
+        expected = ids_of_step(step, 1, 16, examples, block=block)
+        for ranks, batch in [(2, 8), (4, 4), (16, 1)]:
+            np.testing.assert_array_equal(ids_of_step(step, ranks, batch, examples, block=block), expected)
+
+
+@pytest.mark.parametrize("examples, block", [(48, 1), (50, 1), (50, 4), (101, 8)])
+def test_each_example_comes_once_an_epoch_and_none_is_dropped_at_the_border(examples, block):
+    steps = 4 * examples  # batches of 12 straddle the borders
+    stream = np.concatenate([ids_of_step(step, 3, 4, examples, block=block) for step in range(steps)])
+    for epoch in range(len(stream) // examples):
+        assert sorted(stream[epoch * examples : (epoch + 1) * examples]) == list(range(examples))
+
+
+def epochs_differ(permutation):
+    orders = [permutation(0, epoch, 1000) for epoch in range(3)]
+    return all((orders[a] == orders[b]).sum() <= 10 for a, b in [(0, 1), (0, 2), (1, 2)])
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    assert epochs_differ(order.permutation)
+    assert (order.permutation(0, 0, 1000) == order.permutation(1, 0, 1000)).sum() <= 10
+
+
+def test_negative_control_without_the_epoch_key_the_orders_are_the_same():
+    assert not epochs_differ(lambda seed, epoch, examples: order.permutation(seed, 0, examples))
+
+
+def test_blocks_stay_together():
+    stream = order.permutation(5, 0, 40, 8)
+    for start in range(0, 40, 8):
+        assert (np.diff(stream[start : start + 8]) == 1).all()
+    assert not (np.diff(stream) == 1).all()
+
+
+def test_draws_belong_to_seed_epoch_and_example_alone():
+    ids, epochs = np.array([7, 3, 7, 9]), np.array([0, 0, 1, 1])
+    together = order.draws(1, epochs, ids, 41)
+    alone = np.concatenate([order.draws(1, epochs[i : i + 1], ids[i : i + 1], 41) for i in range(4)])
+    np.testing.assert_array_equal(together, alone)
+    assert not np.array_equal(together[0], together[2])
+    assert not np.array_equal(together[0], order.draws(2, epochs, ids, 41)[0])
+
+
+def test_draws_are_uniform():
+    values = order.draws(0, np.zeros(5000, np.int64), np.arange(5000), 8)
+    assert values.dtype == np.float32 and 0 <= values.min() and values.max() < 1
+    counts, _ = np.histogram(values, 20, (0, 1))
+    assert ((counts - 2000) ** 2 / 2000).sum() < 50  # chi-square, 19 degrees of freedom: p = 1e-4
+    assert abs(np.corrcoef(values.T) - np.eye(8)).max() < 0.06
+
+
+@pytest.mark.parametrize("examples", [1, 7, 50, 101])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_evaluation_weighs_every_example_once(examples, ranks, batch):
+    counts = np.zeros(examples, np.int64)
+    for step in range(order.evaluation_steps(ranks, batch, examples)):
+        for rank in range(ranks):
+            ids, weights = order.evaluation_batch(step, rank, ranks, batch, examples)
+            assert len(ids) == batch
+            np.add.at(counts, ids, weights)
+    assert (counts == 1).all()

@@ -1,0 +1,126 @@
+"""The phase grammar: what it reads, what it refuses and how it says so."""
+
+import pytest
+
+from resnet_cpu.errors import FlagError
+from resnet_cpu.recipe import phases
+
+IMAGENET = 1_281_167
+
+
+def plan(*texts, train_examples=IMAGENET, global_batch_size=256, lr_scaling="linear", image_size=224):
+    return phases.plan(
+        phases.parse(texts),
+        train_examples=train_examples,
+        global_batch_size=global_batch_size,
+        lr_scaling=lr_scaling,
+        image_size=image_size,
+    )
+
+
+def test_defaults():
+    (phase,) = plan("main:steps=100,lr=0.1,warmup_steps=10")
+    assert (phase.decay, phase.power, phase.decay_from, phase.decay_steps) == ("poly", 1.0, "warmup_end", 90)
+    assert (phase.wd, phase.momentum, phase.augment, phase.image_size) == (1e-4, 0.9, "full", 224)
+    assert (phase.warmup_lr, phase.end_lr, phase.gamma) == (0.0, 0.0, 0.1)
+    assert (phase.branch, phase.member, phase.parent, phase.velocity) == (False, False, None, "keep")
+
+
+def test_decay_from_start_counts_the_warmup_in():
+    (phase,) = plan("main:steps=100,lr=0.1,warmup_steps=10,decay_from=start")
+    assert phase.decay_steps == 100
+
+
+@pytest.mark.parametrize("epochs, batch, steps", [("90", 1024, 112603), ("0.5", 256, 2502), ("1", 1_281_167, 1)])
+def test_epochs_become_the_nearest_number_of_steps(epochs, batch, steps):
+    (phase,) = plan(f"main:epochs={epochs},lr=0.1", global_batch_size=batch)
+    assert phase.steps == steps == round(float(epochs) * IMAGENET / batch)
+
+
+@pytest.mark.parametrize("rule, lr", [("linear", 1.6), ("sqrt", 0.4), ("none", 0.1)])
+def test_lr_per_256_is_scaled_once(rule, lr):
+    (phase,) = plan("main:steps=9,lr_per_256=0.1", global_batch_size=4096, lr_scaling=rule)
+    assert phase.lr == pytest.approx(lr)
+
+
+def test_absolute_lr_is_not_scaled():
+    (phase,) = plan("main:steps=9,lr=0.1", global_batch_size=4096)
+    assert phase.lr == 0.1
+
+
+def test_a_later_phase_of_the_same_name_replaces_the_earlier_at_its_place():
+    planned = plan("a:steps=1,lr=1", "b:steps=2,lr=1", "a:steps=7,lr=2")
+    assert [(phase.name, phase.steps) for phase in planned] == [("a", 7), ("b", 2)]
+
+
+def test_parents_and_velocity_of_a_tree():
+    planned = plan(
+        "main:steps=5,lr=1",
+        "side:steps=2,lr=1,branch=1,member=1",
+        "more:steps=5,lr=1",
+        "late:steps=2,lr=1,from=main,branch=1",
+        "kept:steps=2,lr=1,branch=1,velocity=keep",
+    )
+    assert [phase.parent for phase in planned] == [None, "main", "main", "main", "more"]
+    assert [phase.velocity for phase in planned] == ["keep", "reset", "keep", "reset", "keep"]
+
+
+def test_boundaries_in_epochs():
+    (phase,) = plan("main:epochs=90,lr=0.1,decay=step,boundary_epochs=30/60/80", global_batch_size=1024)
+    assert phase.boundary_steps == tuple(round(e * IMAGENET / 1024) for e in (30, 60, 80))
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("main:steps=1,lr=1,colour=red", ["main", "colour", "known are"]),
+        ("main:steps=1,epochs=1,lr=1", ["main", "steps", "epochs", "keep one"]),
+        ("main:lr=1", ["main", "steps", "epochs", "add one"]),
+        ("main:steps=1", ["main", "lr", "lr_per_256", "add one"]),
+        ("main:steps=1,lr=1,lr_per_256=1", ["main", "lr", "keep one"]),
+        ("main:steps=0,lr=1", ["main", "steps=0", "at least 1"]),
+        ("main:steps=1.5,lr=1", ["main", "steps=1.5", "whole number"]),
+        ("main:steps=1,lr=nan", ["main", "lr=nan"]),
+        ("main:steps=1,lr=inf", ["main", "lr=inf"]),
+        ("main:steps=1,lr=-1", ["main", "lr=-1", "at least 0"]),
+        ("main:steps=1,lr=x", ["main", "lr=x", "number"]),
+        ("main:steps=1,lr=1,momentum=1", ["main", "momentum=1", "below 1"]),
+        ("main:steps=1,lr=1,decay=linear", ["main", "decay=linear", "poly"]),
+        ("main:steps=1,lr=1,decay=step", ["main", "boundaries", "boundary_epochs"]),
+        ("main:steps=9,lr=1,decay=step,boundary_steps=5/3", ["main", "boundary_steps=5/3", "rising"]),
+        ("main:steps=1,lr=1,decay=cosine,power=2", ["main", "power", "cosine"]),
+        ("main:steps=1,lr=1,gamma=0.1", ["main", "gamma", "poly"]),
+        ("main:steps=1,lr=1,warmup_lr=1", ["main", "warmup_lr", "warmup_steps"]),
+        ("main:steps=1,lr=1,branch=yes", ["main", "branch=yes", "0 or 1"]),
+        ("main:steps=1,lr=1,augment=heavy", ["main", "augment=heavy", "light"]),
+        ("main:steps=1,steps=2,lr=1", ["main", "steps", "twice"]),
+        ("main:steps=1, lr=1", ["main", "' lr'"]),
+        ("main:steps=1,lr", ["main", "'lr'", "key=value"]),
+        ("main:steps=1,lr=1\n", ["newline", "one line"]),
+        ("main", ["NAME:key=value"]),
+        ("../x:steps=1,lr=1", ["NAME"]),
+        (":steps=1,lr=1", ["NAME"]),
+    ],
+)
+def test_a_bad_phase_is_told_with_its_name_key_and_remedy(text, parts):
+    with pytest.raises(FlagError) as caught:
+        phases.parse([text])
+    assert all(part in str(caught.value) for part in parts)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "texts, parts",
+    [
+        (["a:steps=1,lr=1,from=b", "b:steps=1,lr=1"], ["a", "from=b", "earlier"]),
+        (["a:steps=1,lr=1", "b:steps=1,lr=1,from=c"], ["b", "from=c", "a"]),
+        (["a:steps=1,lr=1,from=a"], ["a", "from=a"]),
+        (["a:steps=5,lr=1,warmup_steps=6"], ["a", "warm-up", "6", "5"]),
+        (["a:epochs=0.00001,lr=1"], ["a", "less than one step"]),
+        ([], ["--phase"]),
+    ],
+)
+def test_phases_that_do_not_fit_together(texts, parts):
+    with pytest.raises(FlagError) as caught:
+        plan(*texts)
+    assert all(part in str(caught.value) for part in parts)

@@ -1,0 +1,63 @@
+"""`plan`: the table and the csv of what a flagfile would do."""
+
+import csv
+import io
+import math
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, last_line
+
+from resnet_cpu import plan
+
+RECIPE = ["--phase=main:steps=20,lr=0.2,warmup_steps=4,wd=5e-5", "--phase=tail:epochs=0.01,lr=0.02,decay=cosine,augment=light,image_size=160"]
+
+
+def rows(capsys, *arguments):
+    plan.main([*arguments, "--format=csv"])
+    return list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+
+
+def test_csv_has_one_row_a_step_and_floats_that_read_back(capsys):
+    found = rows(capsys, *RECIPE, "--ranks=4", "--batch_size=64", "--train_examples=100000")
+    assert list(found[0]) == "step,phase,step_in_phase,epoch,lr,weight_decay,momentum,augment,image_size".split(",")
+    assert [row["step"] for row in found] == [str(t) for t in range(24)]  # 0.01 * 100000 / 256 = 3.9 -> 4
+    assert float(found[3]["lr"]) == (3 * 0.2 + 1 * 0.0) / 4
+    assert float(found[12]["lr"]) == 0.2 * (1 - 8 / 16)
+    assert float(found[22]["lr"]) == pytest.approx(0.02 * (1 + math.cos(math.pi / 2)) / 2, rel=1e-12)
+    assert float(found[23]["epoch"]) == 23 * 256 / 100000
+    assert (found[0]["weight_decay"], found[0]["augment"], found[0]["image_size"]) == ("5e-05", "full", "224")
+    assert (found[23]["phase"], found[23]["step_in_phase"], found[23]["augment"], found[23]["image_size"]) == ("tail", "3", "light", "160")
+
+
+def test_branches_are_planned_even_where_they_do_not_run_yet(capsys):
+    found = rows(capsys, "--phase=a:steps=2,lr=1", "--phase=b:steps=1,lr=1,branch=1,member=1", "--phase=c:steps=1,lr=1")
+    assert [row["phase"] for row in found] == ["a", "a", "b", "c"]
+
+
+def test_table_shows_phases_and_sums(capsys):
+    plan.main([*RECIPE, "--global_batch_size=256", "--ranks=8"])
+    text = capsys.readouterr().out
+    assert "main" in text and "poly^1" in text and "cosine" in text and "160" in text
+    assert "70 steps" in text  # 20 + round(0.01 * 1281167 / 256)
+    assert last_line(text) == "global batch 256 = 8 ranks x 32; 1,281,167 training examples = 5004.56 steps an epoch"
+
+
+def test_size_of_a_prepared_data_set_comes_from_its_facts_or_the_flag(capsys):
+    found = rows(capsys, "--dataset=fashion_mnist", "--phase=a:epochs=1,lr=1", "--batch_size=600")
+    assert len(found) == 100
+
+
+def test_png(tmp_path, capsys):
+    path = tmp_path / "plan.png"
+    plan.main([*RECIPE, "--format=png", f"--output={path}"])
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_and_help_load_neither_tensorflow_nor_horovod_nor_mpi():
+    code = (
+        "import sys; from resnet_cpu import plan, train, evaluate, prepare; plan.main(sys.argv[1:]);"
+        "loaded = {'tensorflow', 'horovod', 'mpi4py', 'matplotlib'} & set(sys.modules); assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code, *RECIPE], cwd=ROOT, check=True, capture_output=True)

@@ -1,0 +1,120 @@
+"""From bytes to pixels, against numpy."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from resnet_cpu.data import order, preprocess
+
+GREY = ((0.0,) * 3, (1.0,) * 3)
+
+
+def jpeg(height, width):
+    """A smooth colour picture, so that resampling is well-conditioned."""
+    y, x = np.mgrid[0:height, 0:width]
+    image = np.stack([y * 255 / height, x * 255 / width, (y + x) * 127 / (height + width)], -1)
+    return tf.io.encode_jpeg(image.astype(np.uint8), quality=95).numpy()
+
+
+def view(size=16, resize="bilinear", eval_crop=1.0, normalization="dataset"):
+    return preprocess.make_view(size, resize, eval_crop, normalization, *GREY)
+
+
+def draws(ids, seed=0, epoch=0):
+    ids = np.array(ids)
+    return order.draws(seed, np.full(len(ids), epoch), ids, preprocess.DRAWS)
+
+
+def decoded(encoded):
+    return tf.io.decode_jpeg(encoded, channels=3).numpy().astype(np.float32)
+
+
+def test_window_decoding_equals_decoding_all_and_cutting():
+    encoded = jpeg(70, 90)
+    for example in range(20):
+        window = preprocess._area_window(tf.constant([70, 90, 3]), tf.constant(draws([example])[0])).numpy()
+        y, x, height, width = window
+        cut = decoded(encoded)[y : y + height, x : x + width]
+        found = tf.image.decode_and_crop_jpeg(encoded, window, channels=3).numpy().astype(np.float32)
+        np.testing.assert_array_equal(found[2:-2, 2:-2], cut[2:-2, 2:-2])
+        # At the rim libjpeg interpolates colour from what it has decoded, and that ends with the window.
+        np.testing.assert_allclose(found, cut, atol=4)
+
+
+def test_area_windows_lie_inside_and_spread_over_area_and_aspect():
+    height, width = 60, 80
+    windows = np.array(
+        [preprocess._area_window(tf.constant([height, width, 3]), tf.constant(row)).numpy() for row in draws(range(400))]
+    )
+    y, x, heights, widths = windows.T
+    assert (y >= 0).all() and (x >= 0).all() and (y + heights <= height).all() and (x + widths <= width).all()
+    area, aspect = heights * widths / (height * width), widths / heights
+    assert area.min() < 0.15 and area.max() > 0.9 and 0.07 < area.min()
+    assert 0.70 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.43
+
+
+@pytest.mark.parametrize("augment", ["full", "light", "none"])
+@pytest.mark.parametrize("eval_crop", [0.875, 1.0])
+def test_sizes_and_flips(augment, eval_crop):
+    encoded = jpeg(50, 40)
+    chance = draws([5])[0]
+    plain, flipped = chance.copy(), chance.copy()
+    plain[-1], flipped[-1] = 0.9, 0.1
+    images = [preprocess.training_image(encoded, row, augment, view(eval_crop=eval_crop)).numpy() for row in (plain, flipped)]
+    assert images[0].shape == (16, 16, 3)
+    mirrored = images[1] if augment == "none" else images[1][:, ::-1]
+    np.testing.assert_array_equal(mirrored, images[0])
+
+
+def test_augmentation_differs_between_epochs_and_examples():
+    encoded = jpeg(50, 40)
+    images = [
+        preprocess.training_image(encoded, draws([example], epoch=epoch)[0], "full", view()).numpy()
+        for example, epoch in [(1, 0), (1, 1), (2, 0), (1, 0)]
+    ]
+    assert not np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
+    np.testing.assert_array_equal(images[0], images[3])
+
+
+def test_light_on_small_images_shifts_by_at_most_an_eighth():
+    encoded = jpeg(16, 16)
+    whole = preprocess.evaluation_image(encoded, view()).numpy()
+    padded = np.pad(whole, [(2, 2), (2, 2), (0, 0)])
+    corners = set()
+    for example in range(60):
+        row = draws([example])[0]
+        row[-1] = 0.9
+        image = preprocess.training_image(encoded, row, "light", view()).numpy()
+        places = [(y, x) for y in range(5) for x in range(5) if np.array_equal(padded[y : y + 16, x : x + 16], image)]
+        assert places
+        corners.add(places[0])
+    assert len(corners) > 15
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 100), (101, 64)])
+def test_evaluation_looks_at_the_centre(shape):
+    encoded = jpeg(*shape)
+    side = round(64 * 0.875)
+    top, left = (shape[0] - side) // 2, (shape[1] - side) // 2
+    cut = decoded(encoded)[top : top + side, left : left + side]
+    expected = tf.image.resize(cut, [16, 16], "bilinear").numpy()
+    np.testing.assert_array_equal(preprocess.evaluation_image(encoded, view(eval_crop=0.875)).numpy(), expected)
+
+
+def test_normalizations():
+    encoded = jpeg(16, 16)
+    pixels = decoded(encoded)
+    authors = preprocess.evaluation_image(encoded, view(normalization="authors")).numpy()
+    np.testing.assert_allclose(authors, (pixels[:, :, ::-1] - [104, 117, 123]) / 128, atol=1e-5)
+    ranged = preprocess.evaluation_image(encoded, view(normalization="tf")).numpy()
+    np.testing.assert_allclose(ranged, pixels / 127.5 - 1, atol=1e-5)
+    own = preprocess.make_view(16, "bilinear", 1.0, "auto", (10.0, 20.0, 30.0), (2.0, 4.0, 5.0))
+    np.testing.assert_allclose(
+        preprocess.evaluation_image(encoded, own).numpy(), (pixels - [10, 20, 30]) / [2, 4, 5], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_bicubic_is_another_interpolation():
+    encoded = jpeg(40, 40)
+    linear, cubic = (preprocess.evaluation_image(encoded, view(resize=kind)).numpy() for kind in ("bilinear", "bicubic"))
+    assert 0 < np.abs(linear - cubic).max() < 20

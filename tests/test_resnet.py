@@ -1,0 +1,133 @@
+"""The network: exact counts, the reference's logits, and each switch where it should act."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from resnet_cpu.errors import FlagError
+from resnet_cpu.model.resnet import resnet, resnet50
+
+
+def counts(model):
+    def total(variables):
+        return sum(int(np.prod(variable.shape)) for variable in variables)
+
+    return total(model.trainable_variables), total(model.non_trainable_variables)
+
+
+def test_resnet50_has_exactly_the_published_parameters():
+    """25,557,032: torchvision's resnet50; conv1's bias adds 64."""
+    assert counts(resnet50()) == (25_557_032, 53_120)
+    assert counts(resnet50(conv1_bias=True)) == (25_557_032 + 64, 53_120)
+
+
+# torchvision's models of the same names.
+@pytest.mark.parametrize("name, trainable", [("resnet18", 11_689_512), ("resnet34", 21_797_672), ("resnet101", 44_549_160)])
+def test_other_depths(name, trainable):
+    assert counts(resnet(name))[0] == trainable
+
+
+def test_width_scales_every_channel():
+    model = resnet50(10, width=0.25)
+    assert model.get_layer("conv1_conv").filters == 16
+    assert model.get_layer("conv5_block3_3_conv").filters == 512
+
+
+def test_logits_of_keras_applications_with_its_weights():
+    """keras.applications.ResNet50 is v1 with biased convolutions; a bias before batch norm shifts its moving mean."""
+    reference = tf.keras.applications.ResNet50(weights=None, classifier_activation=None)
+    generator = np.random.Generator(np.random.Philox(0))
+    for layer in reference.layers:
+        weights = layer.get_weights()
+        if isinstance(layer, tf.keras.layers.BatchNormalization):
+            shape = weights[0].shape
+            draw = lambda low, high: generator.uniform(low, high, shape)  # noqa: B023, E731
+            layer.set_weights([draw(0.5, 1), draw(-0.2, 0.2), draw(-0.3, 0.3), draw(0.5, 2)])
+        elif isinstance(layer, tf.keras.layers.Conv2D):
+            layer.set_weights([weights[0], generator.uniform(-0.3, 0.3, weights[1].shape)])
+    ours = resnet50(stride_in="1x1", bn_epsilon=1.001e-5)
+    for layer in ours.layers:
+        if isinstance(layer, tf.keras.layers.Conv2D):
+            layer.set_weights(reference.get_layer(layer.name).get_weights()[:1])
+        elif isinstance(layer, tf.keras.layers.BatchNormalization):
+            gamma, beta, mean, variance = reference.get_layer(layer.name).get_weights()
+            bias = reference.get_layer(layer.name.replace("_bn", "_conv")).get_weights()[1]
+            layer.set_weights([gamma, beta, mean - bias, variance])
+        elif isinstance(layer, tf.keras.layers.Dense):
+            layer.set_weights(reference.get_layer("predictions").get_weights())
+    images = generator.standard_normal([2, 224, 224, 3]).astype(np.float32)
+    expected, found = reference(images).numpy(), ours(images).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    other = resnet50(stride_in="3x3", bn_epsilon=1.001e-5)  # the control: v1.5 with the same weights is another net
+    other.set_weights(ours.get_weights())
+    assert np.abs(other(images).numpy() - expected).max() > 1e-2 * np.abs(expected).max()
+
+
+def test_stride_sits_where_it_is_asked():
+    v15, v1 = resnet50(), resnet50(stride_in="1x1")
+    assert v15.get_layer("conv3_block1_1_conv").strides == (1, 1)
+    assert v15.get_layer("conv3_block1_2_conv").strides == (2, 2)
+    assert v1.get_layer("conv3_block1_1_conv").strides == (2, 2)
+    assert v1.get_layer("conv3_block1_2_conv").strides == (1, 1)
+    assert v15.get_layer("conv2_block1_0_conv").strides == (1, 1)
+    assert v15.get_layer("conv3_block1_0_conv").strides == (2, 2)
+
+
+def test_symmetric_padding_equals_a_plain_convolution_with_zeros_on_both_sides():
+    model = resnet50(10, width=0.125)
+    images = np.random.Generator(np.random.Philox(3)).standard_normal([1, 9, 9, 3]).astype(np.float32)
+    kernel = model.get_layer("conv1_conv").get_weights()[0]
+    padded = np.pad(images, [(0, 0), (3, 3), (3, 3), (0, 0)])
+    expected = np.array(
+        [[np.tensordot(padded[0, 2 * y : 2 * y + 7, 2 * x : 2 * x + 7], kernel, 3) for x in range(5)] for y in range(5)]
+    )
+    found = tf.keras.Model(model.input, model.get_layer("conv1_conv").output)(images).numpy()[0]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    same = resnet50(10, width=0.125, padding="same")
+    assert all(not isinstance(layer, tf.keras.layers.ZeroPadding2D) for layer in same.layers)
+
+
+@pytest.mark.parametrize("padding, first", [("symmetric", 1.0), ("caffe", 2.0), ("same", 2.0)])
+def test_the_pool_starts_where_each_padding_says(padding, first):
+    """Rows 0, 1, 2 ... hold 0, 1, 2 ...: a window padded in front sees rows 0-1, one that is not sees 0-2."""
+    model = resnet50(10, width=0.125, padding=padding)
+    start = model.get_layer("conv1_relu").output
+    pool = tf.keras.Model(start, model.get_layer("pool1_pool").output)
+    ramp = np.broadcast_to(np.arange(8, dtype=np.float32)[None, :, None, None], [1, 8, 8, 8])
+    assert pool(ramp).numpy()[0, 0, 0, 0] == first
+
+
+@pytest.mark.parametrize("choice, zeros", [("all", 16), ("last", 4), ("none", 0)])
+def test_zero_gamma(choice, zeros):
+    gammas = [v for v in resnet50(10, width=0.125, zero_gamma=choice).trainable_variables if "gamma" in v.name]
+    silent = [gamma.name for gamma in gammas if not gamma.numpy().any()]
+    assert len(gammas) == 53 and len(silent) == zeros
+    assert all("_3_bn" in name for name in silent)
+    if choice == "last":
+        assert [name.split("_3_bn")[0] for name in silent] == ["conv2_block3", "conv3_block4", "conv4_block6", "conv5_block3"]
+
+
+def test_initial_weights_have_the_published_variances_and_follow_the_seed():
+    model = resnet50(seed=1)
+    deviation = {v.name: float(v.numpy().std()) for v in model.trainable_variables if "kernel" in v.name}
+    assert deviation["conv1_conv/kernel:0"] == pytest.approx((2 / (49 * 64)) ** 0.5, rel=0.03)  # fan out
+    assert deviation["conv4_block2_2_conv/kernel:0"] == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.03)  # fan in
+    assert deviation["logits/kernel:0"] == pytest.approx(0.01, rel=0.03)
+    kernels = [resnet("resnet18", 10, width=0.1, seed=seed).get_layer("conv1_conv").get_weights()[0] for seed in (1, 1, 2)]
+    assert np.array_equal(kernels[0], kernels[1]) and not np.array_equal(kernels[0], kernels[2])
+
+
+def test_batch_norm_keeps_its_numbers():
+    layer = resnet50(10, width=0.125, bn_momentum=0.95, bn_epsilon=3e-5).get_layer("conv4_block1_2_bn")
+    assert (layer.momentum, layer.epsilon) == (0.95, 3e-5)
+
+
+def test_small_stem_keeps_the_resolution():
+    model = resnet("resnet18", 10, width=0.1, stem="small")
+    assert model.get_layer("conv1_conv").kernel_size == (3, 3) and model.get_layer("conv1_conv").strides == (1, 1)
+    assert not [layer for layer in model.layers if "pool1" in layer.name]
+
+
+def test_unknown_model_is_told():
+    with pytest.raises(FlagError, match="resnet51"):
+        resnet("resnet51")

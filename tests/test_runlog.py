@@ -1,0 +1,56 @@
+"""The run folder: rows, lock, and what JSON can hold."""
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+
+from resnet_cpu.errors import RunFolderError
+from resnet_cpu.report import runlog
+
+
+def test_rows_are_appended_over_attempts_and_the_last_one_of_a_step_counts(tmp_path):
+    for attempt, steps in [(1, [0, 1, 2]), (2, [2, 3])]:
+        folder = runlog.RunFolder(str(tmp_path))
+        for step in steps:
+            folder.append("metrics.jsonl", {"step": step, "attempt": attempt})
+        folder.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "att')  # a kill in the middle of a line
+    rows = runlog.read_rows(str(tmp_path / "metrics.jsonl"))
+    assert [(row["step"], row["attempt"]) for row in rows] == [(0, 1), (1, 1), (2, 2), (3, 2)]
+
+
+def test_a_folder_in_use_is_refused_and_names_its_holder(tmp_path):
+    holder = runlog.RunFolder(str(tmp_path))
+    with pytest.raises(RunFolderError, match=f"pid {os.getpid()}"):
+        runlog.RunFolder(str(tmp_path))
+    holder.close()
+    runlog.RunFolder(str(tmp_path)).close()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        runlog.RunFolder(str(tmp_path / "file" / "run"))
+
+
+def test_what_json_cannot_hold_becomes_null():
+    content = {"a": math.nan, "b": [math.inf, np.float32(1.5), np.int64(3)], "c": {"d": -math.inf}}
+    assert json.loads(json.dumps(runlog.finite(content), allow_nan=False)) == {"a": None, "b": [None, 1.5, 3], "c": {"d": None}}
+
+
+@pytest.mark.parametrize("seconds, text", [(0.4, "0s"), (59.4, "59s"), (250, "4m10s"), (7500, "2h05m")])
+def test_durations(seconds, text):
+    assert runlog.duration(seconds) == text
+
+
+def test_progress_is_one_plain_line_where_there_is_no_terminal(capsys):
+    row = {"step": 9, "phase": "main", "epoch": 0.5, "loss": 1.25, "lr": 0.1, "images_per_second": 80.0,
+           "data_wait_s": 0.01, "step_s": 0.1}  # fmt: skip
+    runlog.Progress(20, 1.0, 2).show(row, 0.1)
+    assert capsys.readouterr().err == (
+        "main  step 10/20  epoch 0.50/1.00  loss 1.2500  lr 0.1  80.0 img/s (40.0/core)  data wait 10.0%  left 1s\n"
+    )

@@ -1,0 +1,267 @@
+"""Whole runs on one rank, in this process and as commands."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import runs
+from conftest import ROOT, TINY_FLAGS, last_line, told, write_tiny_data
+
+from resnet_cpu.cluster import control
+from resnet_cpu.data import order
+from resnet_cpu.errors import CheckpointError, DataError, FlagError, NotFinite, RunFolderError, UserError
+from resnet_cpu.report.runlog import RunFolder, read_rows
+from resnet_cpu.training import checkpoint
+
+ALONE = control.World(1, 0)
+
+
+def train(tiny_data, run_dir, *more):
+    return runs.train(ALONE, tiny_data, str(run_dir), *more)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data, tmp_path_factory):
+    """The folder of a finished run, not to be changed."""
+    folder = str(tmp_path_factory.mktemp("finished") / "run")
+    runs.train(ALONE, tiny_data, folder, "--eval_every_epochs=1")
+    return folder
+
+
+def test_resume_is_bit_identical(tiny_data, tmp_path):
+    runs.check_resume(ALONE, tiny_data, str(tmp_path))
+
+
+def test_negative_control_another_seed_is_another_run(tiny_data, finished, tmp_path):
+    train(tiny_data, tmp_path / "other", "--seed=1")
+    assert runs.differing(runs.final_state(str(tmp_path / "other")), runs.final_state(finished))
+
+
+def test_evaluation_logging_and_checkpoints_do_not_change_training(tiny_data, finished, tmp_path):
+    other = str(tmp_path / "run")
+    train(tiny_data, other, "--log_every_steps=7", "--checkpoint_every_steps=3", "--eval_batch_size=5")
+    assert not runs.differing(runs.final_state(other), runs.final_state(finished))
+
+
+def test_run_folder_holds_the_contract(finished):
+    result = json.loads(pathlib.Path(finished, "result.json").read_text())
+    assert set(result) >= {
+        "experiment", "top1", "top5", "loss", "examples", "images_per_second", "images_per_second_per_core", "steps",
+        "epochs", "ranks", "global_batch_size", "wall_seconds", "seed", "complete", "seconds_to_top1",
+    }  # fmt: skip
+    assert result["examples"] == 21 and result["steps"] == 16 and result["epochs"] == 16 * 12 / 50
+    assert result["top1"] * 21 == pytest.approx(round(result["top1"] * 21)) and result["top1"] <= result["top5"] <= 1
+    rows = read_rows(os.path.join(finished, "metrics.jsonl"))
+    assert [row["step"] for row in rows] == list(range(16))
+    assert set(rows[0]) >= {"step", "phase", "epoch", "lr", "loss", "images_per_second", "data_wait_s", "step_s", "attempt"}
+    assert [row["phase"] for row in rows] == ["main"] * 10 + ["tail"] * 6
+    evaluations = read_rows(os.path.join(finished, "eval.jsonl"))
+    assert [row["step"] + 1 for row in evaluations] == [5, 9, 13, 16]  # 12 of 50 a step: after epochs 1, 2, 3 and at the end
+    record = json.loads(pathlib.Path(finished, "run.json").read_text())
+    assert record["versions"]["tensorflow"] and record["per_rank"][0]["cores"] and record["seed"] == 0
+    assert record["peak_memory_gib_per_rank"][0] > 0.1
+    assert os.listdir(os.path.join(finished, "tensorboard"))
+    assert pathlib.Path(finished, "plots", "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert checkpoint.steps(finished) == [10, 16]
+
+
+def tree(folder):
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(pathlib.Path(folder).rglob("*")) if path.is_file()
+    }  # fmt: skip
+
+
+def test_a_finished_run_does_nothing_and_says_its_result(tiny_data, finished, run_command):
+    before = tree(finished)
+    process = run_command("train", *TINY_FLAGS, f"--data_dir={tiny_data}", f"--run_dir={finished}", "--eval_every_epochs=1")
+    assert process.returncode == 0, process.stderr
+    assert json.loads(last_line(process.stdout)) == json.loads(pathlib.Path(finished, "result.json").read_text())
+    assert tree(finished) == before
+
+
+def test_evaluate_gives_the_score_of_the_run(finished, run_command, tmp_path):
+    process = run_command("evaluate", f"--run_dir={finished}", "--eval_batch_size=4")
+    assert process.returncode == 0, process.stderr
+    scores, result = json.loads(last_line(process.stdout)), json.loads(pathlib.Path(finished, "result.json").read_text())
+    assert [scores[key] for key in ("examples", "top1", "top5")] == [result[key] for key in ("examples", "top1", "top5")]
+    assert scores["loss"] == pytest.approx(result["loss"], rel=1e-5)
+    refused = run_command("evaluate", f"--run_dir={finished}", "--num_classes=12")
+    assert refused.returncode == 66 and "num_classes 10 there, 12 here" in told(refused)[0]
+    assert run_command("evaluate", f"--run_dir={tmp_path}").returncode == 66
+
+
+def test_statistics_and_labels_are_learned(finished):
+    """The tiny images' brightness is their label: loss must fall well under that of guessing, ln 10."""
+    rows = read_rows(os.path.join(finished, "metrics.jsonl"))
+    assert np.mean([row["loss"] for row in rows[-4:]]) < np.mean([row["loss"] for row in rows[:4]])
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(tiny_data, tmp_path):
+    run_dir = str(tmp_path / "run")
+    with pytest.raises(NotFinite, match="step 1[0-5] .phase tail") as caught:
+        train(tiny_data, run_dir, "--phase=tail:steps=6,lr=1e30,decay=constant")
+    assert caught.value.exit_code == 77
+    path, manifest = checkpoint.newest(run_dir)
+    assert manifest["step"] == 10 and all(np.isfinite(array).all() for array in checkpoint.load(path, "weights").values())
+    assert not os.path.exists(os.path.join(run_dir, "result.json"))
+
+
+def test_resume_choices(tiny_data, tmp_path):
+    with pytest.raises(CheckpointError, match="--resume=must"):
+        train(tiny_data, tmp_path / "new", "--resume=must")
+    train(tiny_data, tmp_path / "run", "--max_steps=2")
+    with pytest.raises(RunFolderError, match="holds a run already"):
+        train(tiny_data, tmp_path / "run", "--resume=never")
+
+
+@pytest.mark.parametrize(
+    "flag, part",
+    [
+        ("--num_classes=12", "model.num_classes 10 there, 12 here"),
+        ("--width=0.125", "model.width 0.0625 there, 0.125 here"),
+        ("--model=resnet34", "model.model resnet18 there, resnet34 here"),
+        ("--global_batch_size=10", "global_batch_size 12 there, 10 here"),
+        ("--seed=7", "seed 0 there, 7 here"),
+        ("--phase=main:steps=12,lr=0.05,warmup_steps=3", "phases.main.steps 10 there, 12 here"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tiny_data, finished, tmp_path, flag, part):
+    with pytest.raises(CheckpointError) as caught:
+        runs.train(ALONE, tiny_data, finished, flag)
+    assert part in str(caught.value)
+    # and where only the checkpoints are left of the run
+    shutil.copytree(os.path.join(finished, "checkpoints"), tmp_path / "run" / "checkpoints")
+    with pytest.raises(CheckpointError) as caught:
+        train(tiny_data, tmp_path / "run", flag)
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "flags, error, part",
+    [
+        (["--phase=side:steps=1,lr=1,branch=1"], FlagError, "branch=1"),
+        (["--phase=tail:steps=6,lr=1,member=1"], FlagError, "member=1"),
+        (["--experiment=scaling"], FlagError, "--experiment=scaling"),
+        (["--global_batch_size=51"], DataError, "50 training examples are fewer than one global batch of 51"),
+        (["--train_examples=51"], DataError, "holds 50"),
+        (["--num_classes=9"], DataError, "10 classes"),
+        (["--dataset=fashion_mnist"], DataError, "holds digits"),
+        (["--data_dir=/no/such/folder"], DataError, "/no/such/folder"),
+        (["--data_dir="], FlagError, "--data_dir is missing"),
+        (["--run_dir="], FlagError, "--run_dir is missing"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_tensorflow_is_needed(tiny_data, tmp_path, flags, error, part):
+    with pytest.raises(error) as caught:
+        train(tiny_data, tmp_path / "run", *flags)
+    assert part in str(caught.value) and "\n" not in str(caught.value)
+    assert not os.path.exists(tmp_path / "run" / "checkpoints")
+
+
+def test_negative_control_without_the_padding_mask_evaluation_is_refused(tiny_data, tmp_path, monkeypatch):
+    """21 examples in batches of 12: a weight of one on the padding counts 24."""
+    original = order.evaluation_batch
+
+    def unmasked(*arguments):
+        ids, weights = original(*arguments)
+        return ids, np.ones_like(weights)
+
+    monkeypatch.setattr(order, "evaluation_batch", unmasked)
+    with pytest.raises(UserError, match="counted 24 examples of 21"):
+        train(tiny_data, tmp_path / "run", "--max_steps=1")
+
+
+# --- as commands: exit codes and what a user sees ------------------------------------------------------------------
+
+
+def command(tiny_data, run_dir, *more):
+    return [*TINY_FLAGS, f"--data_dir={tiny_data}", f"--run_dir={run_dir}", *more]
+
+
+@pytest.mark.parametrize(
+    "flags, code, part",
+    [
+        (["--learning_rate=1"], 64, "--learning_rate=1: unknown flag"),
+        (["left over"], 64, "'left over' is no flag"),
+        (["--batch_size=5"], 64, "contradicts --global_batch_size=12"),
+        (["--ranks=2"], 64, "--ranks=2: the launcher started 1"),
+        (["--data_dir=/no/such"], 65, "/no/such"),
+        (["--resume=must"], 66, "no checkpoint"),
+        (["--run_dir=/proc/no/run"], 73, "--run_dir=/proc/no/run"),
+    ],
+)
+def test_exit_codes(tiny_data, tmp_path, run_command, flags, code, part):
+    process = run_command("train", *command(tiny_data, tmp_path / "run", *flags))
+    assert process.returncode == code, process.stderr
+    assert len(told(process)) == 1 and part in told(process)[0]
+    assert "Traceback" not in process.stderr and process.stdout == ""
+
+
+def test_a_folder_in_use_is_73(tiny_data, tmp_path, run_command):
+    holder = RunFolder(str(tmp_path / "run"))
+    process = run_command("train", *command(tiny_data, tmp_path / "run"))
+    holder.close()
+    assert process.returncode == 73 and f"pid {os.getpid()}" in told(process)[0]
+
+
+def test_a_damaged_shard_is_65_and_names_the_record(tmp_path, run_command):
+    folder = str(tmp_path / "data")
+    write_tiny_data(folder)
+    shard = sorted(pathlib.Path(folder).glob("train-*-of-?????"))[1]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    process = run_command("train", *command(folder, tmp_path / "run"))
+    assert process.returncode == 65, process.stderr
+    assert len(told(process)) == 1 and f"{shard}: record " in told(process)[0] and "Traceback" not in process.stderr
+    assert run_command("prepare", "verify", f"--data_dir={folder}").returncode == 65
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_stops_cleanly_with_75_and_the_rest_is_bit_identical(tiny_data, tmp_path, finished, signum, run_command):
+    """Stopped at whatever step it has come to; then the same command goes on."""
+    long = ["--phase=main:steps=400,lr=0.05,warmup_steps=3", "--phase=tail:steps=6,lr=0.01"]
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "resnet_cpu.train", *command(tiny_data, run_dir, *long)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and out == "", err
+    steps = checkpoint.steps(str(run_dir))
+    assert len(steps) == 1 and f"stopped on request after step {steps[0]}" in err
+    assert read_rows(str(metrics))[-1]["step"] == steps[0] - 1
+    if signum == signal.SIGUSR1:
+        assert run_command("train", *command(tiny_data, run_dir, *long)).returncode == 0
+        train(tiny_data, tmp_path / "whole", *long)
+        assert not runs.differing(runs.final_state(str(run_dir)), runs.final_state(str(tmp_path / "whole")))
+
+
+
+
+def test_prepare_says_what_it_takes(run_command, tmp_path):
+    process = run_command("prepare", "fashion", f"--data_dir={tmp_path}")
+    assert process.returncode == 64 and "fashion_mnist" in told(process)[0]
+    process = run_command("prepare", "fashion_mnist", f"--data_dir={tmp_path}", f"--raw_dir={tmp_path}")
+    assert process.returncode == 65 and "train-images-idx3-ubyte.gz" in told(process)[0]
+
+
+def test_prepare_digits_and_verify(run_command, tmp_path):
+    process = run_command("prepare", "digits", f"--data_dir={tmp_path}")
+    assert process.returncode == 0, process.stderr
+    assert json.loads(last_line(process.stdout)) == {"train": 1497, "validation": 300}
+    process = run_command("prepare", "verify", f"--data_dir={tmp_path}")
+    assert json.loads(last_line(process.stdout)) == {"train": 1497, "validation": 300}
