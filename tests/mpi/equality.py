@@ -31,11 +31,12 @@ def network(batch_norm):
         return tf.keras.initializers.GlorotUniform(next(seeds))
 
     x = inputs = layers.Input([8, 8, 3])
-    x = layers.Conv2D(6, 3, 2, "same", kernel_initializer=init(), name="c1")(x)
+    # A bias in front of batch norm has no gradient but rounding.
+    x = layers.Conv2D(6, 3, 2, "same", use_bias=not batch_norm, kernel_initializer=init(), name="c1")(x)
     if batch_norm:
         x = layers.BatchNormalization(momentum=0.8, name="bn1")(x)
     x = layers.ReLU()(x)
-    x = layers.Conv2D(8, 3, 2, "same", kernel_initializer=init(), name="c2")(x)
+    x = layers.Conv2D(8, 3, 2, "same", use_bias=not batch_norm, kernel_initializer=init(), name="c2")(x)
     if batch_norm:
         x = layers.BatchNormalization(momentum=0.8, name="bn2")(x)
     x = layers.GlobalAveragePooling2D()(layers.ReLU()(x))
