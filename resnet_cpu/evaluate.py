@@ -12,7 +12,9 @@ from resnet_cpu.errors import CheckpointError, FlagError
 def main(argv: List[str]) -> None:
     """Evaluate with the run's own flags, later ones overriding; the last line on standard output is JSON."""
     given, _ = flags.parse_values(argv)
-    run_dir = given.run_dir or (given.checkpoint and os.path.dirname(os.path.dirname(os.path.abspath(given.checkpoint))))
+    run_dir = given.run_dir or (
+        given.checkpoint and os.path.dirname(os.path.dirname(os.path.abspath(given.checkpoint)))
+    )
     run_dir = flags.required(run_dir, "run_dir", "name the folder of the run to evaluate")
     recorded = os.path.join(run_dir, "resolved.flags")
     if not os.path.exists(recorded):
@@ -26,6 +28,7 @@ def main(argv: List[str]) -> None:
     from resnet_cpu.training import job
 
     data = job.open_data(settings, world)
+    assert data is not None  # synthetic was refused above
     path, step = job.find_checkpoint(settings, world, values.checkpoint)
     from resnet_cpu.training import evaluation
 

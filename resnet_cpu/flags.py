@@ -64,7 +64,9 @@ def _define() -> _Definer:
     d.string("data_dir", None, "Folder of its shards, made by python -m resnet_cpu.prepare; synthetic needs none.")
     d.integer("train_examples", None, "Train on the first so many examples (default: all).", lower_bound=1)
     d.integer("num_classes", None, "Classes (default: the data set's).", lower_bound=2)
-    d.integer("image_size", None, "Pixels of the square image that the network sees (default: the data set's).", lower_bound=8)
+    d.integer(
+        "image_size", None, "Pixels of the square image that the network sees (default: the data set's).", lower_bound=8
+    )
     d.enum("resize", "bilinear", ["bilinear", "bicubic"], "Interpolation.")
     d.enum(
         "normalization",
@@ -88,7 +90,9 @@ def _define() -> _Definer:
         ["symmetric", "caffe", "same"],
         "Of strided windows: symmetric (PyTorch, Keras), caffe (the authors': pool rounded up) or same (TensorFlow).",
     )
-    d.enum("zero_gamma", "last", ["all", "last", "none"], "Residual branches that start at zero: last is of each stage.")
+    d.enum(
+        "zero_gamma", "last", ["all", "last", "none"], "Residual branches that start at zero: last is of each stage."
+    )
     d.float("bn_momentum", 0.9, "Share of batch norm's moving statistics kept each step.", 0.0, 0.9999)
     d.float("bn_epsilon", 1e-5, "Added to the variance in batch norm.", 0.0, 1.0)
     d.boolean("conv1_bias", False, "Give the first convolution a bias, as the authors' has.")
@@ -99,7 +103,9 @@ def _define() -> _Definer:
     d.integer("max_steps", None, "Stop after so many steps of the recipe; a later call goes on.", lower_bound=1)
     d.float("eval_every_epochs", 1.0, "Epochs between evaluations (0: at the end only).", lower_bound=0.0)
     d.integer("eval_batch_size", None, "Images per rank and evaluation batch (default: --batch_size).", lower_bound=1)
-    d.integer("checkpoint_every_steps", 1000, "Steps between checkpoints (0: at the end of a phase only).", lower_bound=0)
+    d.integer(
+        "checkpoint_every_steps", 1000, "Steps between checkpoints (0: at the end of a phase only).", lower_bound=0
+    )
     d.integer("keep_checkpoints", 2, "Newest checkpoints that are kept.", lower_bound=2)
     d.integer("log_every_steps", 20, "Steps between rows of metrics.jsonl.", lower_bound=1)
     d.string("checkpoint", None, "evaluate: this checkpoint folder instead of the newest of --run_dir.")
@@ -175,8 +181,8 @@ def make_settings(v: flags.FlagValues) -> settings.Settings:
         raise FlagError(f"--data_dir={v.data_dir}: contradicts --dataset=synthetic; leave one of them out")
     if v.batch_size and v.global_batch_size and v.global_batch_size % v.batch_size:
         raise FlagError(
-            f"--batch_size={v.batch_size} (per rank) contradicts --global_batch_size={v.global_batch_size}, which is no "
-            "multiple of it; leave one of the two out"
+            f"--batch_size={v.batch_size} (per rank) contradicts --global_batch_size={v.global_batch_size}, which is "
+            "no multiple of it; leave one of the two out"
         )
     return settings.Settings(
         model=settings.Model(

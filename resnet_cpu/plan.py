@@ -67,7 +67,21 @@ def table(
 ) -> List[str]:
     """Return the lines of the table: a row a phase, then the sums."""
     rows = [
-        ("phase", "from", "steps", "epochs", "LR first", "peak", "last", "decay", "wd", "momentum", "velocity", "augment", "image")
+        (
+            "phase",
+            "from",
+            "steps",
+            "epochs",
+            "LR first",
+            "peak",
+            "last",
+            "decay",
+            "wd",
+            "momentum",
+            "velocity",
+            "augment",
+            "image",
+        )
     ]
     for phase in planned:
         shape = f"poly^{phase.power:g}" if phase.decay == "poly" else phase.decay

@@ -1,4 +1,4 @@
-"""What a run is made of, as frozen dataclasses: `flags.py` fills them, everything below takes what it needs from them."""
+"""What a run is made of, as frozen dataclasses: `flags.py` fills them, everything below reads them."""
 
 import dataclasses
 from typing import Optional, Tuple

@@ -44,7 +44,9 @@ def write_tiny_data(folder: str, train: int = 50, validation: int = 21, classes:
 
     old, arrays.EXAMPLES_PER_SHARD = arrays.EXAMPLES_PER_SHARD, 20
     try:
-        return arrays.write_data_set(folder, "digits", "made by the tests", {"train": split(train), "validation": split(validation)}, classes)
+        return arrays.write_data_set(
+            folder, "digits", "made by the tests", {"train": split(train), "validation": split(validation)}, classes
+        )
     finally:
         arrays.EXAMPLES_PER_SHARD = old
 

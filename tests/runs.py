@@ -26,7 +26,11 @@ def train(world: control.World, data_dir: str, run_dir: str, *more: str) -> Dict
 def final_state(run_dir: str) -> Dict[str, np.ndarray]:
     """Return every array of the newest checkpoint: weights, statistics, velocity."""
     path, manifest = checkpoint.newest(run_dir)
-    state = {f"{group}/{name}": array for group in ("weights", "optimizer") for name, array in checkpoint.load(path, group).items()}
+    state = {
+        f"{group}/{name}": array
+        for group in ("weights", "optimizer")
+        for name, array in checkpoint.load(path, group).items()
+    }
     return {**state, "step": np.array(manifest["step"])}
 
 

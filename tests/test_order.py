@@ -7,7 +7,9 @@ from resnet_cpu.data import order
 
 
 def ids_of_step(step, ranks, batch, examples, seed=3, block=1):
-    return np.concatenate([order.train_batch(seed, step, rank, ranks, batch, examples, block)[0] for rank in range(ranks)])
+    return np.concatenate(
+        [order.train_batch(seed, step, rank, ranks, batch, examples, block)[0] for rank in range(ranks)]
+    )
 
 
 @pytest.mark.parametrize("examples", [17, 48, 50, 101])
@@ -59,7 +61,7 @@ def test_draws_belong_to_seed_epoch_and_example_alone():
 
 def test_draws_are_uniform():
     values = order.draws(0, np.zeros(5000, np.int64), np.arange(5000), 8)
-    assert values.dtype == np.float32 and 0 <= values.min() and values.max() < 1
+    assert values.dtype == np.float32 and values.min() >= 0 and values.max() < 1
     counts, _ = np.histogram(values, 20, (0, 1))
     assert ((counts - 2000) ** 2 / 2000).sum() < 50  # chi-square, 19 degrees of freedom: p = 1e-4
     assert abs(np.corrcoef(values.T) - np.eye(8)).max() < 0.06

@@ -13,14 +13,27 @@ from resnet_cpu.errors import DataError
 VIEW = preprocess.make_view(16, "bilinear", 1.0, "dataset", (100.0,) * 3, (50.0,) * 3)
 
 
-def training(folder, rank=0, ranks=1, batch_size=12, first=0, last=6, augment="full", threads=2, classes=10, examples=50):
+def training(
+    folder, rank=0, ranks=1, batch_size=12, first=0, last=6, augment="full", threads=2, classes=10, examples=50
+):
     data = shards.open_data(folder)
     return list(
         pipeline.training_batches(
-            data, VIEW, augment, examples=examples, seed=1, first_step=first, last_step=last, rank=rank, ranks=ranks,
-            batch_size=batch_size, order_block=1, num_classes=classes, threads=threads,
+            data,
+            VIEW,
+            augment,
+            examples=examples,
+            seed=1,
+            first_step=first,
+            last_step=last,
+            rank=rank,
+            ranks=ranks,
+            batch_size=batch_size,
+            order_block=1,
+            num_classes=classes,
+            threads=threads,
         )
-    )  # fmt: skip
+    )
 
 
 def test_batches_follow_the_order_and_hold_the_images_of_their_ids(tiny_data):
@@ -121,7 +134,11 @@ def test_a_bad_record_is_named(tmp_path, split, payload, part):
         if split == "train":
             training(folder)
         else:
-            list(pipeline.evaluation_batches(shards.open_data(folder), VIEW, rank=0, ranks=1, batch_size=8, num_classes=10, threads=1))
+            list(
+                pipeline.evaluation_batches(
+                    shards.open_data(folder), VIEW, rank=0, ranks=1, batch_size=8, num_classes=10, threads=1
+                )
+            )
     assert f"{path}: record {record}: " in str(caught.value) and part in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -148,9 +165,20 @@ def test_evaluation_batches_pad_with_the_last_example(tiny_data):
 
 def test_synthetic_images_belong_to_their_ids():
     def batches(rank, ranks, batch_size):
-        return list(synthetic.training_batches(
-            image_size=8, num_classes=5, examples=100, seed=0, first_step=0, last_step=4, rank=rank, ranks=ranks,
-            batch_size=batch_size, threads=1))  # fmt: skip
+        return list(
+            synthetic.training_batches(
+                image_size=8,
+                num_classes=5,
+                examples=100,
+                seed=0,
+                first_step=0,
+                last_step=4,
+                rank=rank,
+                ranks=ranks,
+                batch_size=batch_size,
+                threads=1,
+            )
+        )
 
     whole, halves = batches(0, 1, 8), [batches(rank, 2, 4) for rank in range(2)]
     pool, _ = synthetic.image_pool(8, 5)

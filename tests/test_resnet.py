@@ -22,7 +22,9 @@ def test_resnet50_has_exactly_the_published_parameters():
 
 
 # torchvision's models of the same names.
-@pytest.mark.parametrize("name, trainable", [("resnet18", 11_689_512), ("resnet34", 21_797_672), ("resnet101", 44_549_160)])
+@pytest.mark.parametrize(
+    "name, trainable", [("resnet18", 11_689_512), ("resnet34", 21_797_672), ("resnet101", 44_549_160)]
+)
 def test_other_depths(name, trainable):
     assert counts(resnet(name))[0] == trainable
 
@@ -41,7 +43,7 @@ def test_logits_of_keras_applications_with_its_weights():
         weights = layer.get_weights()
         if isinstance(layer, tf.keras.layers.BatchNormalization):
             shape = weights[0].shape
-            draw = lambda low, high: generator.uniform(low, high, shape)  # noqa: B023, E731
+            draw = lambda low, high: generator.uniform(low, high, shape)  # noqa: B023
             layer.set_weights([draw(0.5, 1), draw(-0.2, 0.2), draw(-0.3, 0.3), draw(0.5, 2)])
         elif isinstance(layer, tf.keras.layers.Conv2D):
             layer.set_weights([weights[0], generator.uniform(-0.3, 0.3, weights[1].shape)])
@@ -104,7 +106,12 @@ def test_zero_gamma(choice, zeros):
     assert len(gammas) == 53 and len(silent) == zeros
     assert all("_3_bn" in name for name in silent)
     if choice == "last":
-        assert [name.split("_3_bn")[0] for name in silent] == ["conv2_block3", "conv3_block4", "conv4_block6", "conv5_block3"]
+        assert [name.split("_3_bn")[0] for name in silent] == [
+            "conv2_block3",
+            "conv3_block4",
+            "conv4_block6",
+            "conv5_block3",
+        ]
 
 
 def test_initial_weights_have_the_published_variances_and_follow_the_seed():
@@ -113,7 +120,9 @@ def test_initial_weights_have_the_published_variances_and_follow_the_seed():
     assert deviation["conv1_conv/kernel:0"] == pytest.approx((2 / (49 * 64)) ** 0.5, rel=0.03)  # fan out
     assert deviation["conv4_block2_2_conv/kernel:0"] == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.03)  # fan in
     assert deviation["logits/kernel:0"] == pytest.approx(0.01, rel=0.03)
-    kernels = [resnet("resnet18", 10, width=0.1, seed=seed).get_layer("conv1_conv").get_weights()[0] for seed in (1, 1, 2)]
+    kernels = [
+        resnet("resnet18", 10, width=0.1, seed=seed).get_layer("conv1_conv").get_weights()[0] for seed in (1, 1, 2)
+    ]
     assert np.array_equal(kernels[0], kernels[1]) and not np.array_equal(kernels[0], kernels[2])
 
 

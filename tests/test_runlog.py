@@ -39,7 +39,11 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 
 def test_what_json_cannot_hold_becomes_null():
     content = {"a": math.nan, "b": [math.inf, np.float32(1.5), np.int64(3)], "c": {"d": -math.inf}}
-    assert json.loads(json.dumps(runlog.finite(content), allow_nan=False)) == {"a": None, "b": [None, 1.5, 3], "c": {"d": None}}
+    assert json.loads(json.dumps(runlog.finite(content), allow_nan=False)) == {
+        "a": None,
+        "b": [None, 1.5, 3],
+        "c": {"d": None},
+    }
 
 
 @pytest.mark.parametrize("seconds, text", [(0.4, "0s"), (59.4, "59s"), (250, "4m10s"), (7500, "2h05m")])
@@ -48,8 +52,16 @@ def test_durations(seconds, text):
 
 
 def test_progress_is_one_plain_line_where_there_is_no_terminal(capsys):
-    row = {"step": 9, "phase": "main", "epoch": 0.5, "loss": 1.25, "lr": 0.1, "images_per_second": 80.0,
-           "data_wait_s": 0.01, "step_s": 0.1}  # fmt: skip
+    row = {
+        "step": 9,
+        "phase": "main",
+        "epoch": 0.5,
+        "loss": 1.25,
+        "lr": 0.1,
+        "images_per_second": 80.0,
+        "data_wait_s": 0.01,
+        "step_s": 0.1,
+    }
     runlog.Progress(20, 1.0, 2).show(row, 0.1)
     assert capsys.readouterr().err == (
         "main  step 10/20  epoch 0.50/1.00  loss 1.2500  lr 0.1  80.0 img/s (40.0/core)  data wait 10.0%  left 1s\n"

@@ -73,7 +73,9 @@ def test_recipe_b_all_phases_and_hand_off_rates():
 
 def test_recipe_c_steps():
     """Intel's default_resnet50_16nodes: warm-up 3,125 from 0.1 to 0.8, x0.1 at 18,750 / 37,500 / 50,000."""
-    planned = plan("main:steps=56300,lr=0.8,decay=step,boundary_steps=18750/37500/50000,warmup_steps=3125,warmup_lr=0.1")
+    planned = plan(
+        "main:steps=56300,lr=0.8,decay=step,boundary_steps=18750/37500/50000,warmup_steps=3125,warmup_lr=0.1"
+    )
     i = np.arange(56300)
     expected = 0.8 * np.power(0.1, np.searchsorted([18750, 37500, 50000], i, side="right"))
     expected[:3125] = np.linspace(0.1, 0.8, 3125, endpoint=False)
@@ -83,7 +85,9 @@ def test_recipe_c_steps():
 def test_cosine_runs_from_peak_to_end_lr():
     planned = plan("main:steps=1000,lr=0.5,decay=cosine,end_lr=0.01,warmup_steps=100")
     i = np.arange(900)
-    expected = np.concatenate([np.linspace(0, 0.5, 100, endpoint=False), 0.01 + 0.49 * (1 + np.cos(np.pi * i / 900)) / 2])
+    expected = np.concatenate(
+        [np.linspace(0, 0.5, 100, endpoint=False), 0.01 + 0.49 * (1 + np.cos(np.pi * i / 900)) / 2]
+    )
     np.testing.assert_allclose(rates(planned), expected, rtol=1e-12, atol=1e-15)
 
 
@@ -107,7 +111,9 @@ def test_constant():
     decay=st.sampled_from(["poly", "cosine"]),
     origin=st.sampled_from(["warmup_end", "start"]),
 )
-def test_every_step_against_an_interpolated_warmup_and_a_closed_decay(steps, warmup_share, lr, low, power, decay, origin):
+def test_every_step_against_an_interpolated_warmup_and_a_closed_decay(
+    steps, warmup_share, lr, low, power, decay, origin
+):
     warmup = int(steps * warmup_share)
     text = f"p:steps={steps},lr={lr!r},decay={decay},warmup_steps={warmup},warmup_lr={low!r},decay_from={origin}"
     planned = plan(text + (f",power={power!r}" if decay == "poly" else ""))
@@ -123,7 +129,11 @@ def test_locate_and_walk_agree():
     planned = plan("a:steps=3,lr=1", "b:steps=2,lr=1")
     assert [schedule.locate(planned, t) for t in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     assert [(t, phase.name, within) for t, phase, within, _ in schedule.walk(planned)] == [
-        (0, "a", 0), (1, "a", 1), (2, "a", 2), (3, "b", 0), (4, "b", 1)
-    ]  # fmt: skip
+        (0, "a", 0),
+        (1, "a", 1),
+        (2, "a", 2),
+        (3, "b", 0),
+        (4, "b", 1),
+    ]
     with pytest.raises(IndexError):
         schedule.locate(planned, 5)

@@ -38,8 +38,11 @@ def test_an_index_is_made_of_shards_that_tensorflow_wrote(tmp_path):
         for payload in payloads:
             writer.write(payload)
     assert shards.write_index(path) == 9
-    split = shards.open_split(str(tmp_path), {"splits": {"train": [
-        {"name": os.path.basename(path), "examples": 9, "bytes": os.path.getsize(path)}]}}, "train")  # fmt: skip
+    split = shards.open_split(
+        str(tmp_path),
+        {"splits": {"train": [{"name": os.path.basename(path), "examples": 9, "bytes": os.path.getsize(path)}]}},
+        "train",
+    )
     assert split.read(np.array([8, 0, 3])) == [payloads[8], payloads[0], payloads[3]]
     assert split.locate(8) == (path, 8)
 
@@ -89,9 +92,14 @@ def test_every_truncation_is_seen_before_anything_is_read(copy):
         (lambda folder, path: os.truncate(shards.index_path(path), 100), "unreadable index"),
         (lambda folder, path: open(os.path.join(folder, "manifest.json"), "w").close(), "JSON"),
         (lambda folder, path: shards.write_manifest(folder, {"splits": {}}), "no examples"),
-        (lambda folder, path: shards.write_manifest(folder, {**shards.read_manifest(folder), "splits": {"train": []}}), "no examples"),
+        (
+            lambda folder, path: shards.write_manifest(
+                folder, {**shards.read_manifest(folder), "splits": {"train": []}}
+            ),
+            "no examples",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_missing_is_named(copy, damage, part):
     damage(*copy)
     with pytest.raises(DataError, match=part) as caught:

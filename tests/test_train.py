@@ -54,17 +54,45 @@ def test_evaluation_logging_and_checkpoints_do_not_change_training(tiny_data, fi
 def test_run_folder_holds_the_contract(finished):
     result = json.loads(pathlib.Path(finished, "result.json").read_text())
     assert set(result) >= {
-        "experiment", "top1", "top5", "loss", "examples", "images_per_second", "images_per_second_per_core", "steps",
-        "epochs", "ranks", "global_batch_size", "wall_seconds", "seed", "complete", "seconds_to_top1",
-    }  # fmt: skip
+        "experiment",
+        "top1",
+        "top5",
+        "loss",
+        "examples",
+        "images_per_second",
+        "images_per_second_per_core",
+        "steps",
+        "epochs",
+        "ranks",
+        "global_batch_size",
+        "wall_seconds",
+        "seed",
+        "complete",
+        "seconds_to_top1",
+    }
     assert result["examples"] == 21 and result["steps"] == 16 and result["epochs"] == 16 * 12 / 50
     assert result["top1"] * 21 == pytest.approx(round(result["top1"] * 21)) and result["top1"] <= result["top5"] <= 1
     rows = read_rows(os.path.join(finished, "metrics.jsonl"))
     assert [row["step"] for row in rows] == list(range(16))
-    assert set(rows[0]) >= {"step", "phase", "epoch", "lr", "loss", "images_per_second", "data_wait_s", "step_s", "attempt"}
+    assert set(rows[0]) >= {
+        "step",
+        "phase",
+        "epoch",
+        "lr",
+        "loss",
+        "images_per_second",
+        "data_wait_s",
+        "step_s",
+        "attempt",
+    }
     assert [row["phase"] for row in rows] == ["main"] * 10 + ["tail"] * 6
     evaluations = read_rows(os.path.join(finished, "eval.jsonl"))
-    assert [row["step"] + 1 for row in evaluations] == [5, 9, 13, 16]  # 12 of 50 a step: after epochs 1, 2, 3 and at the end
+    assert [row["step"] + 1 for row in evaluations] == [
+        5,
+        9,
+        13,
+        16,
+    ]  # 12 of 50 a step: after epochs 1, 2, 3 and at the end
     record = json.loads(pathlib.Path(finished, "run.json").read_text())
     assert record["versions"]["tensorflow"] and record["per_rank"][0]["cores"] and record["seed"] == 0
     assert record["peak_memory_gib_per_rank"][0] > 0.1
@@ -75,13 +103,17 @@ def test_run_folder_holds_the_contract(finished):
 
 def tree(folder):
     return {
-        str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(pathlib.Path(folder).rglob("*")) if path.is_file()
-    }  # fmt: skip
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(pathlib.Path(folder).rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_a_finished_run_does_nothing_and_says_its_result(tiny_data, finished, run_command):
     before = tree(finished)
-    process = run_command("train", *TINY_FLAGS, f"--data_dir={tiny_data}", f"--run_dir={finished}", "--eval_every_epochs=1")
+    process = run_command(
+        "train", *TINY_FLAGS, f"--data_dir={tiny_data}", f"--run_dir={finished}", "--eval_every_epochs=1"
+    )
     assert process.returncode == 0, process.stderr
     assert json.loads(last_line(process.stdout)) == json.loads(pathlib.Path(finished, "result.json").read_text())
     assert tree(finished) == before
@@ -90,8 +122,13 @@ def test_a_finished_run_does_nothing_and_says_its_result(tiny_data, finished, ru
 def test_evaluate_gives_the_score_of_the_run(finished, run_command, tmp_path):
     process = run_command("evaluate", f"--run_dir={finished}", "--eval_batch_size=4")
     assert process.returncode == 0, process.stderr
-    scores, result = json.loads(last_line(process.stdout)), json.loads(pathlib.Path(finished, "result.json").read_text())
-    assert [scores[key] for key in ("examples", "top1", "top5")] == [result[key] for key in ("examples", "top1", "top5")]
+    scores, result = (
+        json.loads(last_line(process.stdout)),
+        json.loads(pathlib.Path(finished, "result.json").read_text()),
+    )
+    assert [scores[key] for key in ("examples", "top1", "top5")] == [
+        result[key] for key in ("examples", "top1", "top5")
+    ]
     assert scores["loss"] == pytest.approx(result["loss"], rel=1e-5)
     refused = run_command("evaluate", f"--run_dir={finished}", "--num_classes=12")
     assert refused.returncode == 66 and "num_classes 10 there, 12 here" in told(refused)[0]
@@ -110,7 +147,9 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(tiny_data, 
         train(tiny_data, run_dir, "--phase=tail:steps=6,lr=1e30,decay=constant")
     assert caught.value.exit_code == 77
     path, manifest = checkpoint.newest(run_dir)
-    assert manifest["step"] == 10 and all(np.isfinite(array).all() for array in checkpoint.load(path, "weights").values())
+    assert manifest["step"] == 10 and all(
+        np.isfinite(array).all() for array in checkpoint.load(path, "weights").values()
+    )
     assert not os.path.exists(os.path.join(run_dir, "result.json"))
 
 
@@ -226,14 +265,19 @@ def test_a_damaged_shard_is_65_and_names_the_record(tmp_path, run_command):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_stops_cleanly_with_75_and_the_rest_is_bit_identical(tiny_data, tmp_path, finished, signum, run_command):
+def test_a_signal_stops_cleanly_with_75_and_the_rest_is_bit_identical(
+    tiny_data, tmp_path, finished, signum, run_command
+):
     """Stopped at whatever step it has come to; then the same command goes on."""
     long = ["--phase=main:steps=400,lr=0.05,warmup_steps=3", "--phase=tail:steps=6,lr=0.01"]
     run_dir = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "resnet_cpu.train", *command(tiny_data, run_dir, *long)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     metrics = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not (metrics.exists() and metrics.read_text().count("\n") > 5) and time.monotonic() < deadline:
@@ -248,8 +292,6 @@ def test_a_signal_stops_cleanly_with_75_and_the_rest_is_bit_identical(tiny_data,
         assert run_command("train", *command(tiny_data, run_dir, *long)).returncode == 0
         train(tiny_data, tmp_path / "whole", *long)
         assert not runs.differing(runs.final_state(str(run_dir)), runs.final_state(str(tmp_path / "whole")))
-
-
 
 
 def test_prepare_says_what_it_takes(run_command, tmp_path):

@@ -39,7 +39,9 @@ def run(main: Callable[[List[str]], Optional[int]]) -> NoReturn:
     except OSError as error:
         if _rank() != 0:
             _wait_for_rank0_to_tell_the_same()
-        _tell(f"{error.filename or 'I/O'}: {error.strerror or error}; free space or check the file system, then run again")
+        _tell(
+            f"{error.filename or 'I/O'}: {error.strerror or error}; free space or check the file system, then run again"
+        )
         _end(OutputError.exit_code, collective=False)
     except BaseException as error:
         if _heard_of_a_peer(error):
@@ -61,7 +63,9 @@ def _rank() -> int:
 def _tell(message: str) -> None:
     size, rank, _, _ = control.announced()
     where = f" rank {rank}" if size > 1 and rank else ""
-    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)  # no control characters of a file name
+    printable = "".join(
+        c if c.isprintable() else repr(c)[1:-1] for c in message
+    )  # no control characters of a file name
     print(f"\nresnet_cpu{where}: {printable}", file=sys.stderr, flush=True)
 
 

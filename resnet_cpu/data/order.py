@@ -71,9 +71,7 @@ def evaluation_steps(ranks: int, batch_size: int, examples: int) -> int:
     return -(-examples // (ranks * batch_size))
 
 
-def evaluation_batch(
-    step: int, rank: int, ranks: int, batch_size: int, examples: int
-) -> Tuple[np.ndarray, np.ndarray]:
+def evaluation_batch(step: int, rank: int, ranks: int, batch_size: int, examples: int) -> Tuple[np.ndarray, np.ndarray]:
     """Return (example ids, weights) of one evaluation batch; padding repeats the last example with weight 0."""
     positions = (step * ranks + rank) * batch_size + np.arange(batch_size)
     return np.minimum(positions, examples - 1), (positions < examples).astype(np.int64)

@@ -56,9 +56,7 @@ def _decoded(
         ids, records, draws = tf.numpy_function(read, [step], (tf.int64, tf.string, tf.float32), stateful=False)
         return tf.ensure_shape(ids, [batch_size]), tf.ensure_shape(records, [batch_size]), draws
 
-    def decode_one(
-        example: tf.Tensor, encoded: tf.Tensor, draws: tf.Tensor, label: tf.Tensor
-    ) -> Tuple[tf.Tensor, ...]:
+    def decode_one(example: tf.Tensor, encoded: tf.Tensor, draws: tf.Tensor, label: tf.Tensor) -> Tuple[tf.Tensor, ...]:
         return example, decode(encoded, tf.ensure_shape(draws, [preprocess.DRAWS])), label
 
     data = steps.map(read_batch).map(parse).unbatch()

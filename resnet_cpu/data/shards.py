@@ -9,7 +9,7 @@ import io
 import json
 import os
 import struct
-from typing import Dict, Iterator, List, Sequence, Tuple
+from typing import Dict, Iterator, List, Tuple
 
 import google_crc32c
 import numpy as np
@@ -163,7 +163,7 @@ class Split:
         shard = int(np.searchsorted(self.first, example, side="right")) - 1
         return self.paths[shard], int(example - self.first[shard])
 
-    def read(self, ids: Sequence[int]) -> List[bytes]:
+    def read(self, ids: np.ndarray) -> List[bytes]:
         """Return the payloads of the examples `ids`, their checksums verified; one call a batch."""
         shards = np.searchsorted(self.first, ids, side="right") - 1
         payloads = []
@@ -184,7 +184,7 @@ class Split:
 
 
 def open_split(folder: str, manifest: Dict, split: str) -> Split:
-    """Open the shards of `split`, checking sizes and counts against manifest and indexes (stat only, no payload read)."""
+    """Open the shards of `split`, checking sizes and counts against manifest and indexes (no payload is read)."""
     rows = manifest["splits"].get(split, [])
     if not sum(row["examples"] for row in rows):
         raise DataError(f"{folder}: no examples in split '{split}'; prepare the data set again")

@@ -66,7 +66,9 @@ def resnet(
             stride = 2 if stage > 0 and block == 0 else 1
             zero = zero_gamma == "all" or (zero_gamma == "last" and block == count - 1)
             residual = net.bottleneck_block if bottleneck else net.basic_block
-            x = residual(x, 64 * 2**stage, stride, project=block == 0, zero=zero, name=f"conv{stage + 2}_block{block + 1}")
+            x = residual(
+                x, 64 * 2**stage, stride, project=block == 0, zero=zero, name=f"conv{stage + 2}_block{block + 1}"
+            )
     x = layers.GlobalAveragePooling2D(name="avg_pool")(x)
     logits = layers.Dense(
         num_classes, kernel_initializer=tf.keras.initializers.RandomNormal(0.0, 0.01, net.seed("logits")), name="logits"

@@ -189,7 +189,9 @@ def _check_together(name: str, values: Mapping[str, Any]) -> None:
         if key in values and decay not in decays:
             raise FlagError(f"--phase={name}: '{key}' has no meaning for decay={decay}; leave it out")
     if decay == "step" and "boundary_steps" not in values and "boundary_epochs" not in values:
-        raise FlagError(f"--phase={name}: decay=step without boundaries; add boundary_epochs=30/60/80 or boundary_steps")
+        raise FlagError(
+            f"--phase={name}: decay=step without boundaries; add boundary_epochs=30/60/80 or boundary_steps"
+        )
     if "warmup_lr" in values and "warmup_steps" not in values and "warmup_epochs" not in values:
         raise FlagError(f"--phase={name}: 'warmup_lr' without a warm-up; add warmup_steps or warmup_epochs")
 
@@ -238,8 +240,7 @@ def _plan_one(
     boundaries = given.get("boundary_steps", ())
     if "boundary_epochs" in given:
         boundaries = tuple(
-            batch_rule.epochs_to_steps(epochs, train_examples, global_batch_size)
-            for epochs in given["boundary_epochs"]
+            batch_rule.epochs_to_steps(epochs, train_examples, global_batch_size) for epochs in given["boundary_epochs"]
         )
     if "lr_per_256" in given:
         lr = batch_rule.scaled_lr(given["lr_per_256"], global_batch_size, lr_scaling)

@@ -26,7 +26,9 @@ def available() -> bool:
     return True
 
 
-def draw_curves(metrics: Sequence[Dict[str, Any]], evaluations: Sequence[Dict[str, Any]], path: str, title: str) -> None:
+def draw_curves(
+    metrics: Sequence[Dict[str, Any]], evaluations: Sequence[Dict[str, Any]], path: str, title: str
+) -> None:
     """Draw loss, top-1 and LR over epochs from rows of metrics.jsonl and eval.jsonl."""
     plt = _pyplot()
     figure, (loss, accuracy, rate) = plt.subplots(3, 1, figsize=(8, 9), sharex=True, constrained_layout=True)

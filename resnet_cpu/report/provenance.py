@@ -44,7 +44,7 @@ def versions() -> Dict[str, Optional[str]]:
     return found
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def code_digest() -> str:
     """Return a digest of this package's sources."""
     digest = hashlib.sha256()

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from typing import Any, Dict, IO, Iterator, List, Mapping, Optional
+from typing import IO, Any, Dict, Iterator, List, Mapping, Optional
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class RunFolder:
         try:
             os.makedirs(os.path.join(path, "plots"), exist_ok=True)
             # Opened for appending: the text of a live holder must stay for the message below.
-            self._lock = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")
+            self._lock = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115  # held
         except OSError as error:
             raise RunFolderError(f"--run_dir={path}: cannot be written ({error.strerror}); choose another") from None
         try:
@@ -52,7 +52,7 @@ class RunFolder:
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Append a row to a JSON-lines file; it reaches the file system at once."""
         if name not in self._files:
-            self._files[name] = open(self.file(name), "a", encoding="utf-8")
+            self._files[name] = open(self.file(name), "a", encoding="utf-8")  # noqa: SIM115  # kept open
         self._files[name].write(json.dumps(finite(row)) + "\n")
         self._files[name].flush()
 

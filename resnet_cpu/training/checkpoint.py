@@ -93,7 +93,9 @@ def read_manifest(path: str) -> Dict[str, Any]:
             raise ValueError("not a checkpoint's")
         return manifest
     except OSError as error:
-        raise CheckpointError(f"{path}: no checkpoint ({error.strerror}); name a folder that holds {MANIFEST}") from None
+        raise CheckpointError(
+            f"{path}: no checkpoint ({error.strerror}); name a folder that holds {MANIFEST}"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: unreadable {MANIFEST} ({error}); use another checkpoint") from None
 

@@ -88,7 +88,9 @@ def examples(settings: Settings, data: Optional[shards.ShardedData]) -> Tuple[in
 def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
     """Settle everything, collectively; raise the one-line errors of bad flags, data, folders and checkpoints."""
     if not settings.run.run_dir:
-        raise FlagError("--run_dir is missing; name the folder for this run, as in --run_dir=runs/first", collective=True)
+        raise FlagError(
+            "--run_dir is missing; name the folder for this run, as in --run_dir=runs/first", collective=True
+        )
     _check_same_everywhere(settings, world)
     data = open_data(settings, world)
     train_examples, validation_examples = examples(settings, data)
@@ -238,6 +240,7 @@ def _check_same_everywhere(settings: Settings, world: World) -> None:
         for key in facts:
             if row[key] != rows[0][key]:
                 raise FlagError(
-                    f"rank {rank} runs with other {key} ({row[key]}) than rank 0 ({rows[0][key]}); start all ranks alike",
+                    f"rank {rank} runs with other {key} ({row[key]}) than rank 0 ({rows[0][key]}); "
+                    "start all ranks alike",
                     collective=True,
                 )

@@ -78,9 +78,9 @@ class _Training:
         trainable = sum(int(np.prod(variable.shape)) for variable in self.model.trainable_variables)
         self.progress.say(
             f"{job.settings.model.model}: {trainable:,} trainable parameters, {job.settings.data.dataset}: "
-            f"{job.train_examples:,} training and {job.validation_examples:,} evaluation images; {job.world.size} ranks "
-            f"x {job.batch_size} images, {layout.cores_of_rank()} cores each; {job.total_steps} steps = "
-            f"{self._epoch(job.total_steps):.2f} epochs; results in {job.run_dir}"
+            f"{job.train_examples:,} training and {job.validation_examples:,} evaluation images; "
+            f"{job.world.size} ranks x {job.batch_size} images, {layout.cores_of_rank()} cores each; "
+            f"{job.total_steps} steps = {self._epoch(job.total_steps):.2f} epochs; results in {job.run_dir}"
         )
         if self.state.step:
             self.progress.say(f"resumed after step {self.state.step} from {job.resume_from} (attempt {job.attempt})")
@@ -155,9 +155,9 @@ class _Training:
         if every and (self._epoch(step + 1) // every > self._epoch(step) // every) and not last_of_all:
             self._evaluate()
         every_steps = self.run_settings.checkpoint_every_steps
-        if end_of_phase or (every_steps and (step + 1) % every_steps == 0):
-            if not last_of_all:  # that one is saved with its score
-                self._save()
+        due = end_of_phase or (every_steps and (step + 1) % every_steps == 0)
+        if due and not last_of_all:  # that one is saved with its score
+            self._save()
 
     def _training_batches(self, phase: Phase, begin: int, end: int) -> Iterator[pipeline.Batch]:
         job, data = self.job, self.job.settings.data
@@ -175,7 +175,11 @@ class _Training:
         if job.data is None:
             return synthetic.training_batches(image_size=phase.image_size, **common)
         return pipeline.training_batches(
-            job.data, pipeline.make_view(data, job.data, phase.image_size), phase.augment, order_block=data.order_block, **common
+            job.data,
+            pipeline.make_view(data, job.data, phase.image_size),
+            phase.augment,
+            order_block=data.order_block,
+            **common,
         )
 
     def _epoch(self, step: int) -> float:

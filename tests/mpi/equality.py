@@ -73,7 +73,7 @@ def named(variables):
 
 
 def ghost_batches(ranks):
-    """The batch-norm case on one process: a micro-batch a rank, normalised by itself; gradients and statistics averaged."""
+    """The batch-norm case on one process: a micro-batch a rank; gradients and statistics averaged."""
     model = network(True)
     exclude = [v.name for layer in model.layers if "bn" in layer.name for v in layer.trainable_variables]
     optimizer = SGD(LR, WD, MOMENTUM, exclude)

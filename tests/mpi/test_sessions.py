@@ -33,8 +33,11 @@ def sessions(tmp_path_factory, data_sets):
             out = tmp_path_factory.mktemp(f"ranks{ranks}")
             process = subprocess.run(
                 ["launch/local.sh", str(ranks), sys.executable, "tests/mpi/worker.py", str(out), str(data_sets)],
-                cwd=ROOT, capture_output=True, text=True, timeout=300,
-            )  # fmt: skip
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
             (out / "log").write_text(process.stdout + process.stderr)
             done[ranks] = out, process
         out, process = done[ranks]

@@ -12,7 +12,7 @@ import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from resnet_cpu.cluster import control, layout  # noqa: E402
+from resnet_cpu.cluster import control, layout
 
 layout.apply(1)
 world = control.connect(None)
@@ -22,6 +22,7 @@ import numpy as np  # noqa: E402
 import runs  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
+from resnet_cpu import flags  # noqa: E402
 from resnet_cpu.cluster import horovod  # noqa: E402
 from resnet_cpu.data import shards  # noqa: E402
 from resnet_cpu.errors import UserError  # noqa: E402
@@ -29,7 +30,6 @@ from resnet_cpu.model.resnet import resnet  # noqa: E402
 from resnet_cpu.recipe.batch_rule import resolve_batch  # noqa: E402
 from resnet_cpu.training import evaluation, loop  # noqa: E402
 from resnet_cpu.training.state import build_model  # noqa: E402
-from resnet_cpu import flags  # noqa: E402
 
 OUT, DATA = sys.argv[1:3]
 

@@ -1,4 +1,4 @@
-"""scikit-learn's digits: 1,797 images of 8x8 grey pixels in 10 classes (UCI Optical Recognition of Handwritten Digits)."""
+"""scikit-learn's digits: 1,797 images of 8x8 grey pixels in 10 classes (from UCI's handwritten digits)."""
 
 from typing import Dict
 

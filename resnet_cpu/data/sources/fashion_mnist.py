@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 60,000 + 10,000 images of 28x28 grey pixels in 10 classes (Xiao, Rasul, Vollgraf, arXiv 1708.07747)."""
+"""Fashion-MNIST: 60,000 + 10,000 grey images of 28x28 pixels in 10 classes (Xiao et al., arXiv 1708.07747)."""
 
 import os
 from typing import Dict

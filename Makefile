@@ -1,0 +1,46 @@
+# Two commands: `make train` sets up and trains on real images, `make test` sets up and tests.
+# Both may be called again at any time: what is done is not done twice.
+SHELL := /bin/bash
+VENV ?= .venv
+PYTHON_ENV := $(VENV)/bin/python
+RANKS ?= 2
+DATA := data/fashion_mnist
+RAW := $(if $(RAW_DIR),--raw_dir=$(RAW_DIR),)
+
+.PHONY: help train test smoke setup lint format lock clean
+
+help:
+	@echo "make train   set up, prepare Fashion-MNIST, train ResNet-50 on $(RANKS) MPI ranks (about 15 minutes the first time)"
+	@echo "make test    set up and run all tests (about 10 minutes the first time)"
+	@echo "make smoke   set up and train a tiny network on synthetic data (a minute)"
+	@echo "make lint    style, types; make format mends the style; make lock resolves requirements.txt anew"
+
+setup:
+	@VENV=$(VENV) launch/install.sh
+
+train: setup $(DATA)/manifest.json
+	@PATH="$(abspath $(VENV))/bin:$$PATH" launch/local.sh $(RANKS) python -m resnet_cpu.train --flagfile=experiments/quickstart.flags
+	@echo "curves: runs/quickstart/plots/curves.png   result: runs/quickstart/result.json   (rm -r runs/quickstart to train anew)" >&2
+
+$(DATA)/manifest.json: | setup
+	@$(PYTHON_ENV) -m resnet_cpu.prepare fashion_mnist --data_dir=$(DATA) $(RAW) >&2
+
+smoke: setup
+	@PATH="$(abspath $(VENV))/bin:$$PATH" launch/local.sh $(RANKS) python -m resnet_cpu.train --flagfile=experiments/smoke.flags
+
+test: setup lint
+	@PATH="$(abspath $(VENV))/bin:$$PATH" python -m pytest -q $(PYTEST_ARGS)
+
+lint: setup
+	@$(PYTHON_ENV) -m ruff check -q . && $(PYTHON_ENV) -m ruff format -q --check . && $(PYTHON_ENV) -m mypy --no-error-summary
+
+format: setup
+	@$(PYTHON_ENV) -m ruff format -q . && $(PYTHON_ENV) -m ruff check -q --fix .
+
+# Needs `pip install uv`. Horovod is not in the lock: launch/install.sh builds it against what the lock installed.
+lock:
+	uv pip compile setup.cfg --extra intel --extra mpi --extra tfds --extra plots --extra digits --extra test \
+	  --extra build --universal --python-version 3.9 --no-header --no-annotate --output-file requirements.txt
+
+clean:
+	rm -rf $(VENV) data runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

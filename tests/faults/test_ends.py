@@ -1,0 +1,125 @@
+"""How jobs of two ranks end: at once, with the right code, told once; and what plain Python does instead."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import runs
+from conftest import ROOT, TINY_FLAGS, last_line, told
+
+from resnet_cpu.training import checkpoint
+
+pytestmark = pytest.mark.mpi
+WAIT_S = 60  # half of what the other rank sleeps
+
+
+def start(*command, timeout=WAIT_S):
+    return subprocess.run(["launch/local.sh", "2", *command], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    "mode, code, part",
+    [
+        ("exception", 70, "internal error"),
+        ("data", 65, "rank 1: shard 7: record 3: broken"),
+        ("collective", 66, "everyone knows"),
+        ("full", 74, "a file: No space left on device"),
+        ("watchdog", 76, "no step finished for 1 s"),
+    ],
+)
+def test_one_failing_rank_ends_the_job_with_its_code_and_is_told_once(mode, code, part):
+    process = start(sys.executable, "tests/faults/failing.py", mode)
+    assert process.returncode == code, process.stderr
+    assert len(told(process)) == 1 and part in told(process)[0], process.stderr
+    assert process.stderr.count("Traceback") == (mode == "exception")
+    if mode == "exception":
+        assert "RuntimeError: the first to fail" in process.stderr
+    if mode == "watchdog":
+        assert "Current thread" in process.stderr or "Thread 0x" in process.stderr
+
+
+@pytest.mark.parametrize("mode", ["kill", "exit"])
+def test_a_rank_that_is_gone_takes_the_job_with_it(mode):
+    assert start(sys.executable, "tests/faults/failing.py", mode).returncode in (137, 5)
+
+
+def test_negative_control_a_good_end_is_0():
+    process = start(sys.executable, "tests/faults/failing.py", "fine")
+    assert process.returncode == 0 and not told(process)
+
+
+def test_negative_control_without_the_guard_the_other_rank_lives_on():
+    """Plain Python: rank 1's exception leaves rank 0 running; it is ended here, by its own clock, after 6 s."""
+    code = (
+        "import time, sys; from mpi4py import MPI; r = MPI.COMM_WORLD.Get_rank();"
+        "time.sleep(6 * (1 - r)); print('alive', r, flush=True); 1 / (1 - r)"
+    )
+    assert "alive 0" in start(sys.executable, "-c", code).stdout
+
+
+def tiny(tiny_data, run_dir, *more):
+    return [
+        sys.executable,
+        "-m",
+        "resnet_cpu.train",
+        *TINY_FLAGS,
+        f"--data_dir={tiny_data}",
+        f"--run_dir={run_dir}",
+        *more,
+    ]
+
+
+@pytest.mark.parametrize(
+    "flags, code, part",
+    [
+        (["--learning_rate=1"], 64, "unknown flag"),
+        (["--ranks=3"], 64, "--ranks=3: the launcher started 2"),
+        (["--global_batch_size=13"], 64, "not divisible by 2 ranks"),
+        (["--data_dir=/no/such"], 65, "/no/such"),
+        (["--resume=must"], 66, "no checkpoint"),
+        (["--run_dir=/proc/no/run"], 73, "/proc/no/run"),
+    ],
+)
+def test_user_errors_are_told_once_by_all_ranks_together(tiny_data, tmp_path, flags, code, part):
+    process = start(*tiny(tiny_data, tmp_path / "run", *flags))
+    assert process.returncode == code, process.stderr
+    assert len(told(process)) == 1 and part in told(process)[0], process.stderr
+    assert "Traceback" not in process.stderr and process.stdout == ""
+
+
+def test_ranks_with_other_flags_are_refused(tiny_data, tmp_path):
+    command = " ".join(tiny(tiny_data, tmp_path / "run", "--seed=$OMPI_COMM_WORLD_RANK"))
+    process = start("bash", "-c", command)
+    assert process.returncode == 64 and "rank 1 runs with other flags" in told(process)[0]
+
+
+@pytest.mark.slow
+def test_usr1_stops_both_ranks_at_one_step_and_the_rest_is_bit_identical(tiny_data, tmp_path):
+    """The signal goes to mpirun, as a batch system sends it; then the same command goes on, in a new process."""
+    long = ["--phase=main:steps=300,lr=0.05,warmup_steps=3", "--phase=tail:steps=6,lr=0.01"]
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    process = subprocess.Popen(
+        ["launch/local.sh", "2", *tiny(tiny_data, stopped, *long)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = stopped / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 75 and out == "", err
+    (step,) = checkpoint.steps(str(stopped))
+    assert f"stopped on request after step {step}" in err and 5 < step < 306
+    again = start(*tiny(tiny_data, stopped, *long), timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(last_line(again.stdout))["ranks"] == 2
+    assert start(*tiny(tiny_data, whole, *long), timeout=120).returncode == 0
+    assert not runs.differing(runs.final_state(str(stopped)), runs.final_state(str(whole)))
+    assert runs.losses(str(stopped)) == runs.losses(str(whole))
