@@ -44,7 +44,7 @@ compgen -G '/usr/lib/*/libtcmalloc_minimal.so.4' >/dev/null || missing+=(libtcma
 
 if ((${#missing[@]})); then
   sudo=()
-  if ((EUID != 0)); then
+  if (($(id -u) != 0)); then
     sudo -n true 2>/dev/null && sudo=(sudo -n) || fail "missing system packages, and no root or sudo here to install them: ${missing[*]} (ask for them, or load your site's MPI module and set RAW_DIR to the folder of the Fashion-MNIST files)"
   fi
   command -v apt-get >/dev/null || fail "missing (no apt-get here; names are Debian's): ${missing[*]}"

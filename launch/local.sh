@@ -25,7 +25,7 @@ fi
 # Open MPI waits by spinning, which takes the core from the compute threads that are to finish what it waits for: with
 # two ranks on two cores that costs a third of the throughput. Yielding gives it back. Shared memory only: no network.
 options=(--mca mpi_yield_when_idle 1 --mca btl self,vader --mca pml ob1)
-((EUID != 0)) || options+=(--allow-run-as-root)
+(($(id -u) != 0)) || options+=(--allow-run-as-root)
 
 # TensorFlow allocates and frees large buffers all the time, and glibc returns them to the kernel each time.
 allocator=$(compgen -G '/usr/lib/*/libtcmalloc_minimal.so.4' | head -n 1 || true)

@@ -5,6 +5,7 @@ exits 0, and no flag is global, so that tests may parse as often as they like.
 """
 
 import difflib
+import os
 import sys
 from typing import Callable, List, Optional, Sequence, Tuple
 
@@ -122,9 +123,10 @@ def _define() -> _Definer:
     return d
 
 
-def help_text(command: str) -> str:
+def help_text() -> str:
     """Return what `--help` prints: every flag with its default."""
     definer = _define()
+    command = os.path.splitext(os.path.basename(sys.argv[0]))[0]
     lines = [
         f"usage: python -m resnet_cpu.{command} [--flagfile=FILE] [--flag=value ...]",
         "Later flags win, so overrides go after --flagfile. Switches are --name and --noname.",
@@ -146,7 +148,7 @@ def parse_values(argv: Sequence[str], positional: int = 0) -> Tuple[flags.FlagVa
     `--help` prints every flag and exits 0. Raises FlagError for anything else that is not as it should be.
     """
     if any(argument in ("-h", "--help", "--helpfull", "-help", "-helpfull") for argument in argv):
-        print(help_text("train"))
+        print(help_text())
         sys.exit(0)
     values = _define().values
     try:

@@ -10,6 +10,7 @@ from resnet_cpu.cluster import control, guard, layout
 def main(argv: List[str]) -> None:
     """Train; the last line on standard output is the result as JSON (rank 0)."""
     settings = flags.parse(argv)
+    guard.catch_stop_signals()  # before the slow imports: a batch system's signal may come at any time
     threads = layout.apply(settings.system.threads)
     world = control.connect(settings.system.ranks)
     from resnet_cpu.training import job

@@ -18,6 +18,7 @@ from resnet_cpu.cluster import control
 from resnet_cpu.errors import OutputError, PeerLost, UserError
 
 _PEER_GRACE_S = 3.0  # what a rank that only heard of a failure waits for the rank that knows more
+_FIRST_STEP_GRACE_S = 300.0  # for tracing the graph and creating kernels, on top of the stall timeout
 _stop_signal: Optional[int] = None
 
 
@@ -128,9 +129,9 @@ class Watchdog:
     """Ends the job when no step was finished for too long: nothing else notices a rank that hangs."""
 
     def __init__(self, timeout: float) -> None:
-        """`timeout` in seconds; the clock starts with the first `beat`."""
+        """`timeout` in seconds; the first `beat` may take five minutes longer."""
         self.timeout = timeout
-        self._last: Optional[float] = None
+        self._last = time.monotonic() + _FIRST_STEP_GRACE_S
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -148,7 +149,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.wait(min(1.0, self.timeout / 4)):
-            if self._last is not None and time.monotonic() - self._last > self.timeout:
+            if time.monotonic() - self._last > self.timeout:
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 _tell(f"no step finished for {self.timeout:g} s; where the threads are is above. Run the command again")
                 abort(PeerLost.exit_code)

@@ -1,5 +1,6 @@
 """Plots as PNG: of a run folder's rows, and of a planned recipe. matplotlib is optional and loaded when needed."""
 
+import functools
 import os
 import sys
 from typing import Any, Dict, List, Sequence
@@ -16,8 +17,9 @@ def _pyplot() -> Any:
     return plt
 
 
+@functools.lru_cache(maxsize=None)
 def available() -> bool:
-    """Return whether matplotlib is there; say so once if not."""
+    """Return whether matplotlib is there; say once if not."""
     try:
         _pyplot()
     except ImportError:

@@ -161,11 +161,10 @@ class Progress:
 
 
 class Stopwatch:
-    """Time in this attempt and those before it."""
+    """Seconds since it was made, by a clock that nobody sets."""
 
-    def __init__(self, before: float = 0.0) -> None:
-        """`before`: seconds of earlier attempts that count."""
-        self._before, self._start = before, time.monotonic()
+    def __init__(self) -> None:
+        self._start = time.monotonic()
 
     def seconds(self) -> float:
-        return self._before + time.monotonic() - self._start
+        return time.monotonic() - self._start

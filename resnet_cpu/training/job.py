@@ -16,7 +16,7 @@ from resnet_cpu.errors import CheckpointError, DataError, FlagError, RunFolderEr
 from resnet_cpu.recipe import batch_rule, phases, schedule
 from resnet_cpu.recipe.phases import Phase
 from resnet_cpu.report import provenance
-from resnet_cpu.report.runlog import RunFolder, read_json
+from resnet_cpu.report.runlog import RunFolder, Stopwatch, read_json
 from resnet_cpu.settings import Settings
 from resnet_cpu.training import checkpoint
 
@@ -39,6 +39,7 @@ class Job:
     resume_from: Optional[str]  # checkpoint folder
     attempt: int
     finished: Optional[Dict[str, Any]]  # the result, where nothing is left to do
+    clock: Stopwatch  # runs since this attempt was opened
 
     @property
     def total_steps(self) -> int:
@@ -87,6 +88,7 @@ def examples(settings: Settings, data: Optional[shards.ShardedData]) -> Tuple[in
 
 def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
     """Settle everything, collectively; raise the one-line errors of bad flags, data, folders and checkpoints."""
+    clock = Stopwatch()
     if not settings.run.run_dir:
         raise FlagError(
             "--run_dir is missing; name the folder for this run, as in --run_dir=runs/first", collective=True
@@ -127,13 +129,11 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
         if result is not None and result.get("complete"):
             return {"finished": result}
         folder = RunFolder(run_dir)
-        newest = checkpoint.newest(run_dir)
-        if newest is None and settings.run.resume == "must":
-            raise CheckpointError(f"--resume=must: no checkpoint in {run_dir}; use --resume=auto to start afresh")
-        if newest is not None:
-            checkpoint.check_signature(newest[0], newest[1]["signature"], signature)
-        attempt = (record or {}).get("attempt", 0) + 1
-        return {"finished": None, "resume_from": newest and newest[0], "attempt": attempt}
+        try:
+            return {"finished": None, "attempt": (record or {}).get("attempt", 0) + 1, "resume_from": _resume_from(settings, run_dir, signature)}
+        except BaseException:
+            folder.close()
+            raise
 
     agreed = world.on_rank0(hold)
     rows = world.gather(provenance.of_rank(threads))
@@ -165,7 +165,20 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
         resume_from=agreed.get("resume_from"),
         attempt=agreed.get("attempt", 0),
         finished=agreed["finished"],
+        clock=clock,
     )
+
+
+def _resume_from(settings: Settings, run_dir: str, signature: Dict[str, Any]) -> Optional[str]:
+    """Return the checkpoint to go on from, None to start afresh."""
+    newest = checkpoint.newest(run_dir)
+    if newest is None:
+        if settings.run.resume == "must":
+            raise CheckpointError(f"--resume=must: no checkpoint in {run_dir}; use --resume=auto to start afresh")
+        return None
+    path, manifest = newest
+    checkpoint.check_signature(path, manifest["signature"], signature)
+    return path
 
 
 def find_checkpoint(settings: Settings, world: World, path: Optional[str]) -> Tuple[str, int]:

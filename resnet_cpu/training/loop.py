@@ -14,7 +14,7 @@ from resnet_cpu.errors import NotFinite, StopRequested
 from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.phases import Phase
 from resnet_cpu.report import plots, provenance
-from resnet_cpu.report.runlog import Progress, Stopwatch, read_json, read_rows
+from resnet_cpu.report.runlog import Progress, read_json, read_rows
 from resnet_cpu.training import checkpoint, evaluation
 from resnet_cpu.training.job import Job
 from resnet_cpu.training.state import State, build_model
@@ -26,7 +26,6 @@ TOP1_MARKS = (0.5, 0.6, 0.7, 0.75, 0.759, 0.8, 0.85, 0.88, 0.9)  # whose first c
 def run(job: Job) -> Dict[str, Any]:
     """Train to the end of the recipe (or --max_steps); return the result, which rank 0 has also written."""
     horovod.start(job.world)
-    guard.catch_stop_signals()
     with guard.Watchdog(job.settings.system.stall_timeout) as watchdog:
         return _Training(job, watchdog).run()
 
@@ -46,8 +45,8 @@ class _Training:
         self.timed_steps, self.timed_s = 0, 0.0
         self.seconds_to_top1: Dict[str, float] = {}
         self.score: Optional[evaluation.Score] = None
-        elapsed = self._restore()
-        self.clock = Stopwatch(elapsed)
+        self.seconds_before = self._restore()
+        self.saved_step = self.state.step if job.resume_from else None
         total_epochs = self._epoch(job.total_steps)
         self.progress = Progress(job.total_steps, total_epochs, self.cores) if job.folder else None
 
@@ -182,6 +181,10 @@ class _Training:
             **common,
         )
 
+    def _wall_seconds(self) -> float:
+        """Return the seconds of this attempt, loading and evaluation included, and of those it goes on from."""
+        return self.seconds_before + self.job.clock.seconds()
+
     def _epoch(self, step: int) -> float:
         return step * self.job.global_batch_size / self.job.train_examples
 
@@ -197,7 +200,7 @@ class _Training:
             self.evaluate_step, job.settings, job.world, job.data, job.batch_size, self.watchdog.beat
         )
         horovod.check_replicas(job.world, self.state.variables, f"after step {self.state.step}")
-        wall = self.clock.seconds()
+        wall = self._wall_seconds()
         for mark in TOP1_MARKS:
             if score.top1 >= mark:
                 self.seconds_to_top1.setdefault(str(mark), round(wall, 3))
@@ -226,24 +229,24 @@ class _Training:
     def _save(self) -> None:
         """Publish a checkpoint from rank 0; every rank learns whether it succeeded."""
         job, step = self.job, self.state.step
-        path = checkpoint.folder(job.run_dir, step)
-        if path == job.resume_from:
-            return  # nothing was trained since
+        if step == self.saved_step:
+            return  # nothing was trained since; what is whole is never written again
 
         def save() -> None:
             info = {
                 "step": step,
                 "signature": job.signature,
                 "ranks": job.world.size,
-                "wall_seconds": self.clock.seconds(),
+                "wall_seconds": self._wall_seconds(),
                 "seconds_to_top1": self.seconds_to_top1,
                 "versions": provenance.versions(),
             }
-            checkpoint.save(path, self.state.arrays(), info)
+            checkpoint.save(checkpoint.folder(job.run_dir, step), self.state.arrays(), info)
             checkpoint.prune(job.run_dir, self.run_settings.keep_checkpoints)
 
         horovod.check_replicas(job.world, self.state.variables, f"after step {step}")
         job.world.on_rank0(save)
+        self.saved_step = step
         self.watchdog.beat()
 
     # --- report ------------------------------------------------------------------------------------------------
@@ -288,7 +291,7 @@ class _Training:
             "epochs": self._epoch(self.state.step),
             "ranks": job.world.size,
             "global_batch_size": job.global_batch_size,
-            "wall_seconds": self.clock.seconds(),
+            "wall_seconds": self._wall_seconds(),
             "seconds_to_top1": self.seconds_to_top1,
             "seed": job.settings.recipe.seed,
             "complete": complete,

@@ -80,6 +80,7 @@ def tiny(tiny_data, run_dir, *more):
         (["--global_batch_size=13"], 64, "not divisible by 2 ranks"),
         (["--data_dir=/no/such"], 65, "/no/such"),
         (["--resume=must"], 66, "no checkpoint"),
+        (["--phase=main:steps=10,lr=1e30,decay=constant"], 77, "the last checkpoint is from before it"),
         (["--run_dir=/proc/no/run"], 73, "/proc/no/run"),
     ],
 )

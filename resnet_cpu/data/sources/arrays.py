@@ -37,8 +37,12 @@ def read_idx(path: str) -> np.ndarray:
 def serialized_examples(images: np.ndarray, labels: np.ndarray, what: str) -> Iterator[bytes]:
     """Yield standard TFRecord examples of grey images, uint8 [n, height, width], as JPEG."""
     _, height, width = images.shape
-    for number, (image, label) in enumerate(zip(images, labels)):
-        encoded = tf.io.encode_jpeg(image[:, :, None], format="grayscale", quality=JPEG_QUALITY).numpy()
+
+    def encode(image: tf.Tensor) -> tf.Tensor:
+        return tf.io.encode_jpeg(image, format="grayscale", quality=JPEG_QUALITY)
+
+    jpegs = tf.data.Dataset.from_tensor_slices(images[..., None]).map(encode, tf.data.AUTOTUNE)
+    for number, (encoded, label) in enumerate(zip(jpegs.as_numpy_iterator(), labels)):
         feature = {
             "image/encoded": tf.train.Feature(bytes_list=tf.train.BytesList(value=[encoded])),
             "image/format": tf.train.Feature(bytes_list=tf.train.BytesList(value=[b"JPEG"])),
