@@ -14,6 +14,7 @@ help:
 	@echo "make test    set up and run all tests (about 10 minutes the first time)"
 	@echo "make smoke   set up and train a tiny network on synthetic data (a minute)"
 	@echo "make lint    style, types; make format mends the style; make lock resolves requirements.txt anew"
+	@echo "make clean   remove the environment and caches, never data or runs"
 
 setup:
 	@VENV=$(VENV) launch/install.sh
@@ -43,4 +44,4 @@ lock:
 	  --extra build --universal --python-version 3.9 --no-header --no-annotate --output-file requirements.txt
 
 clean:
-	rm -rf $(VENV) data runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

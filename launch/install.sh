@@ -39,15 +39,19 @@ command -v cmake >/dev/null || missing+=(cmake)
 if [[ -z ${RAW_DIR:-} && ! -e /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz && ! -e data/fashion_mnist/manifest.json ]]; then
   missing+=(dataset-fashion-mnist)
 fi
-# Faster memory allocation for TensorFlow; preloaded by launch/local.sh where it is there.
-compgen -G '/usr/lib/*/libtcmalloc_minimal.so.4' >/dev/null || missing+=(libtcmalloc-minimal4)
+
+sudo=() may_install=yes
+if (($(id -u) != 0)); then
+  if sudo -n true 2>/dev/null; then sudo=(sudo -n); else may_install=no; fi
+fi
+command -v apt-get >/dev/null || may_install=no
+# Faster memory allocation for TensorFlow, preloaded by launch/local.sh where it is there: welcome, not needed.
+if [[ $may_install == yes ]] && ! compgen -G '/usr/lib/*/libtcmalloc_minimal.so.4' >/dev/null; then
+  missing+=(libtcmalloc-minimal4)
+fi
 
 if ((${#missing[@]})); then
-  sudo=()
-  if (($(id -u) != 0)); then
-    sudo -n true 2>/dev/null && sudo=(sudo -n) || fail "missing system packages, and no root or sudo here to install them: ${missing[*]} (ask for them, or load your site's MPI module and set RAW_DIR to the folder of the Fashion-MNIST files)"
-  fi
-  command -v apt-get >/dev/null || fail "missing (no apt-get here; names are Debian's): ${missing[*]}"
+  [[ $may_install == yes ]] || fail "missing system packages (Debian's names), and no apt-get with root or sudo here to install them: ${missing[*]} (ask for them, or load your site's MPI module and set RAW_DIR to the folder of the Fashion-MNIST files)"
   say "system packages: ${missing[*]}"
   export DEBIAN_FRONTEND=noninteractive
   "${sudo[@]}" apt-get install -y -q --no-install-recommends "${missing[@]}" >/dev/null 2>&1 || {
@@ -69,16 +73,19 @@ say "the pinned packages of requirements.txt (TensorFlow alone is 475 MB)"
 # shellcheck disable=SC2086  # PIP_ARGS is a list of arguments
 pip install -q --no-deps ${PIP_ARGS:-} -r requirements.txt
 
-if [[ $("$VENV/bin/python" -m pip show horovod 2>/dev/null | sed -n 's/^Version: //p') != "$HOROVOD" ]]; then
+# Horovod is linked against one TensorFlow and one MPI: built anew when either is another.
+built_for="horovod $HOROVOD; $(grep '^tensorflow==' requirements.txt); $(mpirun --version | head -n 1)"
+if [[ ! -f $VENV/horovod-built-for || $(<"$VENV/horovod-built-for") != "$built_for" ]]; then
   say "Horovod $HOROVOD, built against this TensorFlow and this MPI (about two minutes; log: $VENV/horovod-build.log)"
   # No cached wheel: it may have been built against another MPI. PATH: its cmake must find this environment's python.
   # shellcheck disable=SC2086
-  PATH="$PWD/$VENV/bin:$PATH" \
+  PATH="$(cd "$VENV/bin" && pwd):$PATH" \
     HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITH_MPI=1 HOROVOD_CPU_OPERATIONS=MPI \
     HOROVOD_WITHOUT_GLOO=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 \
     "$VENV/bin/python" -m pip --disable-pip-version-check install --no-deps --no-build-isolation --no-cache-dir \
-    --no-binary horovod ${PIP_ARGS:-} "horovod==$HOROVOD" >"$VENV/horovod-build.log" 2>&1 ||
+    --no-binary horovod --force-reinstall ${PIP_ARGS:-} "horovod==$HOROVOD" >"$VENV/horovod-build.log" 2>&1 ||
     { tail -n 30 "$VENV/horovod-build.log" >&2; fail "Horovod did not build; the symptoms and remedies are in BUILD_NOTES.md"; }
+  printf '%s\n' "$built_for" >"$VENV/horovod-built-for"
 fi
 pip install -q --no-deps --no-build-isolation -e .
 "$VENV/bin/python" -m pip --disable-pip-version-check check >/dev/null || fail "the environment in $VENV is inconsistent: '$VENV/bin/python -m pip check' says where; remove $VENV and try again"

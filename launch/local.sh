@@ -11,7 +11,7 @@ fi
 ranks=$1
 shift
 
-allowed=$(nproc)                                             # by affinity and cpuset
+allowed=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)  # by affinity and cpuset
 physical=$(lscpu -p=CORE,SOCKET | grep -v '^#' | sort -u | wc -l)
 cores=$((allowed < physical ? allowed : physical))
 each=$((cores / ranks))

@@ -5,6 +5,7 @@ exits 0, and no flag is global, so that tests may parse as often as they like.
 """
 
 import difflib
+import math
 import os
 import sys
 from typing import Callable, List, Optional, Sequence, Tuple
@@ -20,6 +21,7 @@ EXPERIMENTS = ("train", "scaling", "lr_scaling", "collapsed_ensemble")
 MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 NORMALIZATIONS = ("auto", "dataset", "authors", "torch", "tf")
 SOURCES = ("fashion_mnist", "digits", "verify")
+OF_ONE_COMMAND = {"checkpoint": "evaluate", "format": "plan", "output": "plan", "raw_dir": "prepare"}
 
 Section = Tuple[str, List[str]]
 
@@ -142,7 +144,9 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def parse_values(argv: Sequence[str], positional: int = 0) -> Tuple[flags.FlagValues, List[str]]:
+def parse_values(
+    argv: Sequence[str], command: str = "train", positional: int = 0
+) -> Tuple[flags.FlagValues, List[str]]:
     """Return (absl flag values, positional arguments) of a command line without the program's name.
 
     `--help` prints every flag and exits 0. Raises FlagError for anything else that is not as it should be.
@@ -164,10 +168,17 @@ def parse_values(argv: Sequence[str], positional: int = 0) -> Tuple[flags.FlagVa
         raise FlagError(
             f"'{rest[positional]}' is no flag; write flags as --name=value, and in flagfiles comments from column 0 on"
         )
+    for name, owner in OF_ONE_COMMAND.items():
+        if values[name].present and command != owner:
+            raise FlagError(
+                f"--{name}={values[name].value}: belongs to python -m resnet_cpu.{owner}; leave it out here"
+            )
     for name in values:
         for value in values[name].value if isinstance(values[name].value, list) else [values[name].value]:
             if isinstance(value, str) and ("\n" in value or "\r" in value):
                 raise FlagError(f"--{name}={value!r}: a newline in the value; write it on one line")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise FlagError(f"--{name}={value}: is no finite number; --help shows what is allowed")
     return values, rest
 
 
@@ -241,7 +252,7 @@ def resolved(values: flags.FlagValues) -> str:
         lines += [f"# {title}"]
         for name in names:
             flag = values[name]
-            if flag.value is not None and flag.value != []:
+            if flag.value is not None and flag.value != [] and name not in OF_ONE_COMMAND:
                 lines.append(flag.serialize())
     return "\n".join(lines) + "\n"
 

@@ -6,7 +6,7 @@ from typing import Iterator, List, Tuple
 from resnet_cpu import flags
 from resnet_cpu.cluster import guard
 from resnet_cpu.data.datasets import DATASETS
-from resnet_cpu.errors import DataError
+from resnet_cpu.errors import DataError, FlagError
 from resnet_cpu.recipe import batch_rule, phases, schedule
 from resnet_cpu.recipe.phases import Phase
 from resnet_cpu.settings import Settings
@@ -16,7 +16,7 @@ CSV_HEADER = "step,phase,step_in_phase,epoch,lr,weight_decay,momentum,augment,im
 
 def main(argv: List[str]) -> None:
     """Print the plan as a table or csv, or draw it."""
-    values, _ = flags.parse_values(argv)
+    values, _ = flags.parse_values(argv, "plan")
     settings = flags.make_settings(values)
     ranks = settings.system.ranks or 1
     train_examples = _train_examples(settings)
@@ -119,6 +119,8 @@ def table(
 def _draw(planned: Tuple[Phase, ...], epochs_per_step: float, path: str) -> None:
     from resnet_cpu.report import plots
 
+    if not plots.available():
+        raise FlagError("--format=png: matplotlib is not installed; use --format=table, or pip install matplotlib")
     steps = list(schedule.walk(planned))
     borders = {phase.name: step * epochs_per_step for step, phase, within, _ in steps if within == 0}
     plots.draw_plan([step * epochs_per_step for step, *_ in steps], [row[3] for row in steps], borders, path)

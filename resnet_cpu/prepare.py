@@ -1,17 +1,18 @@
 """Raw data to verified shards: `python -m resnet_cpu.prepare fashion_mnist --data_dir=data/fashion_mnist`."""
 
 import json
+import os
 from typing import List
 
 from resnet_cpu import flags
-from resnet_cpu.cluster import guard, layout
+from resnet_cpu.cluster import control, guard, layout
 from resnet_cpu.data import shards
 from resnet_cpu.errors import FlagError
 
 
 def main(argv: List[str]) -> None:
     """Prepare or verify; the last line on standard output counts the examples of each split, as JSON."""
-    values, rest = flags.parse_values(argv, positional=1)
+    values, rest = flags.parse_values(argv, "prepare", positional=1)
     source = rest[0] if rest else None
     if source not in flags.SOURCES:
         raise FlagError(f"{source or 'no source'}: name what to prepare, one of {', '.join(flags.SOURCES)}")
@@ -19,7 +20,7 @@ def main(argv: List[str]) -> None:
     if source == "verify":
         counts = shards.verify(data_dir)
     else:
-        layout.apply(values.threads)
+        layout.apply(values.threads, control.physical_cores(os.sched_getaffinity(0)))
         from resnet_cpu.data.sources import digits, fashion_mnist
 
         counts = {"fashion_mnist": fashion_mnist, "digits": digits}[source].prepare(values.raw_dir, data_dir)

@@ -1,18 +1,18 @@
 """Runs an experiment: `python -m resnet_cpu.train --flagfile=experiments/quickstart.flags`."""
 
-import json
 from typing import List
 
 from resnet_cpu import flags
 from resnet_cpu.cluster import control, guard, layout
+from resnet_cpu.report import runlog
 
 
 def main(argv: List[str]) -> None:
     """Train; the last line on standard output is the result as JSON (rank 0)."""
     settings = flags.parse(argv)
     guard.catch_stop_signals()  # before the slow imports: a batch system's signal may come at any time
-    threads = layout.apply(settings.system.threads)
     world = control.connect(settings.system.ranks)
+    threads = layout.apply(settings.system.threads, world.cores)
     from resnet_cpu.training import job
 
     opened = job.open_job(settings, world, threads)
@@ -23,7 +23,7 @@ def main(argv: List[str]) -> None:
 
         result = loop.run(opened)
     if world.rank == 0:
-        print(json.dumps(result), flush=True)
+        print(runlog.json_line(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from typing import Callable, Dict, List
 
-from resnet_cpu.cluster import layout
+from resnet_cpu.cluster import control, layout
 
-layout.apply(0)  # before any test module imports TensorFlow
+OUTSIDE = dict(os.environ)  # what commands that the tests start are given
+layout.apply(0, control.physical_cores(os.sched_getaffinity(0)))  # before any test module imports TensorFlow
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -67,7 +68,7 @@ def run_command() -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(
             [sys.executable, "-m", f"resnet_cpu.{command}", *arguments],
             cwd=ROOT,
-            env={**os.environ, **environment},
+            env={**OUTSIDE, **environment},
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import shlex
 import subprocess
 import sys
 
@@ -10,6 +11,8 @@ import pytest
 from conftest import ROOT, last_line
 
 from resnet_cpu import plan
+from resnet_cpu.errors import FlagError
+from resnet_cpu.report import plots
 
 RECIPE = [
     "--phase=main:steps=20,lr=0.2,warmup_steps=4,wd=5e-5",
@@ -61,6 +64,29 @@ def test_png(tmp_path, capsys):
     path = tmp_path / "plan.png"
     plan.main([*RECIPE, "--format=png", f"--output={path}"])
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_png_without_matplotlib_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "available", lambda: False)
+    with pytest.raises(FlagError, match="matplotlib"):
+        plan.main([*RECIPE, "--format=png", f"--output={tmp_path}/plan.png"])
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    long = "--phase=main:steps=200000,lr=1"
+    command = (
+        f"{shlex.quote(sys.executable)} -m resnet_cpu.plan {long} --format=csv | head -n 2; exit ${{PIPESTATUS[0]}}"
+    )
+    process = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0 and process.stderr == "" and process.stdout.count("\n") == 2
+
+
+def test_a_full_disk_is_74():
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-m", "resnet_cpu.plan", *RECIPE], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert process.returncode == 74 and "No space left" in process.stderr and "Traceback" not in process.stderr
 
 
 def test_plan_and_help_load_neither_tensorflow_nor_horovod_nor_mpi():

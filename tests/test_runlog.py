@@ -19,8 +19,11 @@ def test_rows_are_appended_over_attempts_and_the_last_one_of_a_step_counts(tmp_p
         folder.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "att')  # a kill in the middle of a line
+    folder = runlog.RunFolder(str(tmp_path))
+    folder.append("metrics.jsonl", {"step": 5, "attempt": 3})  # and the next attempt's row is not glued to it
+    folder.close()
     rows = runlog.read_rows(str(tmp_path / "metrics.jsonl"))
-    assert [(row["step"], row["attempt"]) for row in rows] == [(0, 1), (1, 1), (2, 2), (3, 2)]
+    assert [(row["step"], row["attempt"]) for row in rows] == [(0, 1), (1, 1), (2, 2), (3, 2), (5, 3)]
 
 
 def test_a_folder_in_use_is_refused_and_names_its_holder(tmp_path):
@@ -55,7 +58,6 @@ def test_progress_is_one_plain_line_where_there_is_no_terminal(capsys):
     row = {
         "step": 9,
         "phase": "main",
-        "epoch": 0.5,
         "loss": 1.25,
         "lr": 0.1,
         "images_per_second": 80.0,
@@ -66,3 +68,17 @@ def test_progress_is_one_plain_line_where_there_is_no_terminal(capsys):
     assert capsys.readouterr().err == (
         "main  step 10/20  epoch 0.50/1.00  loss 1.2500  lr 0.1  80.0 img/s (40.0/core)  data wait 10.0%  left 1s\n"
     )
+
+
+def test_progress_of_the_first_step_has_no_speed_yet(capsys):
+    row = {
+        "step": 0,
+        "phase": "main",
+        "loss": 1.0,
+        "lr": 0.1,
+        "images_per_second": None,
+        "data_wait_s": None,
+        "step_s": None,
+    }
+    runlog.Progress(20, 1.0, 2).show(row, 0.0)
+    assert "first step" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """Whole runs on one rank, in this process and as commands."""
 
+import csv
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -13,13 +15,14 @@ import time
 import numpy as np
 import pytest
 import runs
-from conftest import ROOT, TINY_FLAGS, last_line, told, write_tiny_data
+from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, told, write_tiny_data
 
+from resnet_cpu import plan
 from resnet_cpu.cluster import control
 from resnet_cpu.data import order
 from resnet_cpu.errors import CheckpointError, DataError, FlagError, NotFinite, RunFolderError, UserError
 from resnet_cpu.report.runlog import RunFolder, read_rows
-from resnet_cpu.training import checkpoint
+from resnet_cpu.training import checkpoint, loop
 
 ALONE = control.World(1, 0)
 
@@ -135,10 +138,47 @@ def test_evaluate_gives_the_score_of_the_run(finished, run_command, tmp_path):
     assert run_command("evaluate", f"--run_dir={tmp_path}").returncode == 66
 
 
-def test_statistics_and_labels_are_learned(finished):
-    """The tiny images' brightness is their label: loss must fall well under that of guessing, ln 10."""
-    rows = read_rows(os.path.join(finished, "metrics.jsonl"))
-    assert np.mean([row["loss"] for row in rows[-4:]]) < np.mean([row["loss"] for row in rows[:4]])
+def test_labels_are_learned(tiny_data, tmp_path):
+    """The tiny images' brightness is their label: the loss falls well under that of guessing, ln 10 = 2.3."""
+    train(tiny_data, tmp_path / "run", "--phase=main:steps=60,lr=0.1,warmup_steps=3,augment=none")
+    assert np.mean([loss for _, loss, _ in runs.losses(str(tmp_path / "run"))[-8:]]) < 1.8
+
+
+def test_every_step_runs_with_the_rate_decay_and_momentum_that_plan_shows(tiny_data, tmp_path, monkeypatch, capsys):
+    recipe = [
+        "--phase=main:steps=5,lr=0.05,warmup_steps=3,wd=3e-4",
+        "--phase=tail:epochs=1,lr=0.01,momentum=0.5,augment=light,image_size=24",
+    ]
+    seen, views = [], []
+    original_step, original_batches = loop.make_train_step, loop.pipeline.training_batches
+
+    def spy_on_steps(model, optimizer, knobs):
+        step = original_step(model, optimizer, knobs)
+
+        def spied(images, labels, rate, stop):
+            report = step(images, labels, rate, stop)
+            in_force = [float(knob) for knob in (knobs.learning_rate, knobs.weight_decay, knobs.momentum)]
+            seen.append([*in_force, images.shape[1]])
+            return report
+
+        return spied
+
+    def spy_on_batches(data, view, augment, **rest):
+        views.append((augment, view.image_size, rest["first_step"], rest["last_step"]))
+        return original_batches(data, view, augment, **rest)
+
+    monkeypatch.setattr(loop, "make_train_step", spy_on_steps)
+    monkeypatch.setattr(loop.pipeline, "training_batches", spy_on_batches)
+    train(tiny_data, tmp_path / "run", *recipe)
+    plan.main([*TINY_FLAGS, *recipe, "--train_examples=50", "--format=csv"])
+    planned = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    keys = ("lr", "weight_decay", "momentum", "image_size")
+    np.testing.assert_allclose(seen, [[float(row[key]) for key in keys] for row in planned], rtol=1e-6)
+    assert views == [("full", 16, 0, 5), ("light", 24, 5, 9)]
+    rows = read_rows(str(tmp_path / "run" / "metrics.jsonl"))
+    assert [(str(r["step"]), r["phase"], repr(r["lr"]), repr(r["epoch"])) for r in rows] == [
+        (p["step"], p["phase"], p["lr"], p["epoch"]) for p in planned
+    ]
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(tiny_data, tmp_path):
@@ -198,11 +238,27 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tiny_data, f
         (["--run_dir="], FlagError, "--run_dir is missing"),
     ],
 )
-def test_what_cannot_run_is_refused_before_tensorflow_is_needed(tiny_data, tmp_path, flags, error, part):
+def test_what_cannot_run_is_refused_and_nothing_is_saved(tiny_data, tmp_path, flags, error, part):
     with pytest.raises(error) as caught:
         train(tiny_data, tmp_path / "run", *flags)
     assert part in str(caught.value) and "\n" not in str(caught.value)
     assert not os.path.exists(tmp_path / "run" / "checkpoints")
+
+
+def test_early_errors_come_without_loading_tensorflow(tiny_data, tmp_path):
+    code = """
+import sys
+from resnet_cpu import train
+from resnet_cpu.errors import DataError
+try:
+    train.main(sys.argv[1:])
+except DataError:
+    assert 'tensorflow' not in sys.modules
+    print('refused')
+"""
+    arguments = command(tiny_data, tmp_path / "run", "--global_batch_size=51")
+    process = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout == "refused\n", process.stderr
 
 
 def test_negative_control_without_the_padding_mask_evaluation_is_refused(tiny_data, tmp_path, monkeypatch):
@@ -234,6 +290,7 @@ def command(tiny_data, run_dir, *more):
         (["--ranks=2"], 64, "--ranks=2: the launcher started 1"),
         (["--data_dir=/no/such"], 65, "/no/such"),
         (["--resume=must"], 66, "no checkpoint"),
+        (["--checkpoint=x"], 64, "belongs to python -m resnet_cpu.evaluate"),
         (["--run_dir=/proc/no/run"], 73, "--run_dir=/proc/no/run"),
     ],
 )
@@ -274,6 +331,7 @@ def test_a_signal_stops_cleanly_with_75_and_the_rest_is_bit_identical(
     process = subprocess.Popen(
         [sys.executable, "-m", "resnet_cpu.train", *command(tiny_data, run_dir, *long)],
         cwd=ROOT,
+        env=OUTSIDE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -3,35 +3,56 @@
 Without a launcher there is one rank, and no MPI is needed. Nothing is pickled: a message is UTF-8 JSON.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import socket
 import sys
 import traceback
-from typing import Any, Callable, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 import numpy as np
 
-from resnet_cpu.errors import BY_CODE, FlagError, UserError
+from resnet_cpu.errors import BY_CODE, FlagError, OutputError, UserError
 
-# (ranks in all, my rank, ranks on my host, my rank on my host), as launchers announce them.
+# (ranks in all, my rank), as launchers announce them.
 _LAUNCHERS = (
-    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
-    ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
-    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("PMI_SIZE", "PMI_RANK"),  # Intel MPI, MPICH
+    ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),  # of srun; in a batch script itself the first is not set
 )
 
 
-def announced(environ: Mapping[str, str] = os.environ) -> Tuple[int, int, int, int]:
-    """Return (ranks, rank, ranks on this host, rank on this host) as the launcher announced them."""
-    for names in _LAUNCHERS:
-        if names[0] in environ and names[1] in environ:
-            size, rank = int(environ[names[0]]), int(environ[names[1]])
-            local = environ.get(names[2], "1")
-            local_size = int(local.split("(")[0].split(",")[0])  # Slurm writes 2(x4)
-            return size, rank, local_size, int(environ.get(names[3], "0"))
-    return 1, 0, 1, 0
+def announced(environ: Mapping[str, str] = os.environ) -> Tuple[int, int]:
+    """Return (ranks, rank) as the launcher announced them; (1, 0) without a launcher."""
+    for size, rank in _LAUNCHERS:
+        if size in environ and rank in environ:
+            return int(environ[size]), int(environ[rank])
+    return 1, 0
+
+
+def physical_cores(logical: Iterable[int]) -> int:
+    """Return how many cores the logical CPUs are on: two hyper-threads of a core do the work of one."""
+    cores = set()
+    for cpu in logical:
+        try:
+            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", encoding="ascii") as file:
+                cores.add(file.read().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
+
+
+@contextlib.contextmanager
+def everyone_alike() -> Iterator[None]:
+    """Around what depends only on what all ranks share: its errors are raised by all of them, and told once."""
+    try:
+        yield
+    except UserError as error:
+        error.collective = True
+        raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +62,7 @@ class World:
     size: int
     rank: int
     comm: Any = None
+    cores: int = 1  # physical ones that this rank may count as its own
 
     def barrier(self) -> None:
         if self.comm is not None:
@@ -77,6 +99,8 @@ class World:
                 outcome = {"result": work()}
             except UserError as error:
                 outcome = {"code": error.exit_code, "message": str(error)}
+            except OSError as error:
+                outcome = {"code": OutputError.exit_code, "message": told_of_file(error)}
             except Exception as error:  # the peers wait for an answer, whatever went wrong
                 traceback.print_exc(file=sys.stderr)
                 outcome = {"code": UserError.exit_code, "message": f"{type(error).__name__}: {error}"}
@@ -86,13 +110,19 @@ class World:
         return outcome["result"]
 
 
+def told_of_file(error: OSError) -> str:
+    """Return one line on an error of the file system."""
+    return f"{error.filename or 'I/O'}: {error.strerror or error}; check its rights and the free space, then run again"
+
+
 def connect(expected: Optional[int]) -> World:
     """Start MPI if a launcher announced more than one rank; raise FlagError if it is not the world that was meant."""
-    size, rank, _, _ = announced()
+    size, rank = announced()
+    mask = sorted(os.sched_getaffinity(0))
     if expected is not None and expected != size:
         raise FlagError(f"--ranks={expected}: the launcher started {size}; start as many, or leave --ranks out")
     if size == 1:
-        return World(1, 0)
+        return World(1, 0, None, physical_cores(mask))
     try:
         from mpi4py import MPI
     except ImportError as error:
@@ -105,4 +135,18 @@ def connect(expected: Optional[int]) -> World:
     if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
         raise FlagError("MPI came up without MPI_THREAD_MULTIPLE, which Horovod needs; unset MPI4PY_RC_THREAD_LEVEL")
     # A communicator of our own: these messages never meet Horovod's.
-    return World(size, rank, MPI.COMM_WORLD.Dup())
+    comm = MPI.COMM_WORLD.Dup()
+    host = socket.gethostname()
+    masks = [other for name, other in World(size, rank, comm).gather([host, mask]) if name == host]
+    return World(size, rank, comm, share_of_cores(mask, masks))
+
+
+def share_of_cores(mask: List[int], masks: List[List[int]]) -> int:
+    """Return the cores of a rank with affinity `mask` among all ranks' `masks` on its host.
+
+    Ranks that the launcher bound have masks of their own; where masks overlap the ranks share their cores evenly.
+    """
+    sharing = [other for other in masks if set(other) & set(mask)]
+    if len(sharing) <= 1:
+        return physical_cores(mask)
+    return max(1, physical_cores(set().union(*sharing)) // len(sharing))

@@ -4,6 +4,7 @@ An exception on one rank does not end an MPI job by itself: the rank waits in MP
 collective. So every entry point runs inside `run`, which tells the error once and takes the whole job down.
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -27,8 +28,13 @@ def run(main: Callable[[List[str]], Optional[int]]) -> NoReturn:
     faulthandler.enable()
     try:
         code = main(sys.argv[1:]) or 0
+        sys.stdout.flush()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if code:
+            _end(code, collective=False)
+    except BrokenPipeError:  # `plan | head`: who reads has enough
+        os._exit(0 if _mpi() is None else 1)
     except KeyboardInterrupt:
         _tell("interrupted")
         _end(130, collective=False)
@@ -40,9 +46,7 @@ def run(main: Callable[[List[str]], Optional[int]]) -> NoReturn:
     except OSError as error:
         if _rank() != 0:
             _wait_for_rank0_to_tell_the_same()
-        _tell(
-            f"{error.filename or 'I/O'}: {error.strerror or error}; free space or check the file system, then run again"
-        )
+        _tell(control.told_of_file(error))
         _end(OutputError.exit_code, collective=False)
     except BaseException as error:
         if _heard_of_a_peer(error):
@@ -52,8 +56,6 @@ def run(main: Callable[[List[str]], Optional[int]]) -> NoReturn:
         traceback.print_exc(file=sys.stderr)
         _tell("internal error: the traceback is above")
         _end(UserError.exit_code, collective=False)
-    sys.stdout.flush()
-    sys.stderr.flush()
     sys.exit(code)
 
 
@@ -62,7 +64,7 @@ def _rank() -> int:
 
 
 def _tell(message: str) -> None:
-    size, rank, _, _ = control.announced()
+    size, rank = control.announced()
     where = f" rank {rank}" if size > 1 and rank else ""
     printable = "".join(
         c if c.isprintable() else repr(c)[1:-1] for c in message
@@ -88,8 +90,9 @@ def _heard_of_a_peer(error: BaseException) -> bool:
 
 def _end(code: int, collective: bool) -> NoReturn:
     """Leave with `code`: together where all ranks know, else taking the others down."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk must not hide the code
+            stream.flush()
     mpi = _mpi()
     if mpi is None:
         os._exit(code)

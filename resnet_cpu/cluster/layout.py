@@ -3,25 +3,12 @@
 import os
 from typing import Dict
 
-from resnet_cpu.cluster import control
-
-
-def cores_of_rank() -> int:
-    """Return the cores that this rank may count as its own.
-
-    A launcher that binds ranks leaves each an affinity mask of its own; where several ranks share the whole machine,
-    they share it evenly.
-    """
-    mask = len(os.sched_getaffinity(0))
-    _, _, local_size, _ = control.announced()
-    if local_size > 1 and mask == os.cpu_count():
-        return max(1, mask // local_size)
-    return mask
+_THREADS = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
 
 
 def environment(threads: int) -> Dict[str, str]:
-    """Return the environment for a rank of `threads` compute threads (0: as many as it has cores)."""
-    chosen = str(threads or cores_of_rank())
+    """Return the environment for a rank of `threads` compute threads."""
+    chosen = str(threads)
     return {
         "TF_NUM_INTRAOP_THREADS": chosen,
         # The network is a chain: a second operation hardly ever has anything to do, and would fight for the cores.
@@ -38,11 +25,14 @@ def environment(threads: int) -> Dict[str, str]:
     }
 
 
-def apply(threads: int) -> Dict[str, str]:
-    """Set what is not set yet: whatever the user exported stands. Return the values in force."""
-    wanted = environment(threads)
+def apply(threads: int, cores: int) -> Dict[str, str]:
+    """Set the environment for `threads` (0: as many as the rank has `cores`); return the values in force.
+
+    What the user exported stands, but for the threads where the flag names a number.
+    """
+    wanted = environment(threads or cores)
     for name, value in wanted.items():
-        if name == "TF_NUM_INTRAOP_THREADS" and threads:
+        if threads and name in _THREADS:
             os.environ[name] = value
         os.environ.setdefault(name, value)
     return {name: os.environ[name] for name in wanted}

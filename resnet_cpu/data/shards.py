@@ -135,13 +135,19 @@ def read_manifest(folder: str) -> Dict:
         raise DataError(f"--data_dir={folder}: no such folder; make it with python -m resnet_cpu.prepare")
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            manifest = json.load(file)
+        for rows in manifest["splits"].values():
+            for row in rows:
+                _ = row["name"], row["examples"], row["bytes"]
+        return manifest
     except FileNotFoundError:
         raise DataError(
             f"--data_dir={folder}: no {MANIFEST} in it, so no data set prepared by python -m resnet_cpu.prepare"
         ) from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as JSON ({error}); prepare the data set again") from None
+    except (KeyError, TypeError, AttributeError):
+        raise DataError(f"{path}: is no manifest of a data set; prepare the data set again") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ def _pyplot() -> Any:
     return plt
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def available() -> bool:
     """Return whether matplotlib is there; say once if not."""
     try:

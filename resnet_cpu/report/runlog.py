@@ -25,25 +25,26 @@ class RunFolder:
     def __init__(self, path: str) -> None:
         """Make the folder if it is missing and lock it; raise RunFolderError if it cannot be used."""
         self.path = path
-        self._files: Dict[str, IO[str]] = {}
+        self._files: Dict[str, IO[bytes]] = {}
         self._board: Any = None
         try:
             os.makedirs(os.path.join(path, "plots"), exist_ok=True)
             # Opened for appending: the text of a live holder must stay for the message below.
             self._lock = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115  # held
-        except OSError as error:
-            raise RunFolderError(f"--run_dir={path}: cannot be written ({error.strerror}); choose another") from None
-        try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            self._lock.truncate(0)
+            self._lock.write(f"{socket.gethostname()} pid {os.getpid()}")
+            self._lock.flush()
+        except BlockingIOError:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             raise RunFolderError(
                 f"--run_dir={path}: in use by a live job ({holder}); wait for it or choose another"
             ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"{socket.gethostname()} pid {os.getpid()}")
-        self._lock.flush()
+        except OSError as error:  # also of a file system without locks
+            raise RunFolderError(
+                f"--run_dir={path}: cannot be written and locked ({error.strerror}); choose another"
+            ) from None
 
     def file(self, *parts: str) -> str:
         """Return the path of a file in the folder."""
@@ -52,8 +53,10 @@ class RunFolder:
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Append a row to a JSON-lines file; it reaches the file system at once."""
         if name not in self._files:
-            self._files[name] = open(self.file(name), "a", encoding="utf-8")  # noqa: SIM115  # kept open
-        self._files[name].write(json.dumps(finite(row)) + "\n")
+            self._files[name] = file = open(self.file(name), "a+b")  # noqa: SIM115  # kept open
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                file.write(b"\n")  # a line that a kill cut short must not swallow ours
+        self._files[name].write(json_line(row).encode() + b"\n")
         self._files[name].flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -94,6 +97,11 @@ def finite(content: Any) -> Any:
     if isinstance(content, float) and not np.isfinite(content):
         return None
     return content
+
+
+def json_line(content: Any) -> str:
+    """Return `content` as one line of strict JSON."""
+    return json.dumps(finite(content), allow_nan=False)
 
 
 def read_json(path: str) -> Optional[Dict[str, Any]]:
@@ -145,12 +153,18 @@ class Progress:
     def show(self, row: Mapping[str, Any], step_s: float) -> None:
         """Print one row of metrics.jsonl; `step_s` is the time a step takes, for the time left."""
         steps = row["step"] + 1
-        rate = row["images_per_second"]
+        speed = "first step"  # it traces the graph, and is not timed
+        if row["images_per_second"] is not None:
+            rate = row["images_per_second"]
+            speed = (
+                f"{rate:.1f} img/s ({rate / self.cores:.1f}/core)  "
+                f"data wait {100 * row['data_wait_s'] / row['step_s']:.1f}%  "
+                f"left {duration((self.total_steps - steps) * step_s)}"
+            )
         line = (
-            f"{row['phase']}  step {steps}/{self.total_steps}  epoch {row['epoch']:.2f}/{self.total_epochs:.2f}  "
-            f"loss {row['loss']:.4f}  lr {row['lr']:.5g}  {rate:.1f} img/s ({rate / self.cores:.1f}/core)  "
-            f"data wait {100 * row['data_wait_s'] / max(row['step_s'], 1e-9):.1f}%  "
-            f"left {duration((self.total_steps - steps) * step_s)}"
+            f"{row['phase']}  step {steps}/{self.total_steps}  "
+            f"epoch {self.total_epochs * steps / self.total_steps:.2f}/{self.total_epochs:.2f}  "
+            f"loss {row['loss']:.4f}  lr {row['lr']:.5g}  {speed}"
         )
         end = "" if self._terminal else "\n"
         print(("\r\x1b[K" if self._terminal else "") + line, end=end, file=sys.stderr, flush=True)

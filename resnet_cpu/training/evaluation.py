@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Tuple
 import numpy as np
 import tensorflow as tf
 
-from resnet_cpu.cluster import horovod, layout
+from resnet_cpu.cluster import guard, horovod
 from resnet_cpu.cluster.control import World
 from resnet_cpu.data import order, pipeline
 from resnet_cpu.data.shards import ShardedData
@@ -41,8 +41,13 @@ def make_evaluate_step(model: tf.keras.Model) -> Callable:
     def evaluate_step(images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> Tuple[tf.Tensor, tf.Tensor]:
         logits = tf.cast(model(images, training=False), tf.float32)
         losses = tf.cast(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits), tf.float64)
-        classes = logits.shape[-1]
-        hits = [tf.cast(tf.math.in_top_k(labels, logits, min(k, classes)), tf.int64) for k in (1, 5)]
+        # The rank of the label among the logits; of equal ones the first counts, as in argmax, so that a network that
+        # says the same of every class is not right about all of them. One that says NaN is right about none.
+        own = tf.gather(logits, labels, batch_dims=1)[:, None]
+        before = (logits > own) | ((logits == own) & (tf.range(logits.shape[-1], dtype=tf.int64) < labels[:, None]))
+        rank = tf.reduce_sum(tf.cast(before, tf.int32), 1)
+        known = tf.reduce_all(tf.math.is_finite(logits), 1)
+        hits = [tf.cast((rank < k) & known, tf.int64) for k in (1, 5)]
         # A padded example has weight 0. Where, not a product: 0 * inf would be no number.
         loss = tf.reduce_sum(tf.where(weights > 0, losses, 0.0))
         return tf.stack([tf.reduce_sum(weights), *(tf.reduce_sum(hit * weights) for hit in hits)]), loss
@@ -70,7 +75,7 @@ def evaluate(
         ranks=world.size,
         batch_size=batch_size,
         num_classes=settings.model.num_classes,
-        threads=settings.data.data_threads or layout.cores_of_rank(),
+        threads=settings.data.data_threads or world.cores,
     )
     examples = data.validation.examples
     counts, loss = np.zeros(3, np.int64), 0.0
@@ -89,9 +94,11 @@ def evaluate(
 
 def evaluate_checkpoint(settings: Settings, world: World, data: ShardedData, path: str) -> Dict[str, Any]:
     """Return the scores of a checkpoint's weights; the ranks share the images, rank 0 alone reads the file."""
-    horovod.start(world)
-    model = state.build_model(settings)
-    world.on_rank0(lambda: state.load_weights(model, path))
-    horovod.broadcast(model.variables)
-    score = evaluate(make_evaluate_step(model), settings, world, data, batch_rule.DEFAULT_BATCH_PER_RANK)
+    with guard.Watchdog(settings.system.stall_timeout) as watchdog:
+        horovod.start(world)
+        model = state.build_model(settings)
+        world.on_rank0(lambda: state.load_weights(model, path))
+        horovod.broadcast(model.variables)
+        step = make_evaluate_step(model)
+        score = evaluate(step, settings, world, data, batch_rule.DEFAULT_BATCH_PER_RANK, watchdog.beat)
     return {"examples": score.examples, "top1": score.top1, "top5": score.top5, "loss": score.loss}

@@ -9,6 +9,7 @@ import os
 import sys
 from typing import Any, Dict, Optional, Tuple
 
+from resnet_cpu.cluster import control
 from resnet_cpu.cluster.control import World
 from resnet_cpu.data import shards
 from resnet_cpu.data.datasets import DATASETS
@@ -79,10 +80,7 @@ def examples(settings: Settings, data: Optional[shards.ShardedData]) -> Tuple[in
     if data is None:
         return wanted or DATASETS["synthetic"].train_examples or 0, 0
     if wanted is not None and wanted > data.train.examples:
-        raise DataError(
-            f"--train_examples={wanted}: {settings.data.data_dir} holds {data.train.examples}; lower it",
-            collective=True,
-        )
+        raise DataError(f"--train_examples={wanted}: {settings.data.data_dir} holds {data.train.examples}; lower it")
     return wanted or data.train.examples, data.validation.examples
 
 
@@ -95,24 +93,24 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
         )
     _check_same_everywhere(settings, world)
     data = open_data(settings, world)
-    train_examples, validation_examples = examples(settings, data)
-    batch_size, global_batch_size = batch_rule.resolve_batch(
-        settings.recipe.batch_size, settings.recipe.global_batch_size, world.size
-    )
-    if train_examples < global_batch_size:
-        raise DataError(
-            f"{train_examples} training examples are fewer than one global batch of {global_batch_size}; "
-            "lower --batch_size or use fewer ranks",
-            collective=True,
+    with control.everyone_alike():
+        train_examples, validation_examples = examples(settings, data)
+        batch_size, global_batch_size = batch_rule.resolve_batch(
+            settings.recipe.batch_size, settings.recipe.global_batch_size, world.size
         )
-    planned = phases.plan(
-        settings.recipe.phases,
-        train_examples=train_examples,
-        global_batch_size=global_batch_size,
-        lr_scaling=settings.recipe.lr_scaling,
-        image_size=settings.data.image_size,
-    )
-    _refuse_what_is_only_planned(settings, planned)
+        if train_examples < global_batch_size:
+            raise DataError(
+                f"{train_examples} training examples are fewer than one global batch of {global_batch_size}; "
+                "lower --batch_size or use fewer ranks"
+            )
+        planned = phases.plan(
+            settings.recipe.phases,
+            train_examples=train_examples,
+            global_batch_size=global_batch_size,
+            lr_scaling=settings.recipe.lr_scaling,
+            image_size=settings.data.image_size,
+        )
+        _refuse_what_is_only_planned(settings, planned)
     signature = _signature(settings, planned, global_batch_size, train_examples)
     run_dir = os.path.abspath(settings.run.run_dir)
     folder: Optional[RunFolder] = None
@@ -130,10 +128,11 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
             return {"finished": result}
         folder = RunFolder(run_dir)
         try:
-            return {"finished": None, "attempt": (record or {}).get("attempt", 0) + 1, "resume_from": _resume_from(settings, run_dir, signature)}
+            resume_from = _resume_from(settings, run_dir, signature)
         except BaseException:
             folder.close()
             raise
+        return {"finished": None, "resume_from": resume_from, "attempt": (record or {}).get("attempt", 0) + 1}
 
     agreed = world.on_rank0(hold)
     rows = world.gather(provenance.of_rank(threads))
@@ -202,18 +201,14 @@ def find_checkpoint(settings: Settings, world: World, path: Optional[str]) -> Tu
 def _refuse_what_is_only_planned(settings: Settings, planned: Tuple[Phase, ...]) -> None:
     """Raise FlagError for what this version reads and plans but does not run yet."""
     if settings.run.experiment != "train":
-        raise FlagError(
-            f"--experiment={settings.run.experiment}: not yet run by this version; use --experiment=train",
-            collective=True,
-        )
+        raise FlagError(f"--experiment={settings.run.experiment}: not yet run by this version; use --experiment=train")
     for index, phase in enumerate(planned):
         previous = planned[index - 1].name if index else None
         if phase.branch or phase.member or phase.parent != previous:
             key = "branch=1" if phase.branch else "member=1" if phase.member else f"from={phase.parent}"
             raise FlagError(
                 f"--phase={phase.name}: {key} is planned but not yet run by this version; remove the phase or use "
-                "python -m resnet_cpu.plan to cost it",
-                collective=True,
+                "python -m resnet_cpu.plan to cost it"
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterator, Optional
 import numpy as np
 import tensorflow as tf
 
-from resnet_cpu.cluster import guard, horovod, layout
+from resnet_cpu.cluster import guard, horovod
 from resnet_cpu.data import pipeline, synthetic
 from resnet_cpu.errors import NotFinite, StopRequested
 from resnet_cpu.recipe import schedule
@@ -25,9 +25,13 @@ TOP1_MARKS = (0.5, 0.6, 0.7, 0.75, 0.759, 0.8, 0.85, 0.88, 0.9)  # whose first c
 
 def run(job: Job) -> Dict[str, Any]:
     """Train to the end of the recipe (or --max_steps); return the result, which rank 0 has also written."""
-    horovod.start(job.world)
-    with guard.Watchdog(job.settings.system.stall_timeout) as watchdog:
-        return _Training(job, watchdog).run()
+    try:
+        with guard.Watchdog(job.settings.system.stall_timeout) as watchdog:
+            horovod.start(job.world)
+            return _Training(job, watchdog).run()
+    finally:
+        if job.folder is not None:
+            job.folder.close()
 
 
 class _Training:
@@ -36,7 +40,7 @@ class _Training:
     def __init__(self, job: Job, watchdog: guard.Watchdog) -> None:
         self.job, self.watchdog = job, watchdog
         self.run_settings = job.settings.run
-        self.cores = layout.cores_of_rank() * job.world.size
+        self.cores = sum(job.world.gather(job.world.cores))
         self.model = build_model(job.settings)
         self.knobs: Knobs = make_knobs()
         self.state = State(self.model, make_optimizer(self.model, self.knobs, job.settings.recipe.wd_on_bn))
@@ -78,7 +82,7 @@ class _Training:
         self.progress.say(
             f"{job.settings.model.model}: {trainable:,} trainable parameters, {job.settings.data.dataset}: "
             f"{job.train_examples:,} training and {job.validation_examples:,} evaluation images; "
-            f"{job.world.size} ranks x {job.batch_size} images, {layout.cores_of_rank()} cores each; "
+            f"{job.world.size} ranks x {job.batch_size} images, {job.world.cores} cores each; "
             f"{job.total_steps} steps = {self._epoch(job.total_steps):.2f} epochs; results in {job.run_dir}"
         )
         if self.state.step:
@@ -107,7 +111,6 @@ class _Training:
             self._draw()
             if self.progress is not None:
                 self._say_result(result)
-        self._record_memory()
         return result
 
     def _run_phase(self, phase: Phase, first_of_phase: int, begin: int, end: int) -> None:
@@ -126,9 +129,12 @@ class _Training:
             self.state.step = step + 1
             self.watchdog.beat()
             if not np.isfinite(loss):
+                last = (
+                    "no checkpoint yet" if self.saved_step is None else f"last checkpoint after step {self.saved_step}"
+                )
                 raise NotFinite(
-                    f"loss is {loss} in step {step} (phase {phase.name}, LR {rate:g}); the last checkpoint is from "
-                    "before it: lower the LR or lengthen the warm-up",
+                    f"loss is {loss} in step {step} (phase {phase.name}, LR {rate:g}), {last}; start again in another "
+                    "--run_dir with a lower LR or a longer warm-up",
                     collective=True,
                 )
             if step > begin:  # the first step of a phase traces the graph and is never timed
@@ -169,7 +175,7 @@ class _Training:
             ranks=job.world.size,
             batch_size=job.batch_size,
             num_classes=job.settings.model.num_classes,
-            threads=data.data_threads or layout.cores_of_rank(),
+            threads=data.data_threads or job.world.cores,
         )
         if job.data is None:
             return synthetic.training_batches(image_size=phase.image_size, **common)
@@ -247,6 +253,7 @@ class _Training:
         horovod.check_replicas(job.world, self.state.variables, f"after step {step}")
         job.world.on_rank0(save)
         self.saved_step = step
+        self._record_memory()
         self.watchdog.beat()
 
     # --- report ------------------------------------------------------------------------------------------------
@@ -258,19 +265,16 @@ class _Training:
         row = {
             "step": step,
             "phase": phase.name,
-            "epoch": self._epoch(step + 1),
+            "epoch": self._epoch(step),
             "lr": rate,
             "loss": loss,
-            "images_per_second": window.steps * job.global_batch_size / window.taken if window.steps else 0.0,
-            "data_wait_s": window.waited / max(window.steps, 1),
-            "step_s": window.taken / max(window.steps, 1),
+            "images_per_second": window.steps * job.global_batch_size / window.taken if window.steps else None,
+            "data_wait_s": window.waited / window.steps if window.steps else None,
+            "step_s": window.taken / window.steps if window.steps else None,
             "attempt": job.attempt,
         }
         job.folder.append("metrics.jsonl", row)
-        job.folder.scalars(
-            step,
-            {name: row[name] for name in ("loss", "lr", "images_per_second")},  # type: ignore[misc]
-        )
+        job.folder.scalars(step, {"loss": loss, "lr": rate})
         self.progress.show(row, self.timed_s / max(self.timed_steps, 1))
 
     def _result(self, complete: bool) -> Dict[str, Any]:

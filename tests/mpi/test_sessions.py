@@ -8,7 +8,7 @@ import sys
 import equality
 import numpy as np
 import pytest
-from conftest import ROOT, write_tiny_data
+from conftest import OUTSIDE, ROOT, write_tiny_data
 
 pytestmark = pytest.mark.mpi
 SIZES = (2, 3, 4)
@@ -34,6 +34,7 @@ def sessions(tmp_path_factory, data_sets):
             process = subprocess.run(
                 ["launch/local.sh", str(ranks), sys.executable, "tests/mpi/worker.py", str(out), str(data_sets)],
                 cwd=ROOT,
+                env=OUTSIDE,
                 capture_output=True,
                 text=True,
                 timeout=300,

@@ -14,8 +14,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from resnet_cpu.cluster import control, layout
 
-layout.apply(1)
 world = control.connect(None)
+layout.apply(1, world.cores)
 
 import equality  # noqa: E402
 import numpy as np  # noqa: E402

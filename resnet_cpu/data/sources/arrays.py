@@ -4,6 +4,7 @@ import gzip
 import os
 import struct
 import sys
+import zlib
 from typing import Dict, Iterator, Tuple
 
 import numpy as np
@@ -23,9 +24,9 @@ def read_idx(path: str) -> np.ndarray:
             content = file.read()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; set --raw_dir to the folder that holds it") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not readable as gzip ({error}); fetch it again") from None
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+    if content[:3] != b"\x00\x00\x08" or len(content) < 4 or len(content) < 4 + 4 * content[3]:
         raise DataError(f"{path}: no IDX file of bytes; fetch it again")
     dimensions = struct.unpack(f">{content[3]}I", content[4 : 4 + 4 * content[3]])
     array = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])

@@ -1,0 +1,77 @@
+"""Who I am and how many cores are mine, from what launchers and the kernel say."""
+
+import pytest
+
+from resnet_cpu.cluster import control
+from resnet_cpu.errors import DataError, FlagError, OutputError
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, (1, 0)),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, (4, 3)),
+        ({"PMI_SIZE": "8", "PMI_RANK": "0"}, (8, 0)),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, (2, 1)),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, (1, 0)),  # a batch script is no rank
+    ],
+)
+def test_launchers(environment, expected):
+    assert control.announced(environment) == expected
+
+
+@pytest.mark.parametrize(
+    "mask, masks, cores",
+    [
+        ([0, 1, 2, 3], [[0, 1, 2, 3], [4, 5, 6, 7]], 4),  # bound apart
+        ([0, 1, 2, 3], [[0, 1, 2, 3]] * 2, 2),  # unbound: shared evenly
+        ([0, 1], [[0, 1]] * 3, 1),  # more ranks than cores
+    ],
+)
+def test_share_of_cores(mask, masks, cores, monkeypatch):
+    monkeypatch.setattr(control, "physical_cores", lambda logical: len(set(logical)))
+    assert control.share_of_cores(mask, masks) == cores
+
+
+def test_hyper_threads_of_a_core_count_once(monkeypatch, tmp_path):
+    import builtins
+    import io
+
+    siblings = {0: "0,4", 4: "0,4", 1: "1,5", 5: "1,5"}
+    real = builtins.open
+
+    def fake(path, *rest, **more):
+        parts = str(path).split("/")
+        if "thread_siblings_list" in parts:
+            return io.StringIO(siblings[int(parts[-3][3:])])
+        return real(path, *rest, **more)
+
+    monkeypatch.setattr(builtins, "open", fake)
+    assert control.physical_cores([0, 4, 1, 5]) == 2
+    assert control.physical_cores([0, 1]) == 2
+
+
+def test_rank_0_alone_answers_for_itself():
+    world = control.World(1, 0)
+    assert world.on_rank0(lambda: {"a": 1}) == {"a": 1}
+    assert world.gather([2]) == [[2]] and world.broadcast("x") == "x"
+    with pytest.raises(DataError, match="told") as caught:
+        world.on_rank0(lambda: (_ for _ in ()).throw(DataError("told")))
+    assert caught.value.collective
+
+    def full():
+        raise OSError(28, "No space left on device", "/data/file")
+
+    with pytest.raises(OutputError, match="/data/file: No space left on device"):
+        world.on_rank0(full)
+
+
+def test_another_world_than_expected_is_refused():
+    with pytest.raises(FlagError, match="--ranks=3: the launcher started 1"):
+        control.connect(3)
+
+
+def test_errors_of_what_all_ranks_share_are_collective():
+    with pytest.raises(FlagError) as caught, control.everyone_alike():
+        raise FlagError("the same everywhere")
+    assert caught.value.collective
