@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import runs
 import tensorflow as tf
+import whole_runs as runs
 
 from resnet_cpu import flags
 from resnet_cpu.cluster.control import World

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-import runs
+import whole_runs as runs
 from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, told, write_tiny_data
 
 from resnet_cpu import plan

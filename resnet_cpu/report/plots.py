@@ -43,13 +43,7 @@ def draw_curves(
     loss.legend()
     accuracy.plot(evaluated, [100 * row["top1"] for row in evaluations], "o-", color=_EVAL)
     if evaluations:
-        accuracy.annotate(
-            f"{100 * evaluations[-1]['top1']:.2f} %",
-            (evaluated[-1], 100 * evaluations[-1]["top1"]),
-            textcoords="offset points",
-            xytext=(-8, -14),
-            ha="right",
-        )
+        accuracy.set_title(f"last {100 * evaluations[-1]['top1']:.2f} %", loc="right", fontsize=10)
     accuracy.set_ylabel("top-1, %")
     rate.plot(epochs, [row["lr"] for row in metrics], color=_LR)
     rate.set_ylabel("learning rate")

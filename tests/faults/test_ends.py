@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-import runs
+import whole_runs as runs
 from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, told
 
 from resnet_cpu.training import checkpoint

@@ -127,7 +127,7 @@ def test_evaluation_is_exact_for_any_ranks_and_batches(sessions, data_sets):
 
 
 def one_rank_evaluation(data_sets):
-    import runs
+    import whole_runs as runs
 
     from resnet_cpu import flags
     from resnet_cpu.cluster.control import World
@@ -152,7 +152,7 @@ def test_resume_on_two_ranks_is_bit_identical(sessions):
 
 def test_two_ranks_run_like_one_up_to_rounding_of_batch_norm(sessions, data_sets, tmp_path):
     """The same global batch on one rank sees the same examples: LR and steps agree, and so does the loss, roughly."""
-    import runs
+    import whole_runs as runs
 
     from resnet_cpu.cluster.control import World
 

@@ -19,8 +19,8 @@ layout.apply(1, world.cores)
 
 import equality  # noqa: E402
 import numpy as np  # noqa: E402
-import runs  # noqa: E402
 import tensorflow as tf  # noqa: E402
+import whole_runs as runs  # noqa: E402
 
 from resnet_cpu import flags  # noqa: E402
 from resnet_cpu.cluster import horovod  # noqa: E402
