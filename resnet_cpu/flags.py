@@ -7,13 +7,14 @@ exits 0, and no flag is global, so that tests may parse as often as they like.
 import difflib
 import math
 import os
+import re
 import sys
 from typing import Callable, List, Optional, Sequence, Tuple
 
 from absl import flags
 
 from resnet_cpu import settings
-from resnet_cpu.data.datasets import DATASETS
+from resnet_cpu.data.datasets import DATASETS, facts_of
 from resnet_cpu.errors import FlagError
 from resnet_cpu.recipe import batch_rule, phases
 
@@ -63,8 +64,17 @@ def _define() -> _Definer:
     d.integer("seed", 0, "Of initial weights, order and augmentation.", lower_bound=0, upper_bound=2**31 - 1)
 
     d.section("data")
-    d.enum("dataset", "imagenet", list(DATASETS), "The data set.")
-    d.string("data_dir", None, "Folder of its shards, made by python -m resnet_cpu.prepare; synthetic needs none.")
+    d.string(
+        "dataset",
+        "imagenet",
+        f"The data set: {', '.join(DATASETS)}, or tfds:NAME for any image-classification set that TFDS has prepared.",
+    )
+    d.string(
+        "data_dir",
+        None,
+        "Folder of its shards: made by python -m resnet_cpu.prepare, or (imagenet) as TF-slim or TFDS write them, or "
+        "(tfds:NAME) a TFDS data_dir; synthetic needs none.",
+    )
     d.integer("train_examples", None, "Train on the first so many examples (default: all).", lower_bound=1)
     d.integer("num_classes", None, "Classes (default: the data set's).", lower_bound=2)
     d.integer(
@@ -75,8 +85,9 @@ def _define() -> _Definer:
         "normalization",
         "auto",
         NORMALIZATIONS,
-        "Mean and scale: dataset (mean and deviation of its training pixels; what auto means), authors (BGR, "
-        "-104/117/123, /128), torch (RGB, mean and deviation of ImageNet) or tf (-1..1).",
+        "Mean and scale of pixels 0..255: dataset (mean and deviation of its training pixels, where measured), authors "
+        "(BGR, -104/117/123, /128), torch (RGB, mean and deviation of ImageNet), tf (-1..1); auto is dataset if "
+        "measured, else authors for imagenet and tf for others.",
     )
     d.float("eval_crop", None, "Share of the short side that evaluation sees (default: the data set's).", 0.1, 1.0)
     d.integer("order_block", 1, "Records that stay together in the random order, for slow random reads.", lower_bound=1)
@@ -189,7 +200,11 @@ def parse(argv: Sequence[str]) -> settings.Settings:
 
 def make_settings(v: flags.FlagValues) -> settings.Settings:
     """Check flags against each other, fill in what depends on the data set, and freeze them."""
-    facts = DATASETS[v.dataset]
+    if v.dataset not in DATASETS and not re.fullmatch(r"tfds:[A-Za-z0-9_]+(/[A-Za-z0-9_.-]+)*", v.dataset):
+        raise FlagError(f"--dataset={v.dataset}: unknown; use one of {', '.join(DATASETS)} or tfds:NAME")
+    facts = facts_of(v.dataset)
+    if not (v.num_classes or facts.num_classes):
+        raise FlagError(f"--num_classes is missing; --dataset={v.dataset} does not fix the number of classes")
     if v.dataset == "synthetic" and v.data_dir:
         raise FlagError(f"--data_dir={v.data_dir}: contradicts --dataset=synthetic; leave one of them out")
     if v.batch_size and v.global_batch_size and v.global_batch_size % v.batch_size:

@@ -5,7 +5,7 @@ from typing import Iterator, List, Tuple
 
 from resnet_cpu import flags
 from resnet_cpu.cluster import guard
-from resnet_cpu.data.datasets import DATASETS
+from resnet_cpu.data.datasets import facts_of
 from resnet_cpu.errors import DataError, FlagError
 from resnet_cpu.recipe import batch_rule, phases, schedule
 from resnet_cpu.recipe.phases import Phase
@@ -41,11 +41,11 @@ def main(argv: List[str]) -> None:
 
 
 def _train_examples(settings: Settings) -> int:
-    known = settings.data.train_examples or DATASETS[settings.data.dataset].train_examples
+    known = settings.data.train_examples or facts_of(settings.data.dataset).train_examples
     if known is None and settings.data.data_dir:
-        from resnet_cpu.data import shards
+        from resnet_cpu.data import layouts
 
-        rows = shards.read_manifest(settings.data.data_dir)["splits"].get("train", [])
+        rows = layouts.describe(settings.data.data_dir, settings.data.dataset)["splits"].get("train", [])
         known = sum(row["examples"] for row in rows)
     if not known:
         raise DataError(f"the size of {settings.data.dataset} is not known; give --train_examples or --data_dir")

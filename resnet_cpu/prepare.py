@@ -6,7 +6,7 @@ from typing import List
 
 from resnet_cpu import flags
 from resnet_cpu.cluster import control, guard, layout
-from resnet_cpu.data import shards
+from resnet_cpu.data import layouts
 from resnet_cpu.errors import FlagError
 
 
@@ -18,7 +18,7 @@ def main(argv: List[str]) -> None:
         raise FlagError(f"{source or 'no source'}: name what to prepare, one of {', '.join(flags.SOURCES)}")
     data_dir = flags.required(values.data_dir, "data_dir", "name the folder of the shards")
     if source == "verify":
-        counts = shards.verify(data_dir)
+        counts = layouts.verify(data_dir, values.dataset)
     else:
         layout.apply(values.threads, control.physical_cores(os.sched_getaffinity(0)))
         from resnet_cpu.data.sources import digits, fashion_mnist

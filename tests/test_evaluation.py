@@ -7,7 +7,7 @@ import whole_runs as runs
 
 from resnet_cpu import flags
 from resnet_cpu.cluster.control import World
-from resnet_cpu.data import order, pipeline, shards
+from resnet_cpu.data import layouts, order, pipeline
 from resnet_cpu.training import evaluation
 from resnet_cpu.training.state import build_model
 
@@ -23,7 +23,7 @@ def numpy_scores(logits, labels):
 
 def test_a_whole_evaluation_equals_numpy(tiny_data):
     settings = flags.parse([*runs.TINY_FLAGS, "--seed=5", "--eval_batch_size=8"])
-    model, data = build_model(settings), shards.open_data(tiny_data)
+    model, data = build_model(settings), layouts.open_data(tiny_data, "digits")
     score = evaluation.evaluate(evaluation.make_evaluate_step(model), settings, World(1, 0), data, 8)
     view = pipeline.make_view(settings.data, data, settings.data.image_size)
     logits, labels = [], []

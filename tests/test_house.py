@@ -28,6 +28,7 @@ WITHOUT_TENSORFLOW = [
     "errors",
     "data/order",
     "data/shards",
+    "data/layouts",
     "data/datasets",
     "cluster/control",
     "cluster/guard",

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from conftest import write_tiny_data
 
-from resnet_cpu.data import order, pipeline, preprocess, shards, synthetic
+from resnet_cpu.data import layouts, order, pipeline, preprocess, shards, synthetic
 from resnet_cpu.errors import DataError
 
 VIEW = preprocess.make_view(16, "bilinear", 1.0, "dataset", (100.0,) * 3, (50.0,) * 3)
@@ -16,7 +16,7 @@ VIEW = preprocess.make_view(16, "bilinear", 1.0, "dataset", (100.0,) * 3, (50.0,
 def training(
     folder, rank=0, ranks=1, batch_size=12, first=0, last=6, augment="full", threads=2, classes=10, examples=50
 ):
-    data = shards.open_data(folder)
+    data = layouts.open_data(folder, "digits")
     return list(
         pipeline.training_batches(
             data,
@@ -37,7 +37,7 @@ def training(
 
 
 def test_batches_follow_the_order_and_hold_the_images_of_their_ids(tiny_data):
-    data = shards.open_data(tiny_data)
+    data = layouts.open_data(tiny_data, "digits")
     for step, (ids, images, labels) in enumerate(training(tiny_data, augment="none")):
         np.testing.assert_array_equal(ids, order.train_batch(1, step, 0, 1, 12, 50)[0])
         for example, image, label in zip(ids, images.numpy(), labels.numpy()):
@@ -80,7 +80,7 @@ def test_fewer_examples_are_the_first_ones(tiny_data):
 
 def rewrite(folder, split, record, payload):
     """Replace one record's payload and make shard, index and manifest agree with it again."""
-    data = shards.open_data(folder)
+    data = layouts.open_data(folder, "digits")
     chosen = getattr(data, split)
     payloads = chosen.read(np.arange(chosen.examples))
     payloads[record] = payload(payloads[record])
@@ -136,7 +136,7 @@ def test_a_bad_record_is_named(tmp_path, split, payload, part):
         else:
             list(
                 pipeline.evaluation_batches(
-                    shards.open_data(folder), VIEW, rank=0, ranks=1, batch_size=8, num_classes=10, threads=1
+                    layouts.open_data(folder, "digits"), VIEW, rank=0, ranks=1, batch_size=8, num_classes=10, threads=1
                 )
             )
     assert f"{path}: record {record}: " in str(caught.value) and part in str(caught.value)
@@ -146,7 +146,7 @@ def test_a_bad_record_is_named(tmp_path, split, payload, part):
 def test_a_flipped_bit_is_named_through_the_pipeline(tmp_path):
     folder = str(tmp_path)
     write_tiny_data(folder)
-    path, record = shards.open_data(folder).train.locate(33)
+    path, record = layouts.open_data(folder, "digits").train.locate(33)
     offsets, _ = shards.read_index(path)
     with open(path, "r+b") as file:
         file.seek(offsets[record] + 40)
@@ -158,7 +158,7 @@ def test_a_flipped_bit_is_named_through_the_pipeline(tmp_path):
 
 
 def test_evaluation_batches_pad_with_the_last_example(tiny_data):
-    data = shards.open_data(tiny_data)
+    data = layouts.open_data(tiny_data, "digits")
     batches = list(pipeline.evaluation_batches(data, VIEW, rank=1, ranks=2, batch_size=8, num_classes=10, threads=1))
     assert [batch[0].tolist() for batch in batches] == [list(range(8, 16)), [20] * 8]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from resnet_cpu.data import shards
+from resnet_cpu.data import layouts, shards
 from resnet_cpu.errors import DataError
 
 
@@ -20,7 +20,7 @@ def copy(tiny_data, tmp_path):
 
 
 def read_all(folder):
-    data = shards.open_data(folder)
+    data = layouts.open_data(folder, "digits")
     return data.train.read(np.arange(data.train.examples))
 
 
@@ -64,11 +64,11 @@ def test_every_flipped_bit_of_a_record_is_seen_and_located(copy):
         with pytest.raises(DataError, match=f"{os.path.basename(path)}: record {record}: "):
             read_all(folder)
         with pytest.raises(DataError, match=f"record {record}: "):
-            shards.verify(folder)
+            layouts.verify(folder, "digits")
 
 
 def test_negative_control_the_undamaged_copy_reads(copy):
-    assert shards.verify(copy[0]) == {"train": 50, "validation": 21}
+    assert layouts.verify(copy[0], "digits") == {"train": 50, "validation": 21}
 
 
 def test_every_truncation_is_seen_before_anything_is_read(copy):
@@ -79,7 +79,7 @@ def test_every_truncation_is_seen_before_anything_is_read(copy):
     for cut in sorted(cuts, reverse=True):
         os.truncate(path, cut)
         with pytest.raises(DataError, match=os.path.basename(path)):
-            shards.open_data(folder)
+            layouts.open_data(folder, "digits")
 
 
 @pytest.mark.parametrize(
@@ -88,10 +88,9 @@ def test_every_truncation_is_seen_before_anything_is_read(copy):
         (lambda folder, path: shutil.rmtree(folder), "no such folder"),
         (lambda folder, path: os.remove(os.path.join(folder, "manifest.json")), "no manifest.json"),
         (lambda folder, path: os.remove(path), "shard missing"),
-        (lambda folder, path: os.remove(shards.index_path(path)), "no index"),
         (lambda folder, path: os.truncate(shards.index_path(path), 100), "unreadable index"),
         (lambda folder, path: open(os.path.join(folder, "manifest.json"), "w").close(), "JSON"),
-        (lambda folder, path: shards.write_manifest(folder, {"splits": {}}), "no examples"),
+        (lambda folder, path: shards.write_manifest(folder, {"dataset": "digits", "splits": {}}), "no examples"),
         (
             lambda folder, path: shards.write_manifest(
                 folder, {**shards.read_manifest(folder), "splits": {"train": []}}
@@ -103,7 +102,7 @@ def test_every_truncation_is_seen_before_anything_is_read(copy):
 def test_what_is_missing_is_named(copy, damage, part):
     damage(*copy)
     with pytest.raises(DataError, match=part) as caught:
-        shards.open_data(copy[0])
+        layouts.open_data(copy[0], "digits")
     assert copy[0] in str(caught.value) and "\n" not in str(caught.value)
 
 

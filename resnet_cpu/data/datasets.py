@@ -10,7 +10,7 @@ class Facts:
 
     train_examples: Optional[int]
     validation_examples: Optional[int]
-    num_classes: int
+    num_classes: Optional[int]
     image_size: int  # pixels, of the image that the network sees
     eval_crop: float  # share of the short side that evaluation looks at
 
@@ -22,3 +22,10 @@ DATASETS: Dict[str, Facts] = {
     "digits": Facts(1_497, 300, 10, 32, 1.0),
     "synthetic": Facts(1_281_167, 0, 1000, 224, 1.0),
 }
+# Any other prepared set, named tfds:NAME: its files know its sizes, and its user its classes.
+_TFDS = Facts(None, None, None, 224, 0.875)
+
+
+def facts_of(dataset: str) -> Facts:
+    """Return what is known of a data set that `--dataset` names."""
+    return DATASETS.get(dataset, _TFDS)

@@ -4,9 +4,11 @@ Crops are decoded, not cut out afterwards: only the blocks under the window go t
 """
 
 import dataclasses
-from typing import Tuple
+from typing import Optional, Tuple
 
 import tensorflow as tf
+
+from resnet_cpu.errors import FlagError
 
 CROP_AREA = (0.08, 1.0)  # share of the image; Szegedy et al., arXiv 1409.4842
 CROP_ASPECT = (3 / 4, 4 / 3)
@@ -32,6 +34,7 @@ class View:
     mean: Tuple[float, ...]  # of pixels 0..255, in the channel order of the network
     scale: Tuple[float, ...]
     bgr: bool
+    jpeg: bool = True  # else any format that TensorFlow decodes, at the cost of decoding all of it
 
 
 def make_view(
@@ -39,12 +42,25 @@ def make_view(
     resize: str,
     eval_crop: float,
     normalization: str,
-    pixel_mean: Tuple[float, ...],
-    pixel_std: Tuple[float, ...],
+    pixel_mean: Optional[Tuple[float, ...]],
+    pixel_std: Optional[Tuple[float, ...]],
+    *,
+    otherwise: str = "tf",
+    jpeg: bool = True,
 ) -> View:
-    """Return the View for a normalisation by name; `auto` is `dataset`, the data set's own mean and deviation."""
-    flavour = _FLAVOURS.get(normalization, (pixel_mean, pixel_std, False))
-    return View(image_size, resize, eval_crop, *flavour)
+    """Return the View for a normalisation by name.
+
+    `auto` is `dataset`, the data set's own mean and deviation, or `otherwise` where nobody has measured them.
+    """
+    if normalization == "auto":
+        normalization = otherwise if pixel_mean is None else "dataset"
+    if normalization == "dataset":
+        if pixel_mean is None or pixel_std is None:
+            raise FlagError("--normalization=dataset: nobody measured this data set's pixels; use authors, torch or tf")
+        flavour = pixel_mean, pixel_std, False
+    else:
+        flavour = _FLAVOURS[normalization]
+    return View(image_size, resize, eval_crop, *flavour, jpeg)
 
 
 def training_image(encoded: tf.Tensor, draws: tf.Tensor, augment: str, view: View) -> tf.Tensor:
@@ -56,14 +72,15 @@ def training_image(encoded: tf.Tensor, draws: tf.Tensor, augment: str, view: Vie
     """
     if augment == "none":
         return evaluation_image(encoded, view)
-    shape = tf.image.extract_jpeg_shape(encoded)
+    source = _Source(encoded, view)
+    shape = source.shape
     if augment == "full":
         window = _area_window(shape, draws)
     elif view.eval_crop < 1:
         window = _light_window(shape, draws, view.eval_crop)
     else:
         window = tf.concat([[0, 0], shape[:2]], 0)
-    image = _decode(encoded, window, view)
+    image = source.window(window)
     if augment == "light" and view.eval_crop >= 1:
         image = _shift(image, draws, view)
     image = _normalize(image, view)
@@ -72,13 +89,14 @@ def training_image(encoded: tf.Tensor, draws: tf.Tensor, augment: str, view: Vie
 
 def evaluation_image(encoded: tf.Tensor, view: View) -> tf.Tensor:
     """Return float32 [size, size, 3]: the centre square of `eval_crop` of the short side."""
-    shape = tf.image.extract_jpeg_shape(encoded)[:2]
+    source = _Source(encoded, view)
+    shape = source.shape[:2]
     if view.eval_crop < 1:
         side = tf.cast(tf.round(tf.cast(tf.reduce_min(shape), tf.float32) * view.eval_crop), tf.int32)
         sides = tf.stack([side, side])
     else:
         sides = tf.fill([2], tf.reduce_min(shape))
-    return _normalize(_decode(encoded, tf.concat([(shape - sides) // 2, sides], 0), view), view)
+    return _normalize(source.window(tf.concat([(shape - sides) // 2, sides], 0)), view)
 
 
 def _area_window(shape: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
@@ -117,10 +135,26 @@ def _shift(image: tf.Tensor, draws: tf.Tensor, view: View) -> tf.Tensor:
     return tf.slice(image, tf.concat([corner, [0]], 0), [size, size, 3])
 
 
-def _decode(encoded: tf.Tensor, window: tf.Tensor, view: View) -> tf.Tensor:
-    image = tf.image.decode_and_crop_jpeg(encoded, window, channels=3)
-    image = tf.image.resize(image, [view.image_size, view.image_size], method=view.resize)
-    return tf.ensure_shape(image, [view.image_size, view.image_size, 3])
+class _Source:
+    """An encoded image: its shape, int32 [height, width, channels], and windows of it, resized."""
+
+    def __init__(self, encoded: tf.Tensor, view: View) -> None:
+        self._encoded, self._view = encoded, view
+        if view.jpeg:
+            self.shape = tf.image.extract_jpeg_shape(encoded)
+        else:
+            self._whole = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+            self.shape = tf.shape(self._whole)
+
+    def window(self, window: tf.Tensor) -> tf.Tensor:
+        """Return float32 [size, size, 3] of the int32 window [y, x, height, width]."""
+        if self._view.jpeg:
+            image = tf.image.decode_and_crop_jpeg(self._encoded, window, channels=3)
+        else:
+            image = tf.slice(self._whole, tf.concat([window[:2], [0]], 0), tf.concat([window[2:], [3]], 0))
+        size = self._view.image_size
+        image = tf.image.resize(image, [size, size], method=self._view.resize)
+        return tf.ensure_shape(image, [size, size, 3])
 
 
 def _normalize(image: tf.Tensor, view: View) -> tf.Tensor:

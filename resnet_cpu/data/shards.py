@@ -77,12 +77,12 @@ def write_index(path: str) -> int:
 
 
 def read_index(path: str) -> Tuple[np.ndarray, np.ndarray]:
-    """Return (payload offsets, payload lengths) of the shard at `path` from its index, or raise DataError."""
+    """Return (payload offsets, payload lengths) of the shard at `path`, from its index if there is one."""
     try:
         with np.load(index_path(path), allow_pickle=False) as index:
             offsets, lengths, indexed = index["offsets"], index["lengths"], int(index["bytes"])
     except FileNotFoundError:
-        raise DataError(f"{index_path(path)}: no index beside the shard; prepare the data set again") from None
+        return scan(path)  # of a folder that cannot be written, else `layouts.make_indexes` has made one
     except Exception as error:  # a damaged zip raises many kinds
         raise DataError(f"{index_path(path)}: unreadable index ({error}); remove it and prepare again") from None
     size = os.path.getsize(path)
@@ -138,7 +138,7 @@ def read_manifest(folder: str) -> Dict:
             manifest = json.load(file)
         for rows in manifest["splits"].values():
             for row in rows:
-                _ = row["name"], row["examples"], row["bytes"]
+                _ = row["name"], row["examples"], row["bytes"]  # every shard is described, or KeyError
         return manifest
     except FileNotFoundError:
         raise DataError(
@@ -192,23 +192,24 @@ class Split:
 def open_split(folder: str, manifest: Dict, split: str) -> Split:
     """Open the shards of `split`, checking sizes and counts against manifest and indexes (no payload is read)."""
     rows = manifest["splits"].get(split, [])
-    if not sum(row["examples"] for row in rows):
-        raise DataError(f"{folder}: no examples in split '{split}'; prepare the data set again")
     paths, counts, offsets, lengths = [], [0], [], []
     for row in rows:
         path = os.path.join(folder, row["name"])
         if not os.path.exists(path):
             raise DataError(f"{path}: shard missing, the manifest lists it; copy or prepare the data set again")
         shard_offsets, shard_lengths = read_index(path)
-        if len(shard_offsets) != row["examples"] or os.path.getsize(path) != row["bytes"]:
+        size = os.path.getsize(path)
+        if (len(shard_offsets), size) != (row.get("examples", len(shard_offsets)), row.get("bytes", size)):
             raise DataError(
-                f"{path}: {len(shard_offsets)} records in {os.path.getsize(path)} bytes, the manifest says "
-                f"{row['examples']} in {row['bytes']}; copy or prepare the shard again"
+                f"{path}: {len(shard_offsets)} records in {size} bytes, the data set's description says "
+                f"{row.get('examples')} in {row.get('bytes', size)}; copy or prepare the shard again"
             )
         paths.append(path)
         counts.append(len(shard_offsets))
         offsets.append(shard_offsets)
         lengths.append(shard_lengths)
+    if not sum(counts):
+        raise DataError(f"{folder}: no examples in split '{split}'; prepare the data set again")
     return Split(
         tuple(paths),
         np.cumsum(counts),
@@ -216,44 +217,3 @@ def open_split(folder: str, manifest: Dict, split: str) -> Split:
         np.concatenate(lengths),
         tuple(os.open(path, os.O_RDONLY) for path in paths),
     )
-
-
-def verify(folder: str) -> Dict[str, int]:
-    """Read every record of every split with its checksum; return the examples of each split."""
-    manifest = read_manifest(folder)
-    counts = {}
-    for name in manifest["splits"]:
-        split = open_split(folder, manifest, name)
-        for first in range(0, split.examples, 256):
-            split.read(np.arange(first, min(first + 256, split.examples)))
-        counts[name] = split.examples
-        split.close()
-    return counts
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardedData:
-    """A prepared data set, opened: its splits and what its manifest says of labels and pixels."""
-
-    train: Split
-    validation: Split
-    num_classes: int
-    label_base: int  # label of the first class as stored
-    pixel_mean: Tuple[float, ...]  # RGB, of pixels 0..255
-    pixel_std: Tuple[float, ...]
-
-
-def open_data(folder: str) -> ShardedData:
-    """Open every split of the data set prepared in `folder`; raise DataError where anything is missing or changed."""
-    manifest = read_manifest(folder)
-    try:
-        return ShardedData(
-            open_split(folder, manifest, "train"),
-            open_split(folder, manifest, "validation"),
-            int(manifest["num_classes"]),
-            int(manifest["label_base"]),
-            tuple(manifest["pixel_mean"]),
-            tuple(manifest["pixel_std"]),
-        )
-    except KeyError as error:
-        raise DataError(f"{os.path.join(folder, MANIFEST)}: lacks {error}; prepare the data set again") from None

@@ -9,7 +9,7 @@ import tensorflow as tf
 from resnet_cpu.cluster import guard, horovod
 from resnet_cpu.cluster.control import World
 from resnet_cpu.data import order, pipeline
-from resnet_cpu.data.shards import ShardedData
+from resnet_cpu.data.layouts import ShardedData
 from resnet_cpu.errors import UserError
 from resnet_cpu.recipe import batch_rule
 from resnet_cpu.settings import Settings
@@ -97,6 +97,7 @@ def evaluate_checkpoint(settings: Settings, world: World, data: ShardedData, pat
     with guard.Watchdog(settings.system.stall_timeout) as watchdog:
         horovod.start(world)
         model = state.build_model(settings)
+        world.on_rank0(lambda: pipeline.check_label_base(data, settings.model.num_classes))
         world.on_rank0(lambda: state.load_weights(model, path))
         horovod.broadcast(model.variables)
         step = make_evaluate_step(model)

@@ -11,7 +11,7 @@ from typing import Any, Dict, Optional, Tuple
 
 from resnet_cpu.cluster import control
 from resnet_cpu.cluster.control import World
-from resnet_cpu.data import shards
+from resnet_cpu.data import layouts
 from resnet_cpu.data.datasets import DATASETS
 from resnet_cpu.errors import CheckpointError, DataError, FlagError, RunFolderError
 from resnet_cpu.recipe import batch_rule, phases, schedule
@@ -33,7 +33,7 @@ class Job:
     global_batch_size: int  # images
     train_examples: int
     validation_examples: int
-    data: Optional[shards.ShardedData]  # None: synthetic
+    data: Optional[layouts.ShardedData]  # None: synthetic
     signature: Dict[str, Any]  # what a checkpoint must agree with
     run_dir: str
     folder: Optional[RunFolder]  # on rank 0
@@ -47,7 +47,7 @@ class Job:
         return schedule.total_steps(self.phases)
 
 
-def open_data(settings: Settings, world: World) -> Optional[shards.ShardedData]:
+def open_data(settings: Settings, world: World) -> Optional[layouts.ShardedData]:
     """Open the data set on every rank, rank 0 first so that its errors are told once; None for synthetic data."""
     if settings.data.dataset == "synthetic":
         return None
@@ -59,11 +59,11 @@ def open_data(settings: Settings, world: World) -> Optional[shards.ShardedData]:
             collective=True,
         )
 
+    dataset = settings.data.dataset
+
     def check() -> None:
-        stored = shards.read_manifest(folder).get("dataset")
-        if stored != settings.data.dataset:
-            raise DataError(f"--data_dir={folder}: holds {stored}, not --dataset={settings.data.dataset}; correct one")
-        found = shards.open_data(folder).num_classes
+        layouts.make_indexes(layouts.describe(folder, dataset), folder)
+        found = layouts.open_data(folder, dataset).num_classes
         if found > settings.model.num_classes:
             raise DataError(
                 f"--data_dir={folder}: has {found} classes, the model only {settings.model.num_classes}; "
@@ -71,10 +71,10 @@ def open_data(settings: Settings, world: World) -> Optional[shards.ShardedData]:
             )
 
     world.on_rank0(check)
-    return shards.open_data(folder)
+    return layouts.open_data(folder, dataset)
 
 
-def examples(settings: Settings, data: Optional[shards.ShardedData]) -> Tuple[int, int]:
+def examples(settings: Settings, data: Optional[layouts.ShardedData]) -> Tuple[int, int]:
     """Return (training examples, evaluation examples) that are used; raise DataError if more are asked for."""
     wanted = settings.data.train_examples
     if data is None:

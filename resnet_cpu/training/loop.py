@@ -70,6 +70,9 @@ class _Training:
             self.state.step = manifest["step"]
             self.seconds_to_top1 = manifest["seconds_to_top1"]
             elapsed = manifest["wall_seconds"]
+        if job.data is not None:
+            data, classes = job.data, job.settings.model.num_classes
+            job.world.on_rank0(lambda: pipeline.check_label_base(data, classes))
         horovod.broadcast(self.state.variables)
         horovod.check_replicas(job.world, self.state.variables, f"before step {self.state.step}")
         return elapsed

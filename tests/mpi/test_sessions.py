@@ -131,7 +131,7 @@ def one_rank_evaluation(data_sets):
 
     from resnet_cpu import flags
     from resnet_cpu.cluster.control import World
-    from resnet_cpu.data import shards
+    from resnet_cpu.data import layouts
     from resnet_cpu.training import evaluation
     from resnet_cpu.training.state import build_model
 
@@ -139,7 +139,7 @@ def one_rank_evaluation(data_sets):
     step = evaluation.make_evaluate_step(build_model(settings))
     found_here = {}
     for examples in (1, 7, 50, 101):
-        data = shards.open_data(str(data_sets / str(examples)))
+        data = layouts.open_data(str(data_sets / str(examples)), "digits")
         for batch in (1, 8, 64):
             score = evaluation.evaluate(step, settings, World(1, 0), data, batch)
             found_here[f"{examples}/{batch}"] = [score.examples, score.correct1, score.correct5, score.loss]

@@ -24,7 +24,7 @@ import whole_runs as runs  # noqa: E402
 
 from resnet_cpu import flags  # noqa: E402
 from resnet_cpu.cluster import horovod  # noqa: E402
-from resnet_cpu.data import shards  # noqa: E402
+from resnet_cpu.data import layouts  # noqa: E402
 from resnet_cpu.errors import UserError  # noqa: E402
 from resnet_cpu.model.resnet import resnet  # noqa: E402
 from resnet_cpu.recipe.batch_rule import resolve_batch  # noqa: E402
@@ -130,7 +130,7 @@ def case_evaluation():
     model = build_model(settings)
     step = evaluation.make_evaluate_step(model)
     for examples in (1, 7, 50, 101):
-        data = shards.open_data(f"{DATA}/{examples}")
+        data = layouts.open_data(f"{DATA}/{examples}", "digits")
         for batch in (1, 8, 64):
             score = evaluation.evaluate(step, settings, world, data, batch)
             found[f"{examples}/{batch}"] = [score.examples, score.correct1, score.correct5, score.loss]

@@ -10,7 +10,7 @@ from typing import Dict, Iterator, Tuple
 import numpy as np
 import tensorflow as tf
 
-from resnet_cpu.data import shards
+from resnet_cpu.data import layouts, shards
 from resnet_cpu.errors import DataError
 
 JPEG_QUALITY = 100  # tiny images are read from memory anyway, and the loss of a lower quality shows on 28 pixels
@@ -79,4 +79,4 @@ def write_data_set(
         "splits": rows,
     }
     shards.write_manifest(folder, manifest)
-    return shards.verify(folder)
+    return layouts.verify(folder, dataset)

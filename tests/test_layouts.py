@@ -1,0 +1,206 @@
+"""Sets that others wrote: TF-slim's shards by a plain writer, TFDS's by TFDS itself."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import whole_runs as runs
+from conftest import last_line, told
+
+from resnet_cpu.cluster.control import World
+from resnet_cpu.data import layouts, shards
+from resnet_cpu.errors import DataError, FlagError
+from resnet_cpu.training import job
+
+ALONE = World(1, 0)
+CLASSES = 1000
+
+
+def slim_example(label, generator, size=20):
+    image = generator.integers(0, 255, [size + label % 7, size, 3]).astype(np.uint8)
+    feature = {
+        "image/encoded": tf.train.Feature(bytes_list=tf.train.BytesList(value=[tf.io.encode_jpeg(image).numpy()])),
+        "image/class/label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label])),
+        "image/class/synset": tf.train.Feature(bytes_list=tf.train.BytesList(value=[b"n0"])),
+    }
+    return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
+
+
+def write_slim(folder, base=1):
+    """Two splits in several shards, labels base ... base + 999, both ends there."""
+    generator = np.random.Generator(np.random.Philox(9))
+    for split, total, count in [("train", 3, 40), ("validation", 2, 13)]:
+        labels = np.linspace(base, base + CLASSES - 1, count).astype(int)
+        for shard in range(total):
+            path = os.path.join(folder, f"{split}-{shard:05d}-of-{total:05d}")
+            with tf.io.TFRecordWriter(path) as writer:
+                for label in labels[shard::total]:
+                    writer.write(slim_example(int(label), generator))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def slim(tmp_path_factory):
+    return write_slim(str(tmp_path_factory.mktemp("slim")))
+
+
+@pytest.fixture(scope="module")
+def tfds_dirs(tmp_path_factory):
+    """Two data sets that TFDS itself prepares: JPEG with a validation split, PNG with a test split."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    def builder(set_name, encoding, evaluation):
+        class Builder(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.2.3")
+            name = set_name
+
+            def _info(self):
+                features = {
+                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format=encoding),
+                    "label": tfds.features.ClassLabel(num_classes=7),
+                    "file_name": tfds.features.Text(),
+                }
+                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+            def _split_generators(self, dl_manager):
+                return {"train": self._generate_examples(40), evaluation: self._generate_examples(11)}
+
+            def _generate_examples(self, count):
+                generator = np.random.Generator(np.random.Philox(count))
+                for i in range(count):
+                    image = generator.integers(0, 255, [18, 16 + i % 3, 3]).astype(np.uint8)
+                    yield i, {"image": image, "label": i % 7, "file_name": str(i)}
+
+        return Builder
+
+    folder = str(tmp_path_factory.mktemp("tfds"))
+    for set_name, encoding, evaluation in [("imagenet2012", "jpeg", "validation"), ("small_png", "png", "test")]:
+        made = builder(set_name, encoding, evaluation)(data_dir=folder)
+        made.download_and_prepare()
+    return folder
+
+
+def train(data_dir, run_dir, *more):
+    recipe = ["--phase=main:steps=4,lr=0.01", "--phase=tail:steps=2,lr=0.01,augment=light"]
+    return runs.train(ALONE, data_dir, str(run_dir), *recipe, *more)
+
+
+def test_slim_shards_train_and_evaluate_exactly(slim, tmp_path):
+    result = train(slim, tmp_path / "run", "--dataset=imagenet", "--image_size=16")
+    assert result["complete"] and result["examples"] == 13
+    data = layouts.open_data(slim, "imagenet")
+    assert (data.train.examples, data.validation.examples, data.label_base, data.num_classes) == (40, 13, 1, 1000)
+    written = [raw.numpy() for raw in tf.data.TFRecordDataset(sorted(tf.io.gfile.glob(f"{slim}/train-?????-of-00003")))]
+    assert data.train.read(np.arange(40)) == written
+    assert os.path.exists(shards.index_path(f"{slim}/train-00000-of-00003"))
+
+
+def test_a_folder_that_cannot_be_written_is_indexed_in_memory(tmp_path, monkeypatch, capfd):
+    folder = write_slim(str(tmp_path))
+
+    def refuse(path, content):
+        raise OSError(30, "Read-only file system", path)
+
+    monkeypatch.setattr(shards, "write_atomically", refuse)
+    layouts.make_indexes(layouts.describe(folder, "imagenet"), folder)
+    assert "cannot be kept (Read-only file system)" in capfd.readouterr().err
+    assert layouts.open_data(folder, "imagenet").train.examples == 40
+
+
+def test_labels_from_0_in_the_slim_layout_are_refused(tmp_path):
+    os.makedirs(tmp_path / "data")
+    folder = write_slim(str(tmp_path / "data"), base=0)
+    with pytest.raises(DataError, match="record 0: label 0 is outside the 1000 classes 1..1000"):
+        train(folder, tmp_path / "run", "--dataset=imagenet", "--image_size=16")
+
+
+def test_an_incomplete_slim_set_is_refused(slim, tmp_path):
+    folder = str(tmp_path / "data")
+    shutil.copytree(slim, folder)
+    os.remove(f"{folder}/train-00001-of-00003")
+    with pytest.raises(DataError, match="1 shards missing, the first is train-00001-of-00003"):
+        layouts.describe(folder, "imagenet")
+    shutil.copy(f"{folder}/train-00000-of-00003", f"{folder}/train-00000-of-00004")
+    with pytest.raises(DataError, match="of-00003 and of-00004"):
+        layouts.describe(folder, "imagenet")
+
+
+@pytest.mark.parametrize(
+    "dataset, jpeg, more",
+    [("imagenet", True, ["--num_classes=7"]), ("tfds:imagenet2012", True, ["--num_classes=7"]),
+     ("tfds:small_png", False, ["--num_classes=7", "--normalization=torch"])],
+)  # fmt: skip
+def test_tfds_sets_train_and_evaluate_exactly(tfds_dirs, tmp_path, dataset, jpeg, more):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    result = train(tfds_dirs, tmp_path / "run", f"--dataset={dataset}", "--image_size=16", *more)
+    assert result["complete"] and result["examples"] == 11
+    data = layouts.open_data(tfds_dirs, dataset)
+    assert (data.label_base, data.num_classes, data.jpeg) == (0, 7, jpeg)
+    name = "small_png" if "png" in dataset else "imagenet2012"
+    read = tfds.builder_from_directory(f"{tfds_dirs}/{name}/1.2.3").as_dataset(split="train", shuffle_files=False)
+    expected = [(int(e["label"]), e["image"].numpy().tobytes()) for e in read]
+    found = []
+    for payload in data.train.read(np.arange(data.train.examples)):
+        feature = tf.train.Example.FromString(payload).features.feature
+        image = tf.io.decode_image(feature[data.image_key].bytes_list.value[0], channels=3).numpy()
+        found.append((feature[data.label_key].int64_list.value[0], image.tobytes()))
+    assert sorted(found) == sorted(expected)
+
+
+def test_tfds_folders_are_found_or_told(tfds_dirs, tmp_path):
+    version = f"{tfds_dirs}/small_png/1.2.3"
+    assert layouts.describe(version, "tfds:small_png")["folder"] == version
+    with pytest.raises(DataError, match="holds small_png, not other"):
+        layouts.describe(version, "tfds:other")
+    with pytest.raises(DataError, match="no other prepared by TFDS"):
+        layouts.describe(tfds_dirs, "tfds:other")
+    folder = str(tmp_path / "two")
+    for number in ("1.0.0", "1.2.3"):
+        shutil.copytree(version, f"{folder}/small_png/{number}")
+    with pytest.raises(DataError, match="is there 2 times"):
+        layouts.describe(folder, "tfds:small_png")
+    shutil.rmtree(f"{folder}/small_png/1.0.0")
+    info = f"{folder}/small_png/1.2.3/dataset_info.json"
+    with open(info) as file:
+        content = json.load(file)
+    content["splits"][0]["shardLengths"][0] = "39"
+    with open(info, "w") as file:
+        json.dump(content, file)
+    with pytest.raises(DataError, match="description says 39|description says 10"):
+        layouts.open_data(folder, "tfds:small_png")
+
+
+def test_what_is_no_data_set_is_told(tmp_path):
+    with pytest.raises(DataError, match="neither manifest.json, nor train-00000-of-01024"):
+        layouts.describe(str(tmp_path), "imagenet")
+    with pytest.raises(DataError, match="no such folder"):
+        layouts.describe(str(tmp_path / "nothing"), "tfds:x")
+
+
+def test_the_classes_of_a_tfds_set_are_named_by_its_user(tfds_dirs, tmp_path):
+    with pytest.raises(FlagError, match="--num_classes is missing"):
+        train(tfds_dirs, tmp_path / "run", "--dataset=tfds:small_png")
+    with pytest.raises(DataError, match="has 7 classes, the model only 5"):
+        train(tfds_dirs, tmp_path / "run", "--dataset=tfds:small_png", "--num_classes=5")
+    with pytest.raises(FlagError, match="unknown; use one of"):
+        train(tfds_dirs, tmp_path / "run", "--dataset=tfds:../x", "--num_classes=5")
+
+
+def test_verify_reads_foreign_shards(slim, run_command, tmp_path):
+    process = run_command("prepare", "verify", f"--data_dir={slim}")
+    assert process.returncode == 0 and json.loads(last_line(process.stdout)) == {"train": 40, "validation": 13}
+    folder = str(tmp_path / "data")
+    shutil.copytree(slim, folder)
+    with open(f"{folder}/validation-00001-of-00002", "r+b") as file:
+        file.seek(200)
+        file.write(b"\x00\x01")
+    process = run_command("prepare", "verify", f"--data_dir={folder}")
+    assert process.returncode == 65 and "validation-00001-of-00002: record 0" in told(process)[0]
+
+
+def test_openings_are_the_same_on_every_rank(slim):
+    settings = runs.flags.parse(["--dataset=imagenet", f"--data_dir={slim}"])
+    assert job.open_data(settings, ALONE).train.examples == 40
