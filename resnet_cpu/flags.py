@@ -22,7 +22,16 @@ EXPERIMENTS = ("train", "scaling", "lr_scaling", "collapsed_ensemble")
 MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 NORMALIZATIONS = ("auto", "dataset", "authors", "torch", "tf")
 SOURCES = ("fashion_mnist", "digits", "verify")
-OF_ONE_COMMAND = {"checkpoint": "evaluate", "format": "plan", "output": "plan", "raw_dir": "prepare"}
+BENCHMARKS = ("synthetic", "pipeline", "evaluation")
+OF_ONE_COMMAND = {
+    "checkpoint": "evaluate",
+    "format": "plan",
+    "output": "plan",
+    "raw_dir": "prepare",
+    "benchmark": "benchmark",
+    "warmup_steps": "benchmark",
+    "timed_steps": "benchmark",
+}
 
 Section = Tuple[str, List[str]]
 
@@ -129,7 +138,15 @@ def _define() -> _Definer:
     d.integer("threads", 0, "Compute threads per rank (0: as many as the rank has cores).", lower_bound=0)
     d.float("stall_timeout", 600.0, "Seconds without a finished step after which the job is ended.", lower_bound=1.0)
 
-    d.section("plan and prepare")
+    d.section("of one command")
+    d.enum(
+        "benchmark",
+        "synthetic",
+        BENCHMARKS,
+        "benchmark: training steps on synthetic images, reading and decoding alone (--data_dir), or the forward pass.",
+    )
+    d.integer("warmup_steps", 3, "benchmark: steps that are not timed; the first traces the graph.", lower_bound=1)
+    d.integer("timed_steps", 20, "benchmark: steps that are timed.", lower_bound=2)
     d.enum("format", "table", ["table", "csv", "png"], "plan: what is printed; png goes to the file --output.")
     d.string("output", "plan.png", "plan: file of --format=png.")
     d.string("raw_dir", None, "prepare: folder of the raw files (fashion_mnist: default is the Debian package's).")
@@ -203,7 +220,8 @@ def make_settings(v: flags.FlagValues) -> settings.Settings:
     if v.dataset not in DATASETS and not re.fullmatch(r"tfds:[A-Za-z0-9_]+(/[A-Za-z0-9_.-]+)*", v.dataset):
         raise FlagError(f"--dataset={v.dataset}: unknown; use one of {', '.join(DATASETS)} or tfds:NAME")
     facts = facts_of(v.dataset)
-    if not (v.num_classes or facts.num_classes):
+    num_classes = v.num_classes or facts.num_classes
+    if not num_classes:
         raise FlagError(f"--num_classes is missing; --dataset={v.dataset} does not fix the number of classes")
     if v.dataset == "synthetic" and v.data_dir:
         raise FlagError(f"--data_dir={v.data_dir}: contradicts --dataset=synthetic; leave one of them out")
@@ -223,7 +241,7 @@ def make_settings(v: flags.FlagValues) -> settings.Settings:
             bn_momentum=v.bn_momentum,
             bn_epsilon=v.bn_epsilon,
             conv1_bias=v.conv1_bias,
-            num_classes=v.num_classes or facts.num_classes,
+            num_classes=num_classes,
         ),
         data=settings.Data(
             dataset=v.dataset,

@@ -1,0 +1,48 @@
+"""`benchmark`: its last line, on one rank and on two, and what it refuses."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, told
+
+from resnet_cpu.training.timing import Timed
+
+TOTAL = re.compile(r"total images/sec: (\d+\.\d+)")
+QUICK = ["--warmup_steps=1", "--timed_steps=4", "--global_batch_size=8"]
+
+
+def test_the_rate_is_that_of_the_slowest_rank():
+    timed = Timed("synthetic", np.array([[1.0, 1.0], [2.0, 2.0]]), 8, 2)
+    assert timed.images_per_second == 2 * 2 * 8 / 4.0
+    assert "slowest rank 2.000 times the fastest" in timed.lines()[1]
+
+
+@pytest.mark.parametrize("what", ["synthetic", "evaluation", "pipeline"])
+def test_last_line_on_one_rank(run_command, tiny_data, what):
+    process = run_command("benchmark", *TINY_FLAGS, f"--data_dir={tiny_data}", *QUICK, f"--benchmark={what}")
+    assert process.returncode == 0, process.stderr
+    assert float(TOTAL.fullmatch(last_line(process.stdout)).group(1)) > 1
+    assert f"{what}: 1 ranks x 8 images, 4 steps timed" in process.stderr
+
+
+@pytest.mark.mpi
+def test_last_line_on_two_ranks():
+    process = subprocess.run(
+        ["launch/local.sh", "2", sys.executable, "-m", "resnet_cpu.benchmark", *TINY_FLAGS, *QUICK],
+        cwd=ROOT,
+        env=OUTSIDE,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    assert TOTAL.fullmatch(last_line(process.stdout)) and process.stdout.count("\n") == 1
+    assert "synthetic: 2 ranks x 4 images" in process.stderr
+
+
+def test_synthetic_images_have_no_pipeline(run_command):
+    process = run_command("benchmark", "--dataset=synthetic", "--benchmark=pipeline", "--image_size=32")
+    assert process.returncode == 64 and "reads nothing" in told(process)[0]
