@@ -8,13 +8,12 @@ from typing import Callable, Dict, List
 
 from resnet_cpu.cluster import control, layout
 
-OUTSIDE = dict(os.environ)  # what commands that the tests start are given
+ROOT = pathlib.Path(__file__).parent.parent
+OUTSIDE = {**os.environ, "PYTHONPATH": str(ROOT)}  # what commands that the tests start are given: this very checkout
 layout.apply(0, control.physical_cores(os.sched_getaffinity(0)))  # before any test module imports TensorFlow
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 # A network and a recipe small enough that a whole run takes seconds.
 TINY_FLAGS = [
