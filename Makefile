@@ -12,7 +12,8 @@ RAW := $(if $(RAW_DIR),--raw_dir=$(RAW_DIR),)
 help:
 	@echo "make train   set up, prepare Fashion-MNIST, train ResNet-50 on $(RANKS) MPI ranks (about 15 minutes the first time)"
 	@echo "make test    set up and run all tests (about 10 minutes the first time)"
-	@echo "make smoke   set up and train a tiny network on synthetic data (a minute)"
+	@echo "make smoke   set up and train a tiny network on synthetic data (half a minute after the set-up)"
+	@echo "make setup   set up only: .venv with everything built (about 3 minutes)"
 	@echo "make lint    style, types; make format mends the style; make lock resolves requirements.txt anew"
 	@echo "make clean   remove the environment and caches, never data or runs"
 

@@ -71,7 +71,7 @@ rm -f "$VENV/installed"
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@" >&2; }
 say "the pinned packages of requirements.txt (TensorFlow alone is 475 MB)"
 # shellcheck disable=SC2086  # PIP_ARGS is a list of arguments
-pip install -q --no-deps ${PIP_ARGS:-} -r requirements.txt
+pip install -qq --no-deps ${PIP_ARGS:-} -r requirements.txt
 
 # Horovod is linked against one TensorFlow and one MPI: built anew when either is another.
 built_for="horovod $HOROVOD; $(grep '^tensorflow==' requirements.txt); $(mpirun --version | head -n 1)"
@@ -87,7 +87,7 @@ if [[ ! -f $VENV/horovod-built-for || $(<"$VENV/horovod-built-for") != "$built_f
     { tail -n 30 "$VENV/horovod-build.log" >&2; fail "Horovod did not build; the symptoms and remedies are in BUILD_NOTES.md"; }
   printf '%s\n' "$built_for" >"$VENV/horovod-built-for"
 fi
-pip install -q --no-deps --no-build-isolation -e .
+pip install -qq --no-deps --no-build-isolation -e .
 "$VENV/bin/python" -m pip --disable-pip-version-check check >/dev/null || fail "the environment in $VENV is inconsistent: '$VENV/bin/python -m pip check' says where; remove $VENV and try again"
 printf '%s\n' "$stamp_text" >"$VENV/installed"
 say "ready"

@@ -33,6 +33,8 @@ OF_ONE_COMMAND = {
     "timed_steps": "benchmark",
 }
 
+_POSITIONAL = {"prepare": f" {'|'.join(SOURCES)}"}
+
 Section = Tuple[str, List[str]]
 
 
@@ -153,22 +155,26 @@ def _define() -> _Definer:
     return d
 
 
+_COMMENT = "a comment is a line of its own that starts with # in column 0"
+
+
 def help_text() -> str:
     """Return what `--help` prints: every flag with its default."""
     definer = _define()
     command = os.path.splitext(os.path.basename(sys.argv[0]))[0]
     lines = [
-        f"usage: python -m resnet_cpu.{command} [--flagfile=FILE] [--flag=value ...]",
+        f"usage: python -m resnet_cpu.{command}{_POSITIONAL.get(command, '')} [--flagfile=FILE] [--flag=value ...]",
         "Later flags win, so overrides go after --flagfile. Switches are --name and --noname.",
     ]
     for title, names in definer.sections:
         lines += ["", f"{title}:"]
         for name in names:
             flag = definer.values[name]
-            default = "" if flag.default in (None, []) else f" [{flag.default_as_str}]"
+            default = "" if flag.default in (None, []) else f" [{str(flag.default_as_str).strip(chr(39))}]"
             choices = getattr(flag.parser, "enum_values", None)
             shown = f"--{name}" + (f"={'|'.join(choices)}" if choices else "")
-            lines.append(f"  {shown}{default}\n      {flag.help}")
+            text = flag.help[flag.help.index(">: ") + 3 :] if choices else flag.help.split(";\n")[0]
+            lines.append(f"  {shown}{default}\n      {text}")
     return "\n".join(lines)
 
 
@@ -188,10 +194,15 @@ def parse_values(
     except flags.UnrecognizedFlagError as error:
         close = difflib.get_close_matches(error.flagname, list(values), n=3)
         remedy = f"did you mean {' or '.join('--' + name for name in close)}?" if close else "--help lists them all"
-        shown = f"={error.flagvalue}" if error.flagvalue else ""
-        raise FlagError(f"--{error.flagname}{shown}: unknown flag; {remedy}") from None
+        # absl hands on the whole argument as the value.
+        shown = error.flagvalue if str(error.flagvalue).startswith("-") else f"--{error.flagname}"
+        if " " in error.flagname:
+            remedy = "write flags as --name=value"
+        raise FlagError(f"{shown}: unknown flag; {remedy}") from None
     except flags.Error as error:
-        raise FlagError(f"{' '.join(str(error).split())}; --help shows what is allowed") from None
+        told = " ".join(str(error).removeprefix("ERROR:: ").split())
+        remedy = _COMMENT if " #" in told else "--help shows what is allowed"
+        raise FlagError(f"{told}; {remedy}") from None
     if len(rest) > positional:
         raise FlagError(
             f"'{rest[positional]}' is no flag; write flags as --name=value, and in flagfiles comments from column 0 on"
@@ -205,6 +216,8 @@ def parse_values(
         for value in values[name].value if isinstance(values[name].value, list) else [values[name].value]:
             if isinstance(value, str) and ("\n" in value or "\r" in value):
                 raise FlagError(f"--{name}={value!r}: a newline in the value; write it on one line")
+            if isinstance(value, str) and " #" in value:
+                raise FlagError(f"--{name}={value}: {_COMMENT}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise FlagError(f"--{name}={value}: is no finite number; --help shows what is allowed")
     return values, rest
@@ -282,11 +295,9 @@ def resolved(values: flags.FlagValues) -> str:
     """Return a flagfile that gives these values again, one flag a line, in the order of `--help`."""
     lines: List[str] = []
     for title, names in _define().sections:
-        lines += [f"# {title}"]
-        for name in names:
-            flag = values[name]
-            if flag.value is not None and flag.value != [] and name not in OF_ONE_COMMAND:
-                lines.append(flag.serialize())
+        chosen = [values[name] for name in names if name not in OF_ONE_COMMAND]
+        given = [flag.serialize() for flag in chosen if flag.value is not None and flag.value != []]
+        lines += [f"# {title}", *given] if given else []
     return "\n".join(lines) + "\n"
 
 

@@ -113,6 +113,11 @@ def table(
         f"{steps * global_batch_size:,} images",
         f"global batch {global_batch_size:,} = {ranks} ranks x {per_rank}; {train_examples:,} training examples = "
         f"{train_examples / global_batch_size:.2f} steps an epoch",
+        *(
+            [f"note: batch norm sees {per_rank} images at a time on each rank; 16 and more are usual"]
+            if per_rank < 16
+            else []
+        ),
     ]
 
 

@@ -15,7 +15,10 @@ def main(argv: List[str]) -> None:
     values, rest = flags.parse_values(argv, "prepare", positional=1)
     source = rest[0] if rest else None
     if source not in flags.SOURCES:
-        raise FlagError(f"{source or 'no source'}: name what to prepare, one of {', '.join(flags.SOURCES)}")
+        raise FlagError(
+            f"{source or 'no source'}: name what to prepare, one of {', '.join(flags.SOURCES)}, as in "
+            "python -m resnet_cpu.prepare digits --data_dir=data/digits"
+        )
     data_dir = flags.required(values.data_dir, "data_dir", "name the folder of the shards")
     if source == "verify":
         counts = layouts.verify(data_dir, values.dataset)

@@ -63,7 +63,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run_command() -> Callable[..., subprocess.CompletedProcess]:
     """Run `python -m resnet_cpu.COMMAND ARGUMENTS` to its end."""
 
-    def run(command: str, *arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+    def run(command: str, *arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, "-m", f"resnet_cpu.{command}", *arguments],
             cwd=ROOT,

@@ -13,7 +13,10 @@ PHASE = "--phase=main:steps=1,lr=1"
 @pytest.mark.parametrize(
     "arguments, parts",
     [
-        (["--batchsize=3"], ["--batchsize=3", "unknown", "--batch_size"]),
+        (["--batchsize=3"], ["--batchsize=3: unknown", "--batch_size"]),
+        (["--width 0.25"], ["--width 0.25: unknown", "--name=value"]),
+        (["--run_dir=a  # mine"], ["--run_dir=a  # mine", "column 0"]),
+        (["--width=0.25  # narrow"], ["width", "column 0"]),
         (["--no_such_thing"], ["--no_such_thing", "--help"]),
         (["--batch_size=0"], ["batch_size", "0", "--help"]),
         (["--batch_size=x"], ["batch_size", "x"]),

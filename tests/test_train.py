@@ -1,6 +1,7 @@
 """Whole runs on one rank, in this process and as commands."""
 
 import csv
+import gzip
 import hashlib
 import io
 import json
@@ -20,6 +21,7 @@ from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, told, write_tiny_data
 from resnet_cpu import plan
 from resnet_cpu.cluster import control
 from resnet_cpu.data import order
+from resnet_cpu.data.sources import arrays
 from resnet_cpu.errors import CheckpointError, DataError, FlagError, NotFinite, RunFolderError, UserError
 from resnet_cpu.report.runlog import RunFolder, read_rows
 from resnet_cpu.training import checkpoint, loop
@@ -193,6 +195,19 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(tiny_data, 
     assert not os.path.exists(os.path.join(run_dir, "result.json"))
 
 
+def test_a_run_that_was_stopped_is_not_stopped_again_earlier(tiny_data, tmp_path):
+    first = train(tiny_data, tmp_path / "run", "--max_steps=6")
+    assert train(tiny_data, tmp_path / "run", "--max_steps=6") == json.loads(
+        (tmp_path / "run" / "result.json").read_text()
+    )
+    assert first["steps"] == 6 and len(read_rows(str(tmp_path / "run" / "eval.jsonl"))) == 1
+    with pytest.raises(FlagError, match="--max_steps=3: .* is at step 6 already"):
+        train(tiny_data, tmp_path / "run", "--max_steps=3")
+    with pytest.raises(NotFinite):
+        train(tiny_data, tmp_path / "bad", "--max_steps=6", "--phase=main:steps=10,lr=1e30,decay=constant")
+    assert not (tmp_path / "bad" / "result.json").exists()
+
+
 def test_resume_choices(tiny_data, tmp_path):
     with pytest.raises(CheckpointError, match="--resume=must"):
         train(tiny_data, tmp_path / "new", "--resume=must")
@@ -209,6 +224,7 @@ def test_resume_choices(tiny_data, tmp_path):
         ("--model=resnet34", "model.model resnet18 there, resnet34 here"),
         ("--global_batch_size=10", "global_batch_size 12 there, 10 here"),
         ("--seed=7", "seed 0 there, 7 here"),
+        ("--phase=more:steps=1,lr=1", "phases.more only here"),
         ("--phase=main:steps=12,lr=0.05,warmup_steps=3", "phases.main.steps 10 there, 12 here"),
     ],
 )
@@ -326,7 +342,7 @@ def test_a_signal_stops_cleanly_with_75_and_the_rest_is_bit_identical(
     tiny_data, tmp_path, finished, signum, run_command
 ):
     """Stopped at whatever step it has come to; then the same command goes on."""
-    long = ["--phase=main:steps=400,lr=0.05,warmup_steps=3", "--phase=tail:steps=6,lr=0.01"]
+    long = ["--phase=main:steps=120,lr=0.05,warmup_steps=3", "--phase=tail:steps=6,lr=0.01"]
     run_dir = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "resnet_cpu.train", *command(tiny_data, run_dir, *long)],
@@ -357,6 +373,42 @@ def test_prepare_says_what_it_takes(run_command, tmp_path):
     assert process.returncode == 64 and "fashion_mnist" in told(process)[0]
     process = run_command("prepare", "fashion_mnist", f"--data_dir={tmp_path}", f"--raw_dir={tmp_path}")
     assert process.returncode == 65 and "train-images-idx3-ubyte.gz" in told(process)[0]
+
+
+def test_prepare_never_overwrites_another_set(run_command, tmp_path):
+    write_tiny_data(str(tmp_path))  # a set named digits
+    process = run_command(
+        "prepare", "fashion_mnist", f"--data_dir={tmp_path}", f"--raw_dir={write_idx(tmp_path / 'raw')}"
+    )
+    assert process.returncode == 65 and "holds digits already" in told(process)[0]
+    assert run_command("prepare", "verify", f"--data_dir={tmp_path}").returncode == 0
+
+
+def write_idx(folder):
+    """Write four tiny files in the format of the MNIST family."""
+    folder.mkdir()
+    for name, shape in [
+        ("train-images-idx3", (20, 8, 8)), ("train-labels-idx1", (20,)),
+        ("t10k-images-idx3", (9, 8, 8)), ("t10k-labels-idx1", (9,)),
+    ]:  # fmt: skip
+        values = np.arange(np.prod(shape)).reshape(shape) % (10 if "labels" in name else 250)
+        header = bytes([0, 0, 8, len(shape)]) + b"".join(int(n).to_bytes(4, "big") for n in shape)
+        with gzip.open(folder / f"{name}-ubyte.gz", "wb") as file:
+            file.write(header + values.astype(np.uint8).tobytes())
+    return folder
+
+
+def test_prepare_reads_idx_files_and_names_damaged_ones(run_command, tmp_path):
+    raw = write_idx(tmp_path / "raw")
+    arguments = ("prepare", "fashion_mnist", f"--data_dir={tmp_path / 'data'}", f"--raw_dir={raw}")
+    process = run_command(*arguments)
+    assert json.loads(last_line(process.stdout)) == {"train": 20, "validation": 9}, process.stderr
+    labels = raw / "t10k-labels-idx1-ubyte.gz"
+    whole = labels.read_bytes()
+    for damaged in (whole[:-3], whole[:12] + b"\xff\xff" + whole[14:], gzip.compress(b"\x00\x00\x08\x03\x00"), b"text"):
+        labels.write_bytes(damaged)
+        with pytest.raises(DataError, match="t10k-labels-idx1-ubyte.gz"):
+            arrays.read_idx(str(labels))
 
 
 def test_prepare_digits_and_verify(run_command, tmp_path):

@@ -5,6 +5,7 @@ Python, so that a recipe can be read, checked and costed on a login node.
 """
 
 import dataclasses
+import difflib
 import math
 import re
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
@@ -166,7 +167,11 @@ def _parse_one(text: str) -> PhaseText:
         if not equals:
             raise FlagError(f"--phase={name}: '{item}' is no key=value; separate keys by a comma, without spaces")
         if key not in _KEYS:
-            raise FlagError(f"--phase={name}: unknown key '{key}'; known are {', '.join(_KEYS)}")
+            close = difflib.get_close_matches(key.strip(), list(_KEYS), n=2)
+            remedy = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(_KEYS)}"
+            if key != key.strip():
+                remedy = "write no spaces between keys"
+            raise FlagError(f"--phase={name}: unknown key '{key}'; {remedy}")
         if key in values:
             raise FlagError(f"--phase={name}: key '{key}' given twice; keep one")
         try:

@@ -167,6 +167,8 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str =
         one, other = there.get(key), here.get(key)
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             found += differences(one, other, f"{name}.")
+        elif isinstance(one, Mapping) or isinstance(other, Mapping):
+            found.append(f"{name} only {'there' if other is None else 'here'}")
         elif one != other:
             found.append(f"{name} {one} there, {other} here")
     return found

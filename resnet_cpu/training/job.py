@@ -128,7 +128,15 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
             return {"finished": result}
         folder = RunFolder(run_dir)
         try:
-            resume_from = _resume_from(settings, run_dir, signature)
+            resume_from, step = _resume_from(settings, run_dir, signature)
+            wanted = settings.run.max_steps
+            if wanted and step > wanted:
+                raise FlagError(f"--max_steps={wanted}: {run_dir} is at step {step} already; raise it or leave it out")
+            if result is not None and wanted == step == result.get("steps"):
+                folder.close()
+                return {"finished": result}
+            if result is not None:  # of an earlier stop: it would outlive this attempt's
+                os.remove(os.path.join(run_dir, "result.json"))
         except BaseException:
             folder.close()
             raise
@@ -136,7 +144,7 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
 
     agreed = world.on_rank0(hold)
     rows = world.gather(provenance.of_rank(threads))
-    if folder is not None:
+    if folder is not None and agreed["finished"] is None:
         folder.write_text("resolved.flags", settings.resolved_flags)
         folder.write_json(
             "run.json",
@@ -160,7 +168,7 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
         data=data,
         signature=signature,
         run_dir=run_dir,
-        folder=folder,
+        folder=folder if agreed["finished"] is None else None,
         resume_from=agreed.get("resume_from"),
         attempt=agreed.get("attempt", 0),
         finished=agreed["finished"],
@@ -168,16 +176,16 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
     )
 
 
-def _resume_from(settings: Settings, run_dir: str, signature: Dict[str, Any]) -> Optional[str]:
-    """Return the checkpoint to go on from, None to start afresh."""
+def _resume_from(settings: Settings, run_dir: str, signature: Dict[str, Any]) -> Tuple[Optional[str], int]:
+    """Return (checkpoint folder to go on from, its step); (None, 0) to start afresh."""
     newest = checkpoint.newest(run_dir)
     if newest is None:
         if settings.run.resume == "must":
             raise CheckpointError(f"--resume=must: no checkpoint in {run_dir}; use --resume=auto to start afresh")
-        return None
+        return None, 0
     path, manifest = newest
     checkpoint.check_signature(path, manifest["signature"], signature)
-    return path
+    return path, manifest["step"]
 
 
 def find_checkpoint(settings: Settings, world: World, path: Optional[str]) -> Tuple[str, int]:

@@ -49,10 +49,11 @@ class _Training:
         self.timed_steps, self.timed_s = 0, 0.0
         self.seconds_to_top1: Dict[str, float] = {}
         self.score: Optional[evaluation.Score] = None
+        self.ranks_before = job.world.size
         self.seconds_before = self._restore()
         self.saved_step = self.state.step if job.resume_from else None
-        total_epochs = self._epoch(job.total_steps)
-        self.progress = Progress(job.total_steps, total_epochs, self.cores) if job.folder else None
+        self.last = min(job.total_steps, self.run_settings.max_steps or job.total_steps)
+        self.progress = Progress(self.last, self._epoch(self.last), self.cores) if job.folder else None
 
     # --- start -------------------------------------------------------------------------------------------------
 
@@ -69,6 +70,7 @@ class _Training:
             manifest = job.world.on_rank0(restore)
             self.state.step = manifest["step"]
             self.seconds_to_top1 = manifest["seconds_to_top1"]
+            self.ranks_before = manifest["ranks"]
             elapsed = manifest["wall_seconds"]
         if job.data is not None:
             data, classes = job.data, job.settings.model.num_classes
@@ -88,18 +90,24 @@ class _Training:
             f"{job.world.size} ranks x {job.batch_size} images, {job.world.cores} cores each; "
             f"{job.total_steps} steps = {self._epoch(job.total_steps):.2f} epochs; results in {job.run_dir}"
         )
+        if self.last < job.total_steps:
+            self.progress.say(f"stops after step {self.last} (--max_steps), evaluates and saves")
         if self.state.step:
             self.progress.say(f"resumed after step {self.state.step} from {job.resume_from} (attempt {job.attempt})")
+            if self.ranks_before != job.world.size:
+                self.progress.say(
+                    f"the steps before ran on {self.ranks_before} ranks, these on {job.world.size}: the same images a "
+                    "step, but batch norm sees them in other groups, so the result is not bit-identical"
+                )
 
     # --- the loop ----------------------------------------------------------------------------------------------
 
     def run(self) -> Dict[str, Any]:
         self._announce()
         job = self.job
-        last = min(job.total_steps, self.run_settings.max_steps or job.total_steps)
         first_of_phase = 0
         for phase in job.phases:
-            begin, end = max(self.state.step, first_of_phase), min(first_of_phase + phase.steps, last)
+            begin, end = max(self.state.step, first_of_phase), min(first_of_phase + phase.steps, self.last)
             if begin < end:
                 if begin == first_of_phase and phase.velocity == "reset":
                     self.state.reset_velocity()

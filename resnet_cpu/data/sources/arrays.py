@@ -61,6 +61,10 @@ def write_data_set(
 ) -> Dict[str, int]:
     """Write grey images and labels of each split as shards with manifest; return the examples of each split."""
     os.makedirs(folder, exist_ok=True)
+    if os.path.exists(os.path.join(folder, shards.MANIFEST)):
+        held = shards.read_manifest(folder).get("dataset")
+        if held != dataset:
+            raise DataError(f"--data_dir={folder}: holds {held} already; choose another folder for {dataset}")
     rows = {}
     for split, (images, labels) in splits.items():
         if labels.min() < 0 or labels.max() >= num_classes or len(images) != len(labels):
