@@ -405,7 +405,12 @@ def test_prepare_reads_idx_files_and_names_damaged_ones(run_command, tmp_path):
     assert json.loads(last_line(process.stdout)) == {"train": 20, "validation": 9}, process.stderr
     labels = raw / "t10k-labels-idx1-ubyte.gz"
     whole = labels.read_bytes()
-    for damaged in (whole[:-3], whole[:12] + b"\xff\xff" + whole[14:], gzip.compress(b"\x00\x00\x08\x03\x00"), b"text"):
+    for damaged in (
+        whole[:-3],
+        whole[:-12] + bytes([whole[-12] ^ 255]) + whole[-11:],
+        gzip.compress(b"\x00\x00\x08\x03\x00"),
+        b"text",
+    ):
         labels.write_bytes(damaged)
         with pytest.raises(DataError, match="t10k-labels-idx1-ubyte.gz"):
             arrays.read_idx(str(labels))
