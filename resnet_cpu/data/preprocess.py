@@ -21,7 +21,6 @@ _FLAVOURS = {
     "torch": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), False),
     "tf": ((127.5,) * 3, (127.5,) * 3, False),
 }
-NORMALIZATIONS = ("auto", "dataset", *_FLAVOURS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,6 @@ import numpy as np
 from resnet_cpu.data.shards import write_atomically
 from resnet_cpu.errors import RunFolderError
 
-SCHEMA = 1  # of the files in a run folder
-
 
 class RunFolder:
     """A run folder held by this process until it is closed or dies."""
