@@ -32,7 +32,7 @@ def main(argv: List[str]) -> None:
     path, step = job.find_checkpoint(settings, world, values.checkpoint)
     from resnet_cpu.training import evaluation
 
-    scores = evaluation.evaluate_checkpoint(settings, world, data, path)
+    scores = evaluation.evaluate_checkpoint(settings, world, data, path, values.export)
     if world.rank == 0:
         print(runlog.json_line({**scores, "step": step, "checkpoint": path}), flush=True)
 

@@ -20,11 +20,13 @@ from resnet_cpu.recipe import batch_rule, phases
 
 EXPERIMENTS = ("train", "scaling", "lr_scaling", "collapsed_ensemble")
 MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+CROPS = ("inception", "authors")
 NORMALIZATIONS = ("auto", "dataset", "authors", "torch", "tf")
 SOURCES = ("fashion_mnist", "digits", "verify")
 BENCHMARKS = ("synthetic", "pipeline", "evaluation")
 OF_ONE_COMMAND = {
     "checkpoint": "evaluate",
+    "export": "evaluate",
     "format": "plan",
     "output": "plan",
     "raw_dir": "prepare",
@@ -100,6 +102,15 @@ def _define() -> _Definer:
         "(BGR, -104/117/123, /128), torch (RGB, mean and deviation of ImageNet), tf (-1..1); auto is dataset if "
         "measured, else authors for imagenet and tf for others.",
     )
+    d.enum(
+        "crop",
+        "inception",
+        CROPS,
+        "How augment=full draws its window: inception (area uniform, aspect log-uniform) or authors (area A and c "
+        "uniform, height sqrt(A)*c, width sqrt(A)/c, swapped half of the time: aspects up to the square of c).",
+    )
+    d.string("crop_area", "0.08,1", "Least and most share of the image that augment=full shows.")
+    d.string("crop_aspect", "0.75,1.3333", "Least and most width / height of it (--crop=authors: of c).")
     d.float("eval_crop", None, "Share of the short side that evaluation sees (default: the data set's).", 0.1, 1.0)
     d.integer("order_block", 1, "Records that stay together in the random order, for slow random reads.", lower_bound=1)
     d.integer("data_threads", 0, "Threads for decoding, per rank (0: as many as the rank has cores).", lower_bound=0)
@@ -121,10 +132,23 @@ def _define() -> _Definer:
     d.float("bn_momentum", 0.9, "Share of batch norm's moving statistics kept each step.", 0.0, 0.9999)
     d.float("bn_epsilon", 1e-5, "Added to the variance in batch norm.", 0.0, 1.0)
     d.boolean("conv1_bias", False, "Give the first convolution a bias, as the authors' has.")
+    d.enum(
+        "precision",
+        "float32",
+        ["float32", "bfloat16"],
+        "Of activations and products; weights, updates and batch norm's statistics stay float32. bfloat16 pays on CPUs "
+        "with AMX.",
+    )
 
     d.section("run")
     d.string("run_dir", None, "Folder of this run; made if missing. The same command again goes on where it stopped.")
     d.enum("resume", "auto", ["auto", "never", "must"], "auto: go on if there is a checkpoint; never, must: or fail.")
+    d.string(
+        "init_from",
+        None,
+        "Start from these weights, not their velocity or step: a checkpoint folder, a run's folder or an .npz file of "
+        "--export. A classifier for other classes stays as initialised; anything else has to fit.",
+    )
     d.integer("max_steps", None, "Stop after so many steps of the recipe; a later call goes on.", lower_bound=1)
     d.float("eval_every_epochs", 1.0, "Epochs between evaluations (0: at the end only).", lower_bound=0.0)
     d.integer("eval_batch_size", None, "Images per rank and evaluation batch (default: --batch_size).", lower_bound=1)
@@ -133,7 +157,18 @@ def _define() -> _Definer:
     )
     d.integer("keep_checkpoints", 2, "Newest checkpoints that are kept.", lower_bound=2)
     d.integer("log_every_steps", 20, "Steps between rows of metrics.jsonl.", lower_bound=1)
+    d.string(
+        "profile_steps",
+        None,
+        "Steps FIRST,LAST (from 0) to profile on rank 0: profile.csv (time by operation) and a trace for TensorBoard.",
+    )
     d.string("checkpoint", None, "evaluate: this checkpoint folder instead of the newest of --run_dir.")
+    d.string(
+        "export",
+        None,
+        "evaluate: write the weights that were scored, to an .npz file, or to a folder as SavedModel (pixels in, "
+        "logits out).",
+    )
 
     d.section("machine")
     d.integer("ranks", None, "Ranks that are expected; plan: ranks to plan for (default 1).", lower_bound=1)
@@ -254,6 +289,7 @@ def make_settings(v: flags.FlagValues) -> settings.Settings:
             bn_momentum=v.bn_momentum,
             bn_epsilon=v.bn_epsilon,
             conv1_bias=v.conv1_bias,
+            precision=v.precision,
             num_classes=num_classes,
         ),
         data=settings.Data(
@@ -264,6 +300,9 @@ def make_settings(v: flags.FlagValues) -> settings.Settings:
             resize=v.resize,
             normalization=v.normalization,
             eval_crop=v.eval_crop or facts.eval_crop,
+            crop=v.crop,
+            crop_area=_bounds("crop_area", v.crop_area, 1.0),
+            crop_aspect=_bounds("crop_aspect", v.crop_aspect, 10.0),
             order_block=v.order_block,
             data_threads=v.data_threads,
         ),
@@ -279,16 +318,46 @@ def make_settings(v: flags.FlagValues) -> settings.Settings:
             experiment=v.experiment,
             run_dir=v.run_dir,
             resume=v.resume,
+            init_from=v.init_from or None,
             max_steps=v.max_steps,
             eval_every_epochs=v.eval_every_epochs,
             eval_batch_size=v.eval_batch_size,
             checkpoint_every_steps=v.checkpoint_every_steps,
             keep_checkpoints=v.keep_checkpoints,
             log_every_steps=v.log_every_steps,
+            profile_steps=_steps("profile_steps", v.profile_steps),
         ),
         system=settings.System(ranks=v.ranks, threads=v.threads, stall_timeout=v.stall_timeout),
         resolved_flags=resolved(v),
     )
+
+
+def _pair(flag: str, text: str, kind: Callable, remedy: str) -> Tuple:
+    try:
+        low, high = (kind(part) for part in text.split(","))
+    except ValueError:
+        raise FlagError(f"--{flag}={text}: is no pair of numbers; write {remedy}") from None
+    if not low <= high:
+        raise FlagError(f"--{flag}={text}: the first is more than the second; write {remedy}")
+    return low, high
+
+
+def _bounds(flag: str, text: str, most: float) -> Tuple[float, float]:
+    remedy = f"two numbers above 0 and up to {most:g}, as in --{flag}=0.5,1"
+    low, high = _pair(flag, text, float, remedy)
+    if not 0 < low <= high <= most:
+        raise FlagError(f"--{flag}={text}: out of range; write {remedy}")
+    return low, high
+
+
+def _steps(flag: str, text: Optional[str]) -> Optional[Tuple[int, int]]:
+    if not text:
+        return None
+    remedy = f"first and last step, counted from 0, as in --{flag}=10,12"
+    first, last = _pair(flag, text, int, remedy)
+    if first < 0:
+        raise FlagError(f"--{flag}={text}: out of range; write {remedy}")
+    return first, last
 
 
 def resolved(values: flags.FlagValues) -> str:

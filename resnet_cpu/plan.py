@@ -7,9 +7,9 @@ from resnet_cpu import flags
 from resnet_cpu.cluster import guard
 from resnet_cpu.data.datasets import facts_of
 from resnet_cpu.errors import DataError, FlagError
-from resnet_cpu.recipe import batch_rule, phases, schedule
+from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.phases import Phase
-from resnet_cpu.settings import Settings
+from resnet_cpu.settings import Plan, Settings, plan
 
 CSV_HEADER = "step,phase,step_in_phase,epoch,lr,weight_decay,momentum,augment,image_size"
 
@@ -20,24 +20,14 @@ def main(argv: List[str]) -> None:
     settings = flags.make_settings(values)
     ranks = settings.system.ranks or 1
     train_examples = _train_examples(settings)
-    per_rank, global_batch_size = batch_rule.resolve_batch(
-        settings.recipe.batch_size, settings.recipe.global_batch_size, ranks
-    )
-    planned = phases.plan(
-        settings.recipe.phases,
-        train_examples=train_examples,
-        global_batch_size=global_batch_size,
-        lr_scaling=settings.recipe.lr_scaling,
-        image_size=settings.data.image_size,
-    )
-    epochs_per_step = global_batch_size / train_examples
+    planned = plan(settings, ranks, train_examples)
     if values.format == "csv":
-        sys.stdout.write("\n".join(csv_rows(planned, global_batch_size, train_examples)) + "\n")
+        sys.stdout.write("\n".join(csv_rows(planned.phases, planned.global_batch_size, train_examples)) + "\n")
     elif values.format == "png":
-        _draw(planned, epochs_per_step, values.output)
+        _draw(planned.phases, planned.global_batch_size / train_examples, values.output)
         print(values.output)
     else:
-        print("\n".join(table(planned, ranks, per_rank, global_batch_size, train_examples)))
+        print("\n".join(table(planned, ranks, train_examples)))
 
 
 def _train_examples(settings: Settings) -> int:
@@ -62,10 +52,9 @@ def csv_rows(planned: Tuple[Phase, ...], global_batch_size: int, train_examples:
         )
 
 
-def table(
-    planned: Tuple[Phase, ...], ranks: int, per_rank: int, global_batch_size: int, train_examples: int
-) -> List[str]:
+def table(planned: Plan, ranks: int, train_examples: int) -> List[str]:
     """Return the lines of the table: a row a phase, then the sums."""
+    per_rank, global_batch_size = planned.batch_size, planned.global_batch_size
     rows = [
         (
             "phase",
@@ -83,7 +72,7 @@ def table(
             "image",
         )
     ]
-    for phase in planned:
+    for phase in planned.phases:
         shape = f"poly^{phase.power:g}" if phase.decay == "poly" else phase.decay
         kind = ("  branch" if phase.branch else "") + ("  member" if phase.member else "")
         rows.append(
@@ -105,7 +94,7 @@ def table(
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    steps = schedule.total_steps(planned)
+    steps = schedule.total_steps(planned.phases)
     return [
         *lines,
         "",

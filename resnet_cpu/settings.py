@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Optional, Tuple
 
-from resnet_cpu.recipe.phases import PhaseText
+from resnet_cpu.recipe import batch_rule, phases
+from resnet_cpu.recipe.phases import Phase, PhaseText
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Model:
     bn_momentum: float
     bn_epsilon: float
     conv1_bias: bool
+    precision: str
     num_classes: int
 
 
@@ -33,6 +35,9 @@ class Data:
     resize: str
     normalization: str
     eval_crop: float  # share of the short side
+    crop: str
+    crop_area: Tuple[float, float]  # share of the image, least and most
+    crop_aspect: Tuple[float, float]
     order_block: int  # records
     data_threads: int  # 0: as many as the rank has cores
 
@@ -56,12 +61,14 @@ class Run:
     experiment: str
     run_dir: Optional[str]
     resume: str
+    init_from: Optional[str]
     max_steps: Optional[int]
     eval_every_epochs: float
     eval_batch_size: Optional[int]
     checkpoint_every_steps: int
     keep_checkpoints: int
     log_every_steps: int
+    profile_steps: Optional[Tuple[int, int]]  # first and last, counted from 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,3 +90,26 @@ class Settings:
     run: Run
     system: System
     resolved_flags: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the recipe comes to on so many ranks and examples."""
+
+    phases: Tuple[Phase, ...]
+    batch_size: int  # images per rank
+    global_batch_size: int  # images
+
+
+def plan(settings: Settings, ranks: int, train_examples: int) -> Plan:
+    """Return the recipe in steps; raise FlagError for what does not fit together."""
+    recipe = settings.recipe
+    batch_size, global_batch_size = batch_rule.resolve_batch(recipe.batch_size, recipe.global_batch_size, ranks)
+    planned = phases.plan(
+        recipe.phases,
+        train_examples=train_examples,
+        global_batch_size=global_batch_size,
+        lr_scaling=recipe.lr_scaling,
+        image_size=settings.data.image_size,
+    )
+    return Plan(planned, batch_size, global_batch_size)

@@ -7,9 +7,8 @@ from resnet_cpu.data import order
 
 
 def ids_of_step(step, ranks, batch, examples, seed=3, block=1):
-    return np.concatenate(
-        [order.train_batch(seed, step, rank, ranks, batch, examples, block)[0] for rank in range(ranks)]
-    )
+    shares = [order.Share(seed, examples, batch, 0, step + 1, rank, ranks, block) for rank in range(ranks)]
+    return np.concatenate([share.batch(step)[0] for share in shares])
 
 
 @pytest.mark.parametrize("examples", [17, 48, 50, 101])

@@ -17,29 +17,14 @@ def training(
     folder, rank=0, ranks=1, batch_size=12, first=0, last=6, augment="full", threads=2, classes=10, examples=50
 ):
     data = layouts.open_data(folder, "digits")
-    return list(
-        pipeline.training_batches(
-            data,
-            VIEW,
-            augment,
-            examples=examples,
-            seed=1,
-            first_step=first,
-            last_step=last,
-            rank=rank,
-            ranks=ranks,
-            batch_size=batch_size,
-            order_block=1,
-            num_classes=classes,
-            threads=threads,
-        )
-    )
+    share = order.Share(1, examples, batch_size, first, last, rank, ranks)
+    return list(pipeline.training_batches(data, VIEW, augment, share, num_classes=classes, threads=threads))
 
 
 def test_batches_follow_the_order_and_hold_the_images_of_their_ids(tiny_data):
     data = layouts.open_data(tiny_data, "digits")
     for step, (ids, images, labels) in enumerate(training(tiny_data, augment="none")):
-        np.testing.assert_array_equal(ids, order.train_batch(1, step, 0, 1, 12, 50)[0])
+        np.testing.assert_array_equal(ids, order.Share(1, 50, 12, 0, 6).batch(step)[0])
         for example, image, label in zip(ids, images.numpy(), labels.numpy()):
             parsed = tf.train.Example.FromString(data.train.read(np.array([example]))[0]).features.feature
             encoded = parsed["image/encoded"].bytes_list.value[0]
@@ -165,20 +150,8 @@ def test_evaluation_batches_pad_with_the_last_example(tiny_data):
 
 def test_synthetic_images_belong_to_their_ids():
     def batches(rank, ranks, batch_size):
-        return list(
-            synthetic.training_batches(
-                image_size=8,
-                num_classes=5,
-                examples=100,
-                seed=0,
-                first_step=0,
-                last_step=4,
-                rank=rank,
-                ranks=ranks,
-                batch_size=batch_size,
-                threads=1,
-            )
-        )
+        share = order.Share(0, 100, batch_size, 0, 4, rank, ranks)
+        return list(synthetic.training_batches(8, share, num_classes=5, threads=1))
 
     whole, halves = batches(0, 1, 8), [batches(rank, 2, 4) for rank in range(2)]
     pool, _ = synthetic.image_pool(8, 5)

@@ -1,5 +1,7 @@
 """From bytes to pixels, against numpy."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -32,7 +34,7 @@ def decoded(encoded):
 def test_window_decoding_equals_decoding_all_and_cutting():
     encoded = jpeg(70, 90)
     for example in range(20):
-        window = preprocess._area_window(tf.constant([70, 90, 3]), tf.constant(draws([example])[0])).numpy()
+        window = preprocess._area_window(tf.constant([70, 90, 3]), tf.constant(draws([example])[0]), view()).numpy()
         y, x, height, width = window
         cut = decoded(encoded)[y : y + height, x : x + width]
         found = tf.image.decode_and_crop_jpeg(encoded, window, channels=3).numpy().astype(np.float32)
@@ -41,19 +43,57 @@ def test_window_decoding_equals_decoding_all_and_cutting():
         np.testing.assert_allclose(found, cut, atol=4)
 
 
-def test_area_windows_lie_inside_and_spread_over_area_and_aspect():
+def windows(shape, rows, **fields):
+    """Return (y, x, heights, widths) of the windows that `rows` of draws give."""
+    chosen = dataclasses.replace(view(), **fields)
+    make = tf.function(lambda row: preprocess._area_window(tf.constant([*shape, 3]), row, chosen))
+    return np.array([make(tf.constant(row)).numpy() for row in rows]).T
+
+
+@pytest.mark.parametrize(
+    "crop, aspect_of, least, most",
+    [
+        ("inception", (0.75, 4 / 3), (0.70, 0.80), (1.25, 1.43)),
+        ("inception", (0.9, 1.1), (0.86, 0.95), (1.05, 1.15)),
+        ("authors", (0.75, 1.333), (0.5, 0.62), (1.6, 1.95)),  # the square of c: wider
+    ],
+)
+def test_area_windows_lie_inside_and_spread_over_area_and_aspect(crop, aspect_of, least, most):
     height, width = 60, 80
-    windows = np.array(
-        [
-            preprocess._area_window(tf.constant([height, width, 3]), tf.constant(row)).numpy()
-            for row in draws(range(400))
-        ]
-    )
-    y, x, heights, widths = windows.T
+    y, x, heights, widths = windows((height, width), draws(range(400)), crop=crop, crop_aspect=aspect_of)
     assert (y >= 0).all() and (x >= 0).all() and (y + heights <= height).all() and (x + widths <= width).all()
     area, aspect = heights * widths / (height * width), widths / heights
-    assert area.min() < 0.15 and area.max() > 0.9 and area.min() > 0.07
-    assert 0.70 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.43
+    assert 0.07 < area.min() < 0.15 and area.max() > 0.78
+    assert least[0] < aspect.min() < least[1] and most[0] < aspect.max() < most[1]
+    _, _, heights, widths = windows((height, width), draws(range(100)), crop=crop, crop_area=(0.5, 0.6))
+    area = heights * widths / (height * width)
+    assert area.min() > 0.47 and area.max() < 0.63
+
+
+def test_the_authors_window_follows_their_formula():
+    """A and c on a grid of 0.001, height sqrt(A)*c, width sqrt(A)/c, swapped half of the time; all of it in float64."""
+    height, width = 300, 400
+    rows = draws(range(200))
+    found = windows((height, width), rows, crop="authors", crop_area=(0.08, 0.5), crop_aspect=(0.75, 1.333))
+    for row, (y, x, tall, broad) in zip(rows.astype(np.float64), found.T):
+        for area, c, down, right, swap in row[:-1].reshape(-1, 5):
+            a = height * width * (0.08 + 0.001 * np.floor(area * 421))
+            c = 0.75 + 0.001 * np.floor(c * 584)
+            sides = np.sqrt(a) * c, np.sqrt(a) / c
+            expected = sides if swap >= 0.5 else sides[::-1]
+            if np.round(expected[0]) <= height and np.round(expected[1]) <= width:
+                place = np.array([down, right])
+                break
+        np.testing.assert_allclose((tall, broad), expected, atol=0.6)
+        np.testing.assert_allclose((y, x), place * np.array([height - tall, width - broad]), atol=1.1)
+
+
+def test_where_no_window_fits_the_authors_take_a_square_and_inception_the_centre():
+    rows = draws(range(30))
+    y, x, heights, widths = windows((10, 400), rows, crop="authors", crop_area=(0.9, 1.0))
+    assert (heights == 10).all() and (widths == 10).all() and (y == 0).all() and len(set(x)) > 15
+    y, x, heights, widths = windows((10, 400), rows, crop_area=(0.9, 1.0))
+    assert (heights == 10).all() and (widths == 13).all() and (x == (400 - 13) // 2).all()
 
 
 @pytest.mark.parametrize("augment", ["full", "light", "none"])

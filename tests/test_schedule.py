@@ -125,9 +125,8 @@ def test_every_step_against_an_interpolated_warmup_and_a_closed_decay(
     np.testing.assert_allclose(rates(planned), expected, rtol=1e-9, atol=1e-12 * lr)
 
 
-def test_locate_and_walk_agree():
+def test_walk_goes_through_every_step_of_every_phase():
     planned = plan("a:steps=3,lr=1", "b:steps=2,lr=1")
-    assert [schedule.locate(planned, t) for t in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     assert [(t, phase.name, within) for t, phase, within, _ in schedule.walk(planned)] == [
         (0, "a", 0),
         (1, "a", 1),
@@ -135,5 +134,3 @@ def test_locate_and_walk_agree():
         (3, "b", 0),
         (4, "b", 1),
     ]
-    with pytest.raises(IndexError):
-        schedule.locate(planned, 5)

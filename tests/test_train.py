@@ -24,7 +24,7 @@ from resnet_cpu.data import order
 from resnet_cpu.data.sources import arrays
 from resnet_cpu.errors import CheckpointError, DataError, FlagError, NotFinite, RunFolderError, UserError
 from resnet_cpu.report.runlog import RunFolder, read_rows
-from resnet_cpu.training import checkpoint, loop
+from resnet_cpu.training import batches, checkpoint, loop
 
 ALONE = control.World(1, 0)
 
@@ -152,7 +152,7 @@ def test_every_step_runs_with_the_rate_decay_and_momentum_that_plan_shows(tiny_d
         "--phase=tail:epochs=1,lr=0.01,momentum=0.5,augment=light,image_size=24",
     ]
     seen, views = [], []
-    original_step, original_batches = loop.make_train_step, loop.pipeline.training_batches
+    original_step, original_batches = loop.make_train_step, batches.pipeline.training_batches
 
     def spy_on_steps(model, optimizer, knobs):
         step = original_step(model, optimizer, knobs)
@@ -165,12 +165,12 @@ def test_every_step_runs_with_the_rate_decay_and_momentum_that_plan_shows(tiny_d
 
         return spied
 
-    def spy_on_batches(data, view, augment, **rest):
-        views.append((augment, view.image_size, rest["first_step"], rest["last_step"]))
-        return original_batches(data, view, augment, **rest)
+    def spy_on_batches(data, view, augment, share, **rest):
+        views.append((augment, view.image_size, share.first_step, share.last_step))
+        return original_batches(data, view, augment, share, **rest)
 
     monkeypatch.setattr(loop, "make_train_step", spy_on_steps)
-    monkeypatch.setattr(loop.pipeline, "training_batches", spy_on_batches)
+    monkeypatch.setattr(batches.pipeline, "training_batches", spy_on_batches)
     train(tiny_data, tmp_path / "run", *recipe)
     plan.main([*TINY_FLAGS, *recipe, "--train_examples=50", "--format=csv"])
     planned = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))

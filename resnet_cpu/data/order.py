@@ -5,6 +5,7 @@ t*GB ... (t+1)*GB - 1, rank r its slice of them. So there is no shuffle buffer a
 step number alone, any number of ranks sees the same examples in step t, and no example is dropped at an epoch border.
 """
 
+import dataclasses
 import functools
 from typing import Tuple
 
@@ -37,12 +38,23 @@ def stream(seed: int, first: int, count: int, examples: int, block: int = 1) -> 
     return ids, epochs
 
 
-def train_batch(
-    seed: int, step: int, rank: int, ranks: int, batch_size: int, examples: int, block: int = 1
-) -> Tuple[np.ndarray, np.ndarray]:
-    """Return (example ids, their epochs) that `rank` reads in step `step`."""
-    first = (step * ranks + rank) * batch_size
-    return stream(seed, first, batch_size, examples, block)
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one rank reads: its slice of the global batch of each step first_step ... last_step - 1."""
+
+    seed: int
+    examples: int  # in an epoch
+    batch_size: int  # images per rank
+    first_step: int
+    last_step: int
+    rank: int = 0
+    ranks: int = 1
+    block: int = 1  # records that stay together
+
+    def batch(self, step: int) -> Tuple[np.ndarray, np.ndarray]:
+        """Return (example ids, their epochs), int64 [batch_size] each, of step `step`."""
+        first = (step * self.ranks + self.rank) * self.batch_size
+        return stream(self.seed, first, self.batch_size, self.examples, self.block)
 
 
 def _mix(state: np.ndarray) -> np.ndarray:

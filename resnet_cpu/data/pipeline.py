@@ -41,6 +41,9 @@ def make_view(settings: Data, data: ShardedData, image_size: int) -> preprocess.
         data.pixel_mean,
         data.pixel_std,
         otherwise="authors" if settings.dataset == "imagenet" else "tf",
+        crop=settings.crop,
+        crop_area=settings.crop_area,
+        crop_aspect=settings.crop_aspect,
         jpeg=data.jpeg,
     )
 
@@ -96,39 +99,29 @@ def training_batches(
     data: ShardedData,
     view: preprocess.View,
     augment: str,
+    share: order.Share,
     *,
-    examples: int,
-    seed: int,
-    first_step: int,
-    last_step: int,
-    rank: int,
-    ranks: int,
-    batch_size: int,
-    order_block: int,
     num_classes: int,
     threads: int,
 ) -> Iterator[Batch]:
-    """Yield the batches of `rank` for the steps first_step ... last_step - 1; raise DataError on a bad record."""
-
-    def ids_of(step: int) -> Tuple[np.ndarray, np.ndarray]:
-        return order.train_batch(seed, step, rank, ranks, batch_size, examples, order_block)
+    """Yield the batches of `share`, a step at a time; raise DataError on a bad record."""
 
     def read(step: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-        ids, epochs = ids_of(int(step))
-        return ids, np.array(data.train.read(ids), object), order.draws(seed, epochs, ids, preprocess.DRAWS)
+        ids, epochs = share.batch(int(step))
+        return ids, np.array(data.train.read(ids), object), order.draws(share.seed, epochs, ids, preprocess.DRAWS)
 
     def decode(encoded: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
         return preprocess.training_image(encoded, draws, augment, view)
 
     batches = _decoded(
-        tf.data.Dataset.range(first_step, last_step),
+        tf.data.Dataset.range(share.first_step, share.last_step),
         read,
         decode,
         data,
-        batch_size,
+        share.batch_size,
         threads,
     )
-    return _checked(batches, data, data.train, num_classes, lambda n: ids_of(first_step + n)[0])
+    return _checked(batches, data, data.train, num_classes, lambda n: share.batch(share.first_step + n)[0])
 
 
 def evaluation_batches(

@@ -4,16 +4,16 @@ Crops are decoded, not cut out afterwards: only the blocks under the window go t
 """
 
 import dataclasses
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
+import numpy as np
 import tensorflow as tf
 
 from resnet_cpu.errors import FlagError
 
-CROP_AREA = (0.08, 1.0)  # share of the image; Szegedy et al., arXiv 1409.4842
-CROP_ASPECT = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
-DRAWS = 4 * CROP_ATTEMPTS + 1  # (area, aspect, y, x) of each attempt, and the flip
+DRAWS = 5 * CROP_ATTEMPTS + 1  # (area, aspect, y, x, swap) of each attempt, and the flip
+_GRID = 0.001  # on which the authors' Caffe draws area and aspect
 
 # Mean and scale of pixels 0..255; the first is the authors' (sara-nl/caffe train_val.prototxt: BGR order, x 1/128).
 _FLAVOURS = {
@@ -33,6 +33,9 @@ class View:
     mean: Tuple[float, ...]  # of pixels 0..255, in the channel order of the network
     scale: Tuple[float, ...]
     bgr: bool
+    crop: str = "inception"  # or authors
+    crop_area: Tuple[float, float] = (0.08, 1.0)  # share of the image
+    crop_aspect: Tuple[float, float] = (3 / 4, 4 / 3)  # inception: of width to height; authors: its root
     jpeg: bool = True  # else any format that TensorFlow decodes, at the cost of decoding all of it
 
 
@@ -45,9 +48,9 @@ def make_view(
     pixel_std: Optional[Tuple[float, ...]],
     *,
     otherwise: str = "tf",
-    jpeg: bool = True,
+    **rest: Any,
 ) -> View:
-    """Return the View for a normalisation by name.
+    """Return the View for a normalisation by name; `rest` are fields of View.
 
     `auto` is `dataset`, the data set's own mean and deviation, or `otherwise` where nobody has measured them.
     """
@@ -59,7 +62,7 @@ def make_view(
         flavour = pixel_mean, pixel_std, False
     else:
         flavour = _FLAVOURS[normalization]
-    return View(image_size, resize, eval_crop, *flavour, jpeg)
+    return View(image_size, resize, eval_crop, *flavour, **rest)
 
 
 def training_image(encoded: tf.Tensor, draws: tf.Tensor, augment: str, view: View) -> tf.Tensor:
@@ -74,7 +77,7 @@ def training_image(encoded: tf.Tensor, draws: tf.Tensor, augment: str, view: Vie
     source = _Source(encoded, view)
     shape = source.shape
     if augment == "full":
-        window = _area_window(shape, draws)
+        window = _area_window(shape, draws, view)
     elif view.eval_crop < 1:
         window = _light_window(shape, draws, view.eval_crop)
     else:
@@ -98,25 +101,49 @@ def evaluation_image(encoded: tf.Tensor, view: View) -> tf.Tensor:
     return _normalize(source.window(tf.concat([(shape - sides) // 2, sides], 0)), view)
 
 
-def _area_window(shape: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
-    """Return int32 [y, x, height, width] of the first attempt that fits, else the largest centre window that may."""
+def _area_window(shape: tf.Tensor, draws: tf.Tensor, view: View) -> tf.Tensor:
+    """Return int32 [y, x, height, width] of the first attempt that fits, else of the fallback.
+
+    inception: area uniform, aspect log-uniform; falls back to the largest centre window of an allowed aspect (Szegedy
+    et al., arXiv 1409.4842, as PyTorch and TensorFlow's examples have it). authors: area A and a number c uniform on a
+    grid, height sqrt(A)*c, width sqrt(A)/c, swapped half of the time, so that the aspect is the square of c and wider
+    (9/16 ... 16/9 for c in 3/4 ... 4/3); falls back to a square of the short side at a random place
+    (`random_aspect_ratio_param` of the authors' Caffe, data_transformer.cpp).
+    """
     height, width = tf.cast(shape[0], tf.float32), tf.cast(shape[1], tf.float32)
-    attempts = tf.reshape(draws[:-1], [CROP_ATTEMPTS, 4])
-    area = height * width * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * attempts[:, 0])
-    low, high = tf.math.log(CROP_ASPECT[0]), tf.math.log(CROP_ASPECT[1])
-    aspect = tf.exp(low + (high - low) * attempts[:, 1])
-    heights, widths = tf.round(tf.sqrt(area / aspect)), tf.round(tf.sqrt(area * aspect))
+    attempts = tf.reshape(draws[:-1], [CROP_ATTEMPTS, 5])
+    if view.crop == "authors":
+        area = height * width * _on_grid(attempts[:, 0], view.crop_area)
+        root = _on_grid(attempts[:, 1], view.crop_aspect)
+        root = tf.where(attempts[:, 4] < 0.5, 1 / root, root)
+        heights, widths = tf.round(tf.sqrt(area) * root), tf.round(tf.sqrt(area) / root)
+        side = tf.minimum(height, width)
+        fallback = [
+            tf.floor(attempts[-1, 2] * (height - side + 1)),
+            tf.floor(attempts[-1, 3] * (width - side + 1)),
+            side,
+            side,
+        ]
+    else:
+        (least, most), (low, high) = view.crop_area, view.crop_aspect
+        area = height * width * (least + (most - least) * attempts[:, 0])
+        aspect = tf.exp(tf.math.log(low) + (tf.math.log(high) - tf.math.log(low)) * attempts[:, 1])
+        heights, widths = tf.round(tf.sqrt(area / aspect)), tf.round(tf.sqrt(area * aspect))
+        tall, broad = tf.minimum(height, tf.round(width / low)), tf.minimum(width, tf.round(height * high))
+        fallback = [(height - tall) // 2, (width - broad) // 2, tall, broad]
     fits = (heights >= 1) & (widths >= 1) & (heights <= height) & (widths <= width)
     first = tf.argmax(tf.cast(fits, tf.int32), output_type=tf.int32)
     y = tf.floor(attempts[first, 2] * (height - heights[first] + 1))
     x = tf.floor(attempts[first, 3] * (width - widths[first] + 1))
     found = tf.stack([y, x, heights[first], widths[first]])
-    fallback_height = tf.minimum(height, tf.round(width / CROP_ASPECT[0]))
-    fallback_width = tf.minimum(width, tf.round(height * CROP_ASPECT[1]))
-    fallback = tf.stack(
-        [(height - fallback_height) // 2, (width - fallback_width) // 2, fallback_height, fallback_width]
-    )
-    return tf.cast(tf.where(tf.reduce_any(fits), found, fallback), tf.int32)
+    return tf.cast(tf.where(tf.reduce_any(fits), found, tf.stack(fallback)), tf.int32)
+
+
+def _on_grid(uniform: tf.Tensor, bounds: Tuple[float, float]) -> tf.Tensor:
+    """Return draws from the points low, low + 0.001, ... high, each as likely."""
+    low, high = bounds
+    points = round((high - low) / _GRID) + 1
+    return low + _GRID * tf.floor(uniform * points)
 
 
 def _light_window(shape: tf.Tensor, draws: tf.Tensor, share: float) -> tf.Tensor:
@@ -157,6 +184,13 @@ class _Source:
 
 
 def _normalize(image: tf.Tensor, view: View) -> tf.Tensor:
-    if view.bgr:
-        image = tf.reverse(image, [2])
-    return (image - tf.constant(view.mean, tf.float32)) * tf.constant([1 / scale for scale in view.scale], tf.float32)
+    """Return float32 [size, size, 3], channels in the order of the network, less mean, over scale.
+
+    A product with a 3x3 matrix orders and scales channels in one pass, and what is subtracted has the image's shape:
+    together a third of the time of reversing channels and broadcasting three numbers over the last dimension.
+    """
+    size, scale = view.image_size, np.array(view.scale)
+    order = np.eye(3)[::-1] if view.bgr else np.eye(3)
+    ordered = tf.matmul(tf.reshape(image, [-1, 3]), tf.constant(order / scale, tf.float32))
+    offset = np.broadcast_to((np.array(view.mean) / scale).astype(np.float32), [size * size, 3])
+    return tf.reshape(ordered - tf.constant(offset), [size, size, 3])

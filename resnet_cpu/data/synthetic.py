@@ -18,28 +18,18 @@ def image_pool(image_size: int, num_classes: int) -> Tuple[np.ndarray, np.ndarra
 
 
 def training_batches(
-    *,
-    image_size: int,
-    num_classes: int,
-    examples: int,
-    seed: int,
-    first_step: int,
-    last_step: int,
-    rank: int,
-    ranks: int,
-    batch_size: int,
-    threads: int,
+    image_size: int, share: order.Share, *, num_classes: int, threads: int
 ) -> Iterator[pipeline.Batch]:
     """Yield batches as `pipeline.training_batches` does; example i is image i mod POOL."""
     images, labels = (tf.constant(array) for array in image_pool(image_size, num_classes))
 
     def read(step: np.ndarray) -> np.ndarray:
-        return order.train_batch(seed, int(step), rank, ranks, batch_size, examples)[0]
+        return share.batch(int(step))[0]
 
     def gather(step: tf.Tensor) -> Tuple[tf.Tensor, ...]:
-        ids = tf.ensure_shape(tf.numpy_function(read, [step], tf.int64, stateful=False), [batch_size])
+        ids = tf.ensure_shape(tf.numpy_function(read, [step], tf.int64, stateful=False), [share.batch_size])
         return ids, tf.gather(images, ids % POOL), tf.gather(labels, ids % POOL)
 
-    data = tf.data.Dataset.range(first_step, last_step).map(gather)
+    data = tf.data.Dataset.range(share.first_step, share.last_step).map(gather)
     for ids, batch, batch_labels in data.prefetch(pipeline.PREFETCH).with_options(pipeline.options(threads)):
         yield ids.numpy(), batch, batch_labels

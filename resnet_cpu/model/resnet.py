@@ -35,6 +35,7 @@ def resnet(
     bn_momentum: float = 0.9,
     bn_epsilon: float = 1e-5,
     conv1_bias: bool = False,
+    precision: str = "float32",
     seed: int = 0,
 ) -> tf.keras.Model:
     """Return a ResNet from float32 images [batch, height, width, 3] to logits [batch, num_classes].
@@ -52,13 +53,15 @@ def resnet(
         bn_momentum: share of the old moving statistics that is kept each step.
         bn_epsilon: added to the variance.
         conv1_bias: give the first convolution a bias, as the authors' has.
+        precision: of activations and products; with `bfloat16` weights and batch norm's statistics stay float32, and
+            so does the classifier (Kalamkar et al., arXiv 1905.12322).
         seed: of the initial weights: normal with variance 2/fan_in, of the first convolution 2/fan_out, of the
             classifier standard deviation 0.01 (the authors' fillers).
     """
     if name not in DEPTHS:
         raise FlagError(f"--model={name}: unknown; use one of {', '.join(DEPTHS)}")
     blocks, bottleneck = DEPTHS[name]
-    net = _Builder(width, stride_in, padding, bn_momentum, bn_epsilon, seed)
+    net = _Builder(width, stride_in, padding, bn_momentum, bn_epsilon, precision, seed)
     inputs = layers.Input([None, None, 3], name="images")
     x = net.stem(inputs, stem, conv1_bias)
     for stage, count in enumerate(blocks):
@@ -69,10 +72,10 @@ def resnet(
             x = residual(
                 x, 64 * 2**stage, stride, project=block == 0, zero=zero, name=f"conv{stage + 2}_block{block + 1}"
             )
-    x = layers.GlobalAveragePooling2D(name="avg_pool")(x)
-    logits = layers.Dense(
-        num_classes, kernel_initializer=tf.keras.initializers.RandomNormal(0.0, 0.01, net.seed("logits")), name="logits"
-    )(x)
+    x = layers.GlobalAveragePooling2D(name="avg_pool", dtype=net.dtype)(x)
+    initializer = tf.keras.initializers.RandomNormal(0.0, 0.01, net.seed("logits"))
+    dtype = None if precision == "float32" else "float32"
+    logits = layers.Dense(num_classes, kernel_initializer=initializer, dtype=dtype, name="logits")(x)
     return tf.keras.Model(inputs, logits, name=name)
 
 
@@ -85,10 +88,19 @@ class _Builder:
     """The choices that every layer of one network shares."""
 
     def __init__(
-        self, width: float, stride_in: str, padding: str, bn_momentum: float, bn_epsilon: float, seed: int
+        self,
+        width: float,
+        stride_in: str,
+        padding: str,
+        bn_momentum: float,
+        bn_epsilon: float,
+        precision: str,
+        seed: int,
     ) -> None:
         self.width, self.stride_in, self.padding = width, stride_in, padding
         self.bn_momentum, self.bn_epsilon, self.base_seed = bn_momentum, bn_epsilon, seed
+        # None is Keras' own floating-point type, float32 unless a test asks for more.
+        self.dtype = None if precision == "float32" else f"mixed_{precision}"
 
     def seed(self, name: str) -> int:
         """Return a seed for the layer `name`, whatever layers are built before it."""
@@ -103,11 +115,18 @@ class _Builder:
         padding = "same"
         if stride > 1 and kernel > 1 and self.padding != "same":
             # TensorFlow's "same" would pad one side more than the other under a stride.
-            x = layers.ZeroPadding2D((kernel - 1) // 2, name=f"{name}_pad")(x)
+            x = layers.ZeroPadding2D((kernel - 1) // 2, dtype=self.dtype, name=f"{name}_pad")(x)
             padding = "valid"
         initializer = tf.keras.initializers.VarianceScaling(2.0, fan, "untruncated_normal", self.seed(name))
         return layers.Conv2D(
-            channels, kernel, stride, padding, use_bias=bias, kernel_initializer=initializer, name=f"{name}_conv"
+            channels,
+            kernel,
+            stride,
+            padding,
+            use_bias=bias,
+            kernel_initializer=initializer,
+            dtype=self.dtype,
+            name=f"{name}_conv",
         )(x)
 
     def bn(self, x: tf.Tensor, name: str, zero: bool = False) -> tf.Tensor:
@@ -115,11 +134,12 @@ class _Builder:
             momentum=self.bn_momentum,
             epsilon=self.bn_epsilon,
             gamma_initializer="zeros" if zero else "ones",
+            dtype=self.dtype,
             name=f"{name}_bn",
         )(x)
 
     def relu(self, x: tf.Tensor, name: str) -> tf.Tensor:
-        return layers.ReLU(name=f"{name}_relu")(x)
+        return layers.ReLU(dtype=self.dtype, name=f"{name}_relu")(x)
 
     def stem(self, x: tf.Tensor, kind: str, bias: bool) -> tf.Tensor:
         channels = self.channels(64)
@@ -130,9 +150,11 @@ class _Builder:
         x = self.relu(self.bn(x, "conv1"), "conv1")
         if self.padding == "symmetric":
             # Zeros pad as well as minus infinity does: the values come out of a ReLU.
-            x = layers.ZeroPadding2D(1, name="pool1_pad")(x)
-            return layers.MaxPool2D(3, 2, "valid", name="pool1_pool")(x)
-        return layers.MaxPool2D(3, 2, "same", name="pool1_pool")(x)  # on even sizes: Caffe's rounding up
+            x = layers.ZeroPadding2D(1, dtype=self.dtype, name="pool1_pad")(x)
+            return layers.MaxPool2D(3, 2, "valid", dtype=self.dtype, name="pool1_pool")(x)
+        return layers.MaxPool2D(3, 2, "same", dtype=self.dtype, name="pool1_pool")(
+            x
+        )  # on even sizes: Caffe's rounding up
 
     def shortcut(self, x: tf.Tensor, channels: int, stride: int, project: bool, name: str) -> tf.Tensor:
         if not project or (stride == 1 and x.shape[-1] == channels):
@@ -148,7 +170,7 @@ class _Builder:
         x = self.relu(self.bn(self.conv(x, inner, 1, first, f"{name}_1"), f"{name}_1"), f"{name}_1")
         x = self.relu(self.bn(self.conv(x, inner, 3, second, f"{name}_2"), f"{name}_2"), f"{name}_2")
         x = self.bn(self.conv(x, outer, 1, 1, f"{name}_3"), f"{name}_3", zero)
-        return self.relu(layers.Add(name=f"{name}_add")([shortcut, x]), f"{name}_out")
+        return self.relu(layers.Add(dtype=self.dtype, name=f"{name}_add")([shortcut, x]), f"{name}_out")
 
     def basic_block(
         self, x: tf.Tensor, channels: int, stride: int, *, project: bool, zero: bool, name: str
@@ -157,4 +179,4 @@ class _Builder:
         shortcut = self.shortcut(x, outer, stride, project, name)
         x = self.relu(self.bn(self.conv(x, outer, 3, stride, f"{name}_1"), f"{name}_1"), f"{name}_1")
         x = self.bn(self.conv(x, outer, 3, 1, f"{name}_2"), f"{name}_2", zero)
-        return self.relu(layers.Add(name=f"{name}_add")([shortcut, x]), f"{name}_out")
+        return self.relu(layers.Add(dtype=self.dtype, name=f"{name}_add")([shortcut, x]), f"{name}_out")

@@ -33,15 +33,6 @@ def total_steps(phases: Sequence[Phase]) -> int:
     return sum(phase.steps for phase in phases)
 
 
-def locate(phases: Sequence[Phase], step: int) -> Tuple[int, int]:
-    """Return (index of the phase, step within it) of the executed step `step` (from 0)."""
-    for index, phase in enumerate(phases):
-        if step < phase.steps:
-            return index, step
-        step -= phase.steps
-    raise IndexError(f"step {step} past the end of the recipe")
-
-
 def walk(phases: Sequence[Phase]) -> Iterator[Tuple[int, Phase, int, float]]:
     """Yield (step, phase, step in the phase, LR) of every executed step."""
     step = 0

@@ -17,6 +17,7 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 
+from resnet_cpu.data.shards import write_atomically
 from resnet_cpu.errors import CheckpointError, NotFinite, OutputError
 
 Arrays = Dict[str, np.ndarray]
@@ -115,6 +116,45 @@ def load(path: str, group: str) -> Arrays:
         raise CheckpointError(f"{path}/{name}: damaged (SHA-256 differs from the manifest's); use another checkpoint")
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return {key: arrays[key] for key in arrays.files}
+
+
+def find_weights(path: str) -> str:
+    """Return the file of weights that `path` names: an .npz file, a checkpoint's folder or a run's (its newest)."""
+    if os.path.isfile(path):
+        return path
+    if steps(path):
+        found = newest(path)
+        path = found[0] if found else path
+    weights = os.path.join(path, "weights.npz")
+    if not os.path.isfile(weights):
+        raise CheckpointError(f"{path}: no weights; name a run's folder, a checkpoint's, or an .npz file of --export")
+    return weights
+
+
+def read_weights(path: str) -> Arrays:
+    """Return the weights and statistics that `path` names, see `find_weights`; nothing is unpickled."""
+    weights = find_weights(path)
+    folder_of_it = os.path.dirname(weights)
+    if os.path.basename(weights) == "weights.npz" and os.path.exists(os.path.join(folder_of_it, MANIFEST)):
+        return load(folder_of_it, "weights")
+    try:
+        with np.load(weights, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+    except Exception as error:  # a damaged zip raises many kinds
+        raise CheckpointError(f"{weights}: unreadable as .npz ({error}); export the weights again") from None
+
+
+def write_weights(path: str, arrays: Arrays) -> None:
+    """Write arrays as an .npz file that is either absent, old or complete."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomically(path, buffer.getvalue())
+
+
+def digest(path: str) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def _verify(path: str) -> None:

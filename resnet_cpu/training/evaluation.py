@@ -1,7 +1,7 @@
 """Evaluation that counts every example exactly once, for any number of ranks and any batch size."""
 
 import dataclasses
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -13,7 +13,7 @@ from resnet_cpu.data.layouts import ShardedData
 from resnet_cpu.errors import UserError
 from resnet_cpu.recipe import batch_rule
 from resnet_cpu.settings import Settings
-from resnet_cpu.training import state
+from resnet_cpu.training import export, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +92,21 @@ def evaluate(
     return Score(int(counts[0]), int(counts[1]), int(counts[2]), loss / examples)
 
 
-def evaluate_checkpoint(settings: Settings, world: World, data: ShardedData, path: str) -> Dict[str, Any]:
-    """Return the scores of a checkpoint's weights; the ranks share the images, rank 0 alone reads the file."""
+def evaluate_checkpoint(
+    settings: Settings, world: World, data: ShardedData, path: str, export_to: Optional[str] = None
+) -> Dict[str, Any]:
+    """Return the scores of a checkpoint's weights; the ranks share the images, rank 0 alone reads and writes files."""
     with guard.Watchdog(settings.system.stall_timeout) as watchdog:
         horovod.start(world)
+        if export_to is not None:
+            world.on_rank0(lambda: export.check(export_to))
         model = state.build_model(settings)
         world.on_rank0(lambda: pipeline.check_label_base(data, settings.model.num_classes))
         world.on_rank0(lambda: state.load_weights(model, path))
         horovod.broadcast(model.variables)
         step = make_evaluate_step(model)
         score = evaluate(step, settings, world, data, batch_rule.DEFAULT_BATCH_PER_RANK, watchdog.beat)
+        if export_to is not None:
+            view, target = pipeline.make_view(settings.data, data, settings.data.image_size), export_to
+            world.on_rank0(lambda: export.write(model, view, target))
     return {"examples": score.examples, "top1": score.top1, "top5": score.top5, "loss": score.loss}

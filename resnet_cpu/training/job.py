@@ -14,11 +14,11 @@ from resnet_cpu.cluster.control import World
 from resnet_cpu.data import layouts
 from resnet_cpu.data.datasets import DATASETS
 from resnet_cpu.errors import CheckpointError, DataError, FlagError, RunFolderError
-from resnet_cpu.recipe import batch_rule, phases, schedule
+from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.phases import Phase
 from resnet_cpu.report import provenance
 from resnet_cpu.report.runlog import RunFolder, Stopwatch, read_json
-from resnet_cpu.settings import Settings
+from resnet_cpu.settings import Plan, Settings, plan
 from resnet_cpu.training import checkpoint
 
 
@@ -38,6 +38,7 @@ class Job:
     run_dir: str
     folder: Optional[RunFolder]  # on rank 0
     resume_from: Optional[str]  # checkpoint folder
+    init_from: Optional[Dict[str, str]]  # path of weights and SHA-256 of them
     attempt: int
     finished: Optional[Dict[str, Any]]  # the result, where nothing is left to do
     clock: Stopwatch  # runs since this attempt was opened
@@ -95,23 +96,14 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
     data = open_data(settings, world)
     with control.everyone_alike():
         train_examples, validation_examples = examples(settings, data)
-        batch_size, global_batch_size = batch_rule.resolve_batch(
-            settings.recipe.batch_size, settings.recipe.global_batch_size, world.size
-        )
-        if train_examples < global_batch_size:
+        planned = plan(settings, world.size, train_examples)
+        if train_examples < planned.global_batch_size:
             raise DataError(
-                f"{train_examples} training examples are fewer than one global batch of {global_batch_size}; "
+                f"{train_examples} training examples are fewer than one global batch of {planned.global_batch_size}; "
                 "lower --batch_size or use fewer ranks"
             )
-        planned = phases.plan(
-            settings.recipe.phases,
-            train_examples=train_examples,
-            global_batch_size=global_batch_size,
-            lr_scaling=settings.recipe.lr_scaling,
-            image_size=settings.data.image_size,
-        )
-        _refuse_what_is_only_planned(settings, planned)
-    signature = _signature(settings, planned, global_batch_size, train_examples)
+        _refuse_what_is_only_planned(settings, planned.phases)
+    signature = _signature(settings, planned, train_examples)
     run_dir = os.path.abspath(settings.run.run_dir)
     folder: Optional[RunFolder] = None
 
@@ -122,10 +114,14 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
         has_run = record is not None or bool(checkpoint.steps(run_dir))
         if settings.run.resume == "never" and has_run:
             raise RunFolderError(f"--run_dir={run_dir}: holds a run already; choose another, or --resume=auto to go on")
+        init_from = _init_from(settings, record)
+        signature["init_from"] = init_from and init_from["sha256"]
         if record is not None:
             checkpoint.check_signature(run_dir, record["signature"], signature)
         if result is not None and result.get("complete"):
             return {"finished": result}
+        if settings.run.resume == "must" and not checkpoint.steps(run_dir):
+            raise CheckpointError(f"--resume=must: no checkpoint in {run_dir}; use --resume=auto to start afresh")
         folder = RunFolder(run_dir)
         try:
             resume_from, step = _resume_from(settings, run_dir, signature)
@@ -140,7 +136,8 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
         except BaseException:
             folder.close()
             raise
-        return {"finished": None, "resume_from": resume_from, "attempt": (record or {}).get("attempt", 0) + 1}
+        attempt = (record or {}).get("attempt", 0) + 1
+        return {"finished": None, "resume_from": resume_from, "init_from": init_from, "attempt": attempt}
 
     agreed = world.on_rank0(hold)
     rows = world.gather(provenance.of_rank(threads))
@@ -154,15 +151,16 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
                 "seed": settings.recipe.seed,
                 "ranks": world.size,
                 "per_rank": rows,
+                "init_from": agreed["init_from"],
                 "signature": signature,
             },
         )
     return Job(
         settings=settings,
         world=world,
-        phases=planned,
-        batch_size=batch_size,
-        global_batch_size=global_batch_size,
+        phases=planned.phases,
+        batch_size=planned.batch_size,
+        global_batch_size=planned.global_batch_size,
         train_examples=train_examples,
         validation_examples=validation_examples,
         data=data,
@@ -170,18 +168,28 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
         run_dir=run_dir,
         folder=folder if agreed["finished"] is None else None,
         resume_from=agreed.get("resume_from"),
+        init_from=agreed.get("init_from"),
         attempt=agreed.get("attempt", 0),
         finished=agreed["finished"],
         clock=clock,
     )
 
 
+def _init_from(settings: Settings, record: Optional[Dict[str, Any]]) -> Optional[Dict[str, str]]:
+    """Return path and digest of the weights to start from; those of a run that is gone on with need not be there."""
+    path = settings.run.init_from
+    if path is None:
+        return None
+    recorded = (record or {}).get("init_from")
+    if recorded and recorded["path"] == path:
+        return recorded
+    return {"path": path, "sha256": checkpoint.digest(checkpoint.find_weights(path))}
+
+
 def _resume_from(settings: Settings, run_dir: str, signature: Dict[str, Any]) -> Tuple[Optional[str], int]:
     """Return (checkpoint folder to go on from, its step); (None, 0) to start afresh."""
     newest = checkpoint.newest(run_dir)
     if newest is None:
-        if settings.run.resume == "must":
-            raise CheckpointError(f"--resume=must: no checkpoint in {run_dir}; use --resume=auto to start afresh")
         return None, 0
     path, manifest = newest
     checkpoint.check_signature(path, manifest["signature"], signature)
@@ -220,9 +228,7 @@ def _refuse_what_is_only_planned(settings: Settings, planned: Tuple[Phase, ...])
             )
 
 
-def _signature(
-    settings: Settings, planned: Tuple[Phase, ...], global_batch_size: int, train_examples: int
-) -> Dict[str, Any]:
+def _signature(settings: Settings, planned: Plan, train_examples: int) -> Dict[str, Any]:
     """Return all that decides what is computed; two runs of equal signature train the same model."""
     data = settings.data
     return {
@@ -233,15 +239,17 @@ def _signature(
             "resize": data.resize,
             "normalization": data.normalization,
             "eval_crop": data.eval_crop,
+            "crop": [data.crop, *data.crop_area, *data.crop_aspect],
             "order_block": data.order_block,
         },
-        "global_batch_size": global_batch_size,
+        "global_batch_size": planned.global_batch_size,
         "wd_on_bn": settings.recipe.wd_on_bn,
         "seed": settings.recipe.seed,
         "phases": {
-            phase.name: {**dataclasses.asdict(phase), "boundary_steps": list(phase.boundary_steps)} for phase in planned
+            phase.name: {**dataclasses.asdict(phase), "boundary_steps": list(phase.boundary_steps)}
+            for phase in planned.phases
         },
-        "order_of_phases": [phase.name for phase in planned],
+        "order_of_phases": [phase.name for phase in planned.phases],
     }
 
 

@@ -3,19 +3,20 @@
 import os
 import sys
 import time
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Optional
 
 import numpy as np
 import tensorflow as tf
 
 from resnet_cpu.cluster import guard, horovod
-from resnet_cpu.data import pipeline, synthetic
+from resnet_cpu.data import pipeline
 from resnet_cpu.errors import NotFinite, StopRequested
 from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.phases import Phase
-from resnet_cpu.report import plots, provenance
+from resnet_cpu.report import plots, profile, provenance
 from resnet_cpu.report.runlog import Progress, read_json, read_rows
-from resnet_cpu.training import checkpoint, evaluation
+from resnet_cpu.training import checkpoint, evaluation, state
+from resnet_cpu.training.batches import training_batches
 from resnet_cpu.training.job import Job
 from resnet_cpu.training.state import State, build_model
 from resnet_cpu.training.step import Knobs, make_knobs, make_optimizer, make_train_step
@@ -47,6 +48,7 @@ class _Training:
         self.train_step = make_train_step(self.model, self.state.optimizer, self.knobs)
         self.evaluate_step = evaluation.make_evaluate_step(self.model)
         self.timed_steps, self.timed_s = 0, 0.0
+        self.profiled_from: Optional[int] = None
         self.seconds_to_top1: Dict[str, float] = {}
         self.score: Optional[evaluation.Score] = None
         self.ranks_before = job.world.size
@@ -60,7 +62,8 @@ class _Training:
     def _restore(self) -> float:
         """Start from the agreed checkpoint, if any; make all ranks equal and see that they are. Return its seconds."""
         job, elapsed = self.job, 0.0
-        manifest = None
+        if job.resume_from is None and job.init_from is not None:
+            job.world.on_rank0(self._take_over_weights)
         if job.resume_from is not None:
 
             def restore() -> Dict[str, Any]:
@@ -78,6 +81,20 @@ class _Training:
         horovod.broadcast(self.state.variables)
         horovod.check_replicas(job.world, self.state.variables, f"before step {self.state.step}")
         return elapsed
+
+    def _take_over_weights(self) -> None:
+        """Start from the weights of `--init_from`; leave a report of every name, and tell it in short."""
+        job = self.job
+        assert job.init_from is not None and job.folder is not None
+        taken, left, lines = state.take_over(self.model, job.init_from["path"])
+        job.folder.write_text("init_from.txt", "\n".join(lines) + "\n")
+        print(
+            f"--init_from={job.init_from['path']}: {taken} arrays taken"
+            + (f", {', '.join(left)} left as initialised" if left else "")
+            + f"; name by name in {job.folder.file('init_from.txt')}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _announce(self) -> None:
         job = self.job
@@ -127,15 +144,27 @@ class _Training:
     def _run_phase(self, phase: Phase, first_of_phase: int, begin: int, end: int) -> None:
         self.knobs.weight_decay.assign(phase.wd)
         self.knobs.momentum.assign(phase.momentum)
-        batches = self._training_batches(phase, begin, end)
+        job = self.job
+        batches = training_batches(
+            job.settings,
+            job.world,
+            job.data,
+            examples=job.train_examples,
+            batch_size=job.batch_size,
+            first_step=begin,
+            last_step=end,
+            augment=phase.augment,
+            image_size=phase.image_size,
+        )
         window = _Window()
         for step in range(begin, end):
+            self._profile(step, begin, end)
             rate = schedule.learning_rate(phase, step - first_of_phase)
             started = time.perf_counter()
             _, images, labels = next(batches)
             waited = time.perf_counter() - started
             stop = tf.constant(float(guard.stop_requested()))
-            loss, stopping = self.train_step(images, labels, tf.constant(rate), stop).numpy()
+            loss, stopping, update_s = self.train_step(images, labels, tf.constant(rate), stop)
             taken = time.perf_counter() - started
             self.state.step = step + 1
             self.watchdog.beat()
@@ -149,19 +178,42 @@ class _Training:
                     collective=True,
                 )
             if step > begin:  # the first step of a phase traces the graph and is never timed
-                window.add(waited, taken)
+                window.add(waited, update_s, taken)
                 self.timed_steps, self.timed_s = self.timed_steps + 1, self.timed_s + taken
             if (step + 1) % self.run_settings.log_every_steps == 0 or step + 1 == end:
-                self._log(step, phase, rate, float(loss), window)
+                self._log(step, phase, rate, loss, window)
                 window = _Window()
             self._after_step(step, end_of_phase=step + 1 == first_of_phase + phase.steps)
-            if stopping > 0 and self.state.step < self.job.total_steps:
+            if stopping > 0 and self.state.step < job.total_steps:
                 self._save()
                 raise StopRequested(
                     f"stopped on request after step {self.state.step}, checkpoint written; run the same command again "
                     "to go on",
                     collective=True,
                 )
+        self._end_profile(end)
+
+    def _profile(self, step: int, begin: int, end: int) -> None:
+        """Start or end the recording of `--profile_steps` on rank 0, as far as the phase has these steps."""
+        wanted, folder = self.run_settings.profile_steps, self.job.folder
+        if wanted is None or folder is None:
+            return
+        first, last = max(wanted[0], begin), min(wanted[1], end - 1)
+        if step == first and first <= last:
+            profile.start(folder.file("tensorboard"))
+            self.profiled_from = step
+        if self.profiled_from is not None and step == last + 1:
+            self._end_profile(step)
+
+    def _end_profile(self, step: int) -> None:
+        folder = self.job.folder
+        if folder is None or self.profiled_from is None:
+            return
+        rows = profile.stop(folder.file("tensorboard"), step - self.profiled_from)
+        self.profiled_from = None
+        profile.write(folder.file("profile.csv"), rows)
+        most = ", ".join(f"{kind} {milliseconds:.1f} ms" for kind, _, milliseconds in rows[:5])
+        print(f"profile: a step's longest operations: {most}; all in profile.csv", file=sys.stderr, flush=True)
 
     def _after_step(self, step: int, end_of_phase: bool) -> None:
         """Evaluate and save where the agreed steps fall."""
@@ -174,29 +226,6 @@ class _Training:
         due = end_of_phase or (every_steps and (step + 1) % every_steps == 0)
         if due and not last_of_all:  # that one is saved with its score
             self._save()
-
-    def _training_batches(self, phase: Phase, begin: int, end: int) -> Iterator[pipeline.Batch]:
-        job, data = self.job, self.job.settings.data
-        common: Dict[str, Any] = dict(
-            examples=job.train_examples,
-            seed=job.settings.recipe.seed,
-            first_step=begin,
-            last_step=end,
-            rank=job.world.rank,
-            ranks=job.world.size,
-            batch_size=job.batch_size,
-            num_classes=job.settings.model.num_classes,
-            threads=data.data_threads or job.world.cores,
-        )
-        if job.data is None:
-            return synthetic.training_batches(image_size=phase.image_size, **common)
-        return pipeline.training_batches(
-            job.data,
-            pipeline.make_view(data, job.data, phase.image_size),
-            phase.augment,
-            order_block=data.order_block,
-            **common,
-        )
 
     def _wall_seconds(self) -> float:
         """Return the seconds of this attempt, loading and evaluation included, and of those it goes on from."""
@@ -281,6 +310,7 @@ class _Training:
             "loss": loss,
             "images_per_second": window.steps * job.global_batch_size / window.taken if window.steps else None,
             "data_wait_s": window.waited / window.steps if window.steps else None,
+            "update_s": window.updating / window.steps if window.steps else None,
             "step_s": window.taken / window.steps if window.steps else None,
             "attempt": job.attempt,
         }
@@ -342,7 +372,10 @@ class _Window:
     """Times since the last row of metrics.jsonl, seconds."""
 
     def __init__(self) -> None:
-        self.steps, self.waited, self.taken = 0, 0.0, 0.0
+        self.steps, self.waited, self.updating, self.taken = 0, 0.0, 0.0, 0.0
 
-    def add(self, waited: float, taken: float) -> None:
-        self.steps, self.waited, self.taken = self.steps + 1, self.waited + waited, self.taken + taken
+    def add(self, waited: float, updating: float, taken: float) -> None:
+        self.steps += 1
+        self.waited += waited
+        self.updating += updating
+        self.taken += taken

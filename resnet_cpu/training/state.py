@@ -1,10 +1,11 @@
 """All that training changes, and how it gets into variables: the network, its weights, the velocity, the step."""
 
 import dataclasses
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 import tensorflow as tf
 
+from resnet_cpu.errors import CheckpointError
 from resnet_cpu.model import resnet
 from resnet_cpu.settings import Settings
 from resnet_cpu.training import checkpoint
@@ -57,3 +58,37 @@ def assign(path: str, variables: Dict[str, tf.Variable], arrays: checkpoint.Arra
     checkpoint.check_signature(path, there, here)
     for name, variable in variables.items():
         variable.assign(arrays[name])
+
+
+def take_over(model: tf.keras.Model, path: str) -> Tuple[int, List[str], List[str]]:
+    """Set weights and statistics of `model` from those at `path`, by name; nothing else is taken.
+
+    Returns (arrays taken, names left as initialised, a report of every name). A classifier of another shape, as for
+    another data set, is left; CheckpointError if anything else does not fit.
+    """
+    arrays = checkpoint.read_weights(path)
+    taken: Dict[str, tf.Variable] = {}
+    left: List[str] = []
+    unfit: List[str] = []
+    lines: List[str] = []
+    for variable in model.variables:
+        name, here = variable.name, tuple(variable.shape)
+        there = arrays[name].shape if name in arrays else None
+        if there == here:
+            taken[name] = variable
+            lines.append(f"taken   {name} {here}")
+            continue
+        found = "not there" if there is None else f"{there} there"
+        lines.append(f"left    {name} {here} here, {found}")
+        (left if name.startswith("logits/") else unfit).append(f"{name} ({here} here, {found})")
+    names = {variable.name for variable in model.variables}
+    lines += [f"unused  {name} {arrays[name].shape}" for name in arrays if name not in names]
+    if unfit:
+        more = f" and {len(unfit) - 4} more" if len(unfit) > 4 else ""
+        raise CheckpointError(
+            f"--init_from={path}: belongs to another network: {'; '.join(unfit[:4])}{more}; set the model's flags as "
+            "there"
+        )
+    for name, variable in taken.items():
+        variable.assign(arrays[name])
+    return len(taken), left, lines

@@ -1,7 +1,8 @@
 """One training step as one graph: forward, backward, averaged, updated."""
 
 import dataclasses
-from typing import Callable, List
+import time
+from typing import Any, Callable, List, NamedTuple, Optional
 
 import tensorflow as tf
 
@@ -36,23 +37,46 @@ def make_optimizer(model: tf.keras.Model, knobs: Knobs, wd_on_bn: bool) -> tf.ke
     return optimizer
 
 
-def make_train_step(model: tf.keras.Model, optimizer: tf.keras.optimizers.Optimizer, knobs: Knobs) -> Callable:
-    """Return a function of (images, labels, learning_rate, stop) that does one step.
+class Outcome(NamedTuple):
+    """What a step tells the loop; the first two are means over all ranks, so that all decide the same of them."""
 
-    It returns [mean cross-entropy, share of ranks that were asked to stop], both over all ranks, so that what a rank
-    decides from them all ranks decide.
-    """
+    loss: float  # cross-entropy
+    stop: float  # share of ranks that were asked to stop
+    update_s: float  # after the last gradient of this rank: messages not hidden, waiting for peers, the update
+
+
+class _TimedTape:
+    """A gradient tape that notes when the last gradient was there: Horovod's optimizer asks it, then sends."""
+
+    def __init__(self, tape: tf.GradientTape) -> None:
+        self._tape, self.finished_at = tape, tf.constant(0.0, tf.float64)
+
+    def gradient(self, loss: tf.Tensor, variables: List[tf.Variable], output_gradients: Optional[Any] = None) -> List:
+        gradients = self._tape.gradient(loss, variables, output_gradients)
+        with tf.control_dependencies(gradients):
+            self.finished_at = tf.timestamp()
+        return gradients
+
+
+def make_train_step(model: tf.keras.Model, optimizer: tf.keras.optimizers.Optimizer, knobs: Knobs) -> Callable:
+    """Return a function of (images, labels, learning_rate, stop) that does one step and returns its Outcome."""
     statistics: List[tf.Variable] = model.non_trainable_variables
 
     @tf.function
-    def train_step(images: tf.Tensor, labels: tf.Tensor, learning_rate: tf.Tensor, stop: tf.Tensor) -> tf.Tensor:
+    def graph(images: tf.Tensor, labels: tf.Tensor, learning_rate: tf.Tensor, stop: tf.Tensor) -> List[tf.Tensor]:
         knobs.learning_rate.assign(tf.cast(learning_rate, knobs.learning_rate.dtype))
         with tf.GradientTape() as tape:
             logits = model(images, training=True)
             loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
-        optimizer.minimize(loss, model.trainable_variables, tape=tape)
+        timed = _TimedTape(tape)
+        optimizer.minimize(loss, model.trainable_variables, tape=timed)
         _average_statistics(statistics)
-        return horovod.mean(tf.stack([tf.cast(loss, tf.float32), stop]), "loss_and_stop")
+        return [horovod.mean(tf.stack([tf.cast(loss, tf.float32), stop]), "loss_and_stop"), timed.finished_at]
+
+    def train_step(images: tf.Tensor, labels: tf.Tensor, learning_rate: tf.Tensor, stop: tf.Tensor) -> Outcome:
+        means, finished_at = graph(images, labels, learning_rate, stop)
+        loss, stopping = means.numpy()
+        return Outcome(float(loss), float(stopping), max(time.time() - float(finished_at), 0.0))
 
     return train_step
 

@@ -9,12 +9,13 @@ import tensorflow as tf
 
 from resnet_cpu.cluster import guard, horovod
 from resnet_cpu.cluster.control import World
-from resnet_cpu.data import pipeline, synthetic
+from resnet_cpu.data import synthetic
 from resnet_cpu.data.layouts import ShardedData
 from resnet_cpu.errors import FlagError
 from resnet_cpu.recipe import batch_rule
 from resnet_cpu.settings import Settings
 from resnet_cpu.training import evaluation
+from resnet_cpu.training.batches import training_batches
 from resnet_cpu.training.state import build_model
 from resnet_cpu.training.step import make_knobs, make_optimizer, make_train_step
 
@@ -27,6 +28,7 @@ class Timed:
     step_s: np.ndarray
     batch_size: int  # images per rank
     cores: int  # of all ranks
+    update_s: Optional[np.ndarray] = None  # of it after the last gradient, seconds [ranks, steps]; of training only
 
     @property
     def images_per_second(self) -> float:
@@ -38,10 +40,15 @@ class Timed:
         """Return what a person wants to see of it."""
         ranks, steps = self.step_s.shape
         low, middle, high = np.percentile(self.step_s, [10, 50, 90]) * 1000
+        split = []
+        if self.update_s is not None:
+            share = 100 * self.update_s.sum() / self.step_s.sum()
+            split = [f"of a step: {share:.1f} % after the last gradient (messages not hidden, peers, update)"]
         return [
             f"{self.what}: {ranks} ranks x {self.batch_size} images, {steps} steps timed",
             f"step: median {middle:.2f} ms, 10-90 % {low:.2f} ... {high:.2f} ms; slowest rank "
             f"{self.step_s.sum(1).max() / self.step_s.sum(1).min():.3f} times the fastest",
+            *split,
             f"images/sec per core: {self.images_per_second / self.cores:.3f}",
         ]
 
@@ -60,55 +67,72 @@ def run(
             one_step = _reading(settings, world, data, batch_size, steps)
         else:
             one_step = _computing(settings, world, batch_size, steps, training=what == "synthetic")
-        seconds = []
+        seconds, updates = [], []
         for step in range(steps):
             started = time.perf_counter()
-            one_step()
+            update_s = one_step()
             if step >= warmup_steps:
                 seconds.append(time.perf_counter() - started)
+                updates.append(update_s)
             watchdog.beat()
-    return Timed(what, np.array(world.gather(seconds)), batch_size, sum(world.gather(world.cores)))
+    return Timed(
+        what,
+        np.array(world.gather(seconds)),
+        batch_size,
+        sum(world.gather(world.cores)),
+        np.array(world.gather(updates)) if what == "synthetic" else None,
+    )
 
 
-def _computing(settings: Settings, world: World, batch_size: int, steps: int, training: bool) -> Callable[[], object]:
+def _computing(
+    settings: Settings, world: World, batch_size: int, steps: int, training: bool
+) -> Callable[[], Optional[float]]:
     model = build_model(settings)
-    batches = synthetic.training_batches(
-        image_size=settings.data.image_size,
-        num_classes=settings.model.num_classes,
+    batches = training_batches(
+        settings,
+        world,
+        None,
         examples=max(synthetic.POOL, batch_size * world.size),
-        seed=settings.recipe.seed,
+        batch_size=batch_size,
         first_step=0,
         last_step=steps,
-        rank=world.rank,
-        ranks=world.size,
-        batch_size=batch_size,
-        threads=settings.data.data_threads or world.cores,
+        augment="none",
+        image_size=settings.data.image_size,
     )
     if not training:
         evaluate_step = evaluation.make_evaluate_step(model)
         weights = tf.ones([batch_size], tf.int64)
-        return lambda: evaluate_step(*next(batches)[1:], weights)[0].numpy()
+
+        def forward() -> None:
+            evaluate_step(*next(batches)[1:], weights)[0].numpy()
+
+        return forward
     knobs = make_knobs()
     train_step = make_train_step(model, make_optimizer(model, knobs, settings.recipe.wd_on_bn), knobs)
     rate, go_on = tf.constant(0.0), tf.constant(0.0)  # a rate of 0 costs the same and never diverges
-    return lambda: train_step(*next(batches)[1:], rate, go_on).numpy()
+
+    def train() -> float:
+        return train_step(*next(batches)[1:], rate, go_on).update_s
+
+    return train
 
 
-def _reading(settings: Settings, world: World, data: ShardedData, batch_size: int, steps: int) -> Callable[[], object]:
-    augment = settings.recipe.phases[0].values.get("augment", "full") if settings.recipe.phases else "full"
-    batches = pipeline.training_batches(
+def _reading(
+    settings: Settings, world: World, data: ShardedData, batch_size: int, steps: int
+) -> Callable[[], Optional[float]]:
+    batches = training_batches(
+        settings,
+        world,
         data,
-        pipeline.make_view(settings.data, data, settings.data.image_size),
-        augment,
         examples=settings.data.train_examples or data.train.examples,
-        seed=settings.recipe.seed,
+        batch_size=batch_size,
         first_step=0,
         last_step=steps,
-        rank=world.rank,
-        ranks=world.size,
-        batch_size=batch_size,
-        order_block=settings.data.order_block,
-        num_classes=settings.model.num_classes,
-        threads=settings.data.data_threads or world.cores,
+        augment=settings.recipe.phases[0].values.get("augment", "full") if settings.recipe.phases else "full",
+        image_size=settings.data.image_size,
     )
-    return lambda: next(batches)
+
+    def read() -> None:
+        next(batches)
+
+    return read

@@ -1,0 +1,47 @@
+"""Trained weights for use elsewhere: as plain arrays, or as a SavedModel. Exports are written, never read as code."""
+
+import os
+
+import tensorflow as tf
+
+from resnet_cpu.data.preprocess import View
+from resnet_cpu.errors import FlagError, OutputError
+from resnet_cpu.training import checkpoint
+
+
+def check(path: str) -> None:
+    """Raise FlagError if something lies at `path` already, or its folder does not exist."""
+    if os.path.lexists(path):
+        raise FlagError(f"--export={path}: is there already; choose another name or remove it")
+    parent = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(parent):
+        raise FlagError(f"--export={path}: no folder {parent}; make it first")
+
+
+def write(model: tf.keras.Model, view: View, path: str) -> None:
+    """Write weights and statistics of `model` to `path`.
+
+    NAME.npz holds them by name, kernels as [height, width, in, out]; `--init_from` reads it. Any other name becomes a
+    SavedModel's folder, whose signature `serving_default` takes `pixels`, float32 [batch, size, size, 3], RGB 0..255,
+    normalises them as in training and returns `logits`, float32 [batch, classes].
+    """
+    try:
+        if path.endswith(".npz"):
+            checkpoint.write_weights(path, {variable.name: variable.numpy() for variable in model.variables})
+        else:
+            module = tf.Module()
+            module.model = model
+            tf.saved_model.save(module, path, signatures=_serving(model, view))
+    except (OSError, tf.errors.OpError) as error:
+        raise OutputError(f"--export={path}: not written ({error}); see that there is space") from None
+
+
+def _serving(model: tf.keras.Model, view: View) -> tf.types.experimental.ConcreteFunction:
+    size = view.image_size
+
+    @tf.function(input_signature=[tf.TensorSpec([None, size, size, 3], tf.float32, name="pixels")])
+    def serve(pixels: tf.Tensor) -> dict:
+        images = pixels[..., ::-1] if view.bgr else pixels
+        return {"logits": model((images - tf.constant(view.mean)) / tf.constant(view.scale), training=False)}
+
+    return serve
