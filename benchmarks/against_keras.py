@@ -1,0 +1,68 @@
+"""One rank and two against `keras.applications` with `fit`, on the same TensorFlow and the same cores.
+
+    python benchmarks/against_keras.py --rounds 7 --out benchmarks/results/against_keras.csv
+
+ResNet-50 at 224x224, synthetic images, fp32, a global batch of 32 per side and 32 per rank. Keras runs as it comes with
+the Intel extension installed, with the allocator that launch/local.sh preloads as well, and without the extension.
+"""
+
+import argparse
+import pathlib
+import sys
+import sysconfig
+import tempfile
+
+import paired
+
+
+def without_extension(folder: str) -> dict:
+    """Return an environment whose packages are all of this one's but the Intel extension.
+
+    TensorFlow loads the extension because its plug-in lies in `site-packages/tensorflow-plugins`; so the base
+    interpreter gets a folder of links to everything else.
+    """
+    site = pathlib.Path(sysconfig.get_paths()["purelib"])
+    stock = pathlib.Path(folder) / "stock"
+    stock.mkdir()
+    for entry in site.iterdir():
+        if not entry.name.startswith(("tensorflow-plugins", "intel_extension_for_tensorflow", "tensorflow_plugins")):
+            (stock / entry.name).symlink_to(entry)
+    return {"PYTHONPATH": str(stock)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=6, help="timed, after one that is not")
+    parser.add_argument("--out", help="CSV of the rounds")
+    arguments = parser.parse_args()
+    ours = [
+        sys.executable, "-m", "resnet_cpu.benchmark", "--dataset=synthetic", "--batch_size=32", "--warmup_steps=1",
+        f"--timed_steps={arguments.steps}",
+    ]  # fmt: skip
+    fit = ["benchmarks/keras_fit.py", "--steps", arguments.steps + 1]
+    base_python = pathlib.Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}"
+
+    def benchmark(command: list, **environment: str) -> float:
+        return paired.rate_of_benchmark(paired.start(command, **environment))
+
+    with tempfile.TemporaryDirectory() as folder:
+        stock = without_extension(folder)
+        sides = {
+            "ours_1_rank": lambda: benchmark(["launch/local.sh", 1, *ours]),
+            "ours_2_ranks": lambda: benchmark(["launch/local.sh", 2, *ours]),
+            "ours_2_ranks_bfloat16": lambda: benchmark(["launch/local.sh", 2, *ours, "--precision=bfloat16"]),
+            "keras": lambda: benchmark([sys.executable, *fit]),
+            "keras_allocator": lambda: benchmark([sys.executable, *fit], **paired.with_allocator()),
+            "keras_stock_tensorflow": lambda: benchmark([base_python, *fit], **stock),
+        }
+        rows = paired.in_turns(sides, arguments.rounds)
+    for base in ("keras", "keras_allocator", "keras_stock_tensorflow"):
+        for side in ("ours_1_rank", "ours_2_ranks", "ours_2_ranks_bfloat16"):
+            paired.tell_ratio(rows, side, base)
+    if arguments.out:
+        paired.write(arguments.out, rows)
+
+
+if __name__ == "__main__":
+    main()

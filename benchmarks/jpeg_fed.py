@@ -1,0 +1,51 @@
+"""Training fed from JPEG records against training on synthetic images: what reading and decoding cost.
+
+    python benchmarks/jpeg_fed.py --rounds 7 --out benchmarks/results/jpeg_fed.csv
+
+ResNet-50 at 224x224 on two ranks of a core each, batch 32 each; the records are photographs of 110 kB (photos.py), each
+read with its checksum, cropped at random, resized bicubically and flipped.
+"""
+
+import argparse
+import pathlib
+import sys
+import tempfile
+
+import paired
+import photos
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=8, help="of a run; all but the first are timed")
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--examples", type=int, default=1024)
+    parser.add_argument("--out", help="CSV of the rounds")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data_dir = pathlib.Path(folder) / "photos"
+        print(f"records: {photos.write(data_dir, arguments.examples)}", flush=True)
+        runs = iter(range(10_000))
+
+        def train(*data: str) -> float:
+            command = [
+                "launch/local.sh", 2, sys.executable, "-m", "resnet_cpu.train", *data, "--resize=bicubic",
+                "--batch_size=32", f"--phase=main:steps={arguments.steps},lr=0.01", "--log_every_steps=1000",
+                "--checkpoint_every_steps=0", "--eval_every_epochs=0", f"--precision={arguments.precision}",
+                f"--run_dir={folder}/{next(runs)}",
+            ]  # fmt: skip
+            return paired.rate_of_training(paired.start(command))
+
+        sides = {
+            "jpeg": lambda: train("--dataset=imagenet", f"--data_dir={data_dir}"),
+            "synthetic": lambda: train("--dataset=synthetic", f"--train_examples={arguments.examples}"),
+        }
+        rows = paired.in_turns(sides, arguments.rounds)
+    paired.tell_ratio(rows, "jpeg", "synthetic")
+    if arguments.out:
+        paired.write(arguments.out, rows)
+
+
+if __name__ == "__main__":
+    main()

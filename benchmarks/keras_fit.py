@@ -1,0 +1,45 @@
+"""What most people start from: `keras.applications.ResNet50` and `fit`. Last line `total images/sec: X`.
+
+python benchmarks/keras_fit.py [--steps 7] [--batch_size 32] [--image_size 224]
+"""
+
+import argparse
+import os
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import tensorflow as tf
+
+
+class EndTimes(tf.keras.callbacks.Callback):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list = []
+
+    def on_train_batch_end(self, batch: int, logs: object = None) -> None:
+        self.times.append(time.perf_counter())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=7, help="all but the first are timed")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--image_size", type=int, default=224)
+    arguments = parser.parse_args()
+    size = arguments.image_size
+    model = tf.keras.applications.ResNet50(weights=None, input_shape=[size, size, 3])
+    optimizer = tf.keras.optimizers.SGD(0.01, momentum=0.9, weight_decay=1e-4)
+    model.compile(optimizer, tf.keras.losses.SparseCategoricalCrossentropy())
+    images = tf.random.normal([arguments.batch_size, size, size, 3])
+    labels = tf.random.uniform([arguments.batch_size], 0, 1000, tf.int64)
+    data = tf.data.Dataset.from_tensors((images, labels)).repeat()
+    ends = EndTimes()
+    model.fit(data, steps_per_epoch=arguments.steps, callbacks=[ends], verbose=0)
+    print(f"total images/sec: {(arguments.steps - 1) * arguments.batch_size / (ends.times[-1] - ends.times[0]):.3f}")
+
+
+if __name__ == "__main__":
+    main()

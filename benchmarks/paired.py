@@ -1,0 +1,89 @@
+"""Sides measured in turns: a machine that drifts drifts for all of them, so their ratios stand."""
+
+import csv
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+from typing import Callable, Dict, List, Tuple
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parent.parent
+ALLOCATOR = next(iter(sorted(pathlib.Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4"))), None)
+
+Row = Dict[str, float]
+
+
+def start(command: list, **environment: str) -> subprocess.Popen:
+    """Start a command in the repository's root."""
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def with_allocator() -> Dict[str, str]:
+    """Return the environment that gives a process the allocator launch/local.sh gives."""
+    return {"LD_PRELOAD": str(ALLOCATOR)} if ALLOCATOR else {}
+
+
+def last_line(process: subprocess.Popen) -> str:
+    """Return the last line on standard output of a command that succeeded."""
+    out, err = process.communicate(timeout=900)
+    if process.returncode:
+        raise SystemExit(f"a run failed with {process.returncode}:\n{err}")
+    return out.strip().splitlines()[-1]
+
+
+def rate_of_training(process: subprocess.Popen) -> float:
+    """Return images/s of `resnet_cpu.train`: a phase's first step, which traces the graph, is never timed."""
+    return json.loads(last_line(process))["images_per_second"]
+
+
+def rate_of_benchmark(process: subprocess.Popen) -> float:
+    """Return images/s of a command whose last line is `total images/sec: X`."""
+    return float(last_line(process).rpartition(" ")[2])
+
+
+def in_turns(sides: Dict[str, Callable[[], float]], rounds: int) -> List[Row]:
+    """Measure every side once a round, in an order that changes from round to round; tell each figure."""
+    names, rows = list(sides), []
+    for number in range(rounds):
+        turn = names[number % len(names) :] + names[: number % len(names)]
+        row = {name: sides[name]() for name in (turn if number % 2 == 0 else reversed(turn))}
+        rows.append({name: row[name] for name in names})
+        print(f"round {number + 1}: " + ", ".join(f"{name} {row[name]:.3f}" for name in names), flush=True)
+    return rows
+
+
+def interval(values: List[float], draws: int = 10_000) -> Tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of the median."""
+    generator = np.random.Generator(np.random.Philox(0))
+    medians = np.median(generator.choice(values, [draws, len(values)]), axis=1)
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def tell_ratio(rows: List[Row], side: str, base: str) -> None:
+    """Print the median of the rounds' ratios with its interval."""
+    ratios = [row[side] / row[base] for row in rows]
+    low, high = interval(ratios)
+    print(
+        f"{side} / {base}: median {statistics.median(ratios):.4f}, 95 % interval {low:.4f} ... {high:.4f}, "
+        f"n = {len(ratios)}"
+    )
+
+
+def write(path: str, rows: List[Row]) -> None:
+    """Write the rounds as CSV."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["round", *rows[0]])
+        writer.writerows([number + 1, *(f"{value:.5f}" for value in row.values())] for number, row in enumerate(rows))
