@@ -7,14 +7,15 @@ RANKS ?= 2
 DATA := data/fashion_mnist
 RAW := $(if $(RAW_DIR),--raw_dir=$(RAW_DIR),)
 
-.PHONY: help train test smoke setup lint format lock clean
+.PHONY: help train test smoke setup lint format docs wheelhouse lock clean
 
 help:
 	@echo "make train   set up, prepare Fashion-MNIST, train ResNet-50 on $(RANKS) MPI ranks (about 15 minutes the first time)"
 	@echo "make test    set up and run all tests (about 10 minutes the first time)"
 	@echo "make smoke   set up and train a tiny network on synthetic data (half a minute after the set-up)"
 	@echo "make setup   set up only: .venv with everything built (about 3 minutes)"
-	@echo "make lint    style, types; make format mends the style; make lock resolves requirements.txt anew"
+	@echo "make wheelhouse  put every package into wheelhouse/, for nodes without a network (docs/offline.md)"
+	@echo "make lint    style, types; make format mends the style; make docs writes docs/flags.md; make lock resolves anew"
 	@echo "make clean   remove the environment and caches, never data or runs"
 
 setup:
@@ -35,6 +36,16 @@ test: setup lint
 
 lint: setup
 	@$(PYTHON_ENV) -m ruff check -q . && $(PYTHON_ENV) -m ruff format -q --check . && $(PYTHON_ENV) -m mypy --no-error-summary
+
+docs: setup
+	@$(PYTHON_ENV) -c "from resnet_cpu import flags; print(flags.reference(), end='')" >docs/flags.md
+
+# For machines without a network: docs/offline.md. Where this runs, Python and processor must be those of the nodes.
+wheelhouse: setup
+	@$(PYTHON_ENV) -m pip --disable-pip-version-check download -q -d wheelhouse --no-deps -r requirements.txt >&2
+	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PYTHON_ENV) -m pip --disable-pip-version-check download -q -d wheelhouse \
+	  --no-deps --no-build-isolation --no-binary horovod horovod==$$(sed -n 's/^HOROVOD=//p' launch/install.sh) >&2
+	@du -sh wheelhouse >&2
 
 format: setup
 	@$(PYTHON_ENV) -m ruff format -q . && $(PYTHON_ENV) -m ruff check -q --fix .

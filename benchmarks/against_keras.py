@@ -2,8 +2,8 @@
 
     python benchmarks/against_keras.py --rounds 7 --out benchmarks/results/against_keras.csv
 
-ResNet-50 at 224x224, synthetic images, fp32, a global batch of 32 per side and 32 per rank. Keras runs as it comes with
-the Intel extension installed, with the allocator that launch/local.sh preloads as well, and without the extension.
+ResNet-50 at 224x224, synthetic images, batch 32 per rank and for Keras. Keras runs as it comes with the Intel extension
+installed, with the allocator that launch/local.sh preloads as well, and without the extension.
 """
 
 import argparse
@@ -34,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=6, help="timed, after one that is not")
+    parser.add_argument("--sides", help="only these, separated by commas")
     parser.add_argument("--out", help="CSV of the rounds")
     arguments = parser.parse_args()
     ours = [
@@ -56,9 +57,10 @@ def main() -> None:
             "keras_allocator": lambda: benchmark([sys.executable, *fit], **paired.with_allocator()),
             "keras_stock_tensorflow": lambda: benchmark([base_python, *fit], **stock),
         }
-        rows = paired.in_turns(sides, arguments.rounds)
-    for base in ("keras", "keras_allocator", "keras_stock_tensorflow"):
-        for side in ("ours_1_rank", "ours_2_ranks", "ours_2_ranks_bfloat16"):
+        chosen = arguments.sides.split(",") if arguments.sides else list(sides)
+        rows = paired.in_turns({name: sides[name] for name in chosen}, arguments.rounds)
+    for base in (name for name in chosen if name.startswith("keras")):
+        for side in (name for name in chosen if name.startswith("ours")):
             paired.tell_ratio(rows, side, base)
     if arguments.out:
         paired.write(arguments.out, rows)

@@ -7,6 +7,7 @@ read with its checksum, cropped at random, resized bicubically and flipped.
 """
 
 import argparse
+import os
 import pathlib
 import sys
 import tempfile
@@ -48,4 +49,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     main()

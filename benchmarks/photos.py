@@ -10,6 +10,7 @@ nothing of this package has a hand in them.
 import argparse
 import os
 import pathlib
+from typing import Iterator
 
 import numpy as np
 
@@ -17,7 +18,7 @@ WIDTH, HEIGHT = 500, 375  # ImageNet's most common shape
 MEAN_BYTES = 110_000
 
 
-def windows(count: int, seed: int) -> np.ndarray:
+def windows(count: int, seed: int) -> Iterator[np.ndarray]:
     """Yield `count` uint8 [HEIGHT, WIDTH, 3] views of real photographs."""
     import tensorflow as tf
     from sklearn.datasets import load_sample_images

@@ -29,7 +29,7 @@ def main(argv: List[str]) -> None:
 
     data = job.open_data(settings, world)
     assert data is not None  # synthetic was refused above
-    path, step = job.find_checkpoint(settings, world, values.checkpoint)
+    path, step, data = job.find_checkpoint(settings, world, data, values.checkpoint)
     from resnet_cpu.training import evaluation
 
     scores = evaluation.evaluate_checkpoint(settings, world, data, path, values.export)

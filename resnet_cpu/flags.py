@@ -151,7 +151,12 @@ def _define() -> _Definer:
     )
     d.integer("max_steps", None, "Stop after so many steps of the recipe; a later call goes on.", lower_bound=1)
     d.float("eval_every_epochs", 1.0, "Epochs between evaluations (0: at the end only).", lower_bound=0.0)
-    d.integer("eval_batch_size", None, "Images per rank and evaluation batch (default: --batch_size).", lower_bound=1)
+    d.integer(
+        "eval_batch_size",
+        None,
+        "Images per rank and evaluation batch (default: --batch_size; evaluate: 32).",
+        lower_bound=1,
+    )
     d.integer(
         "checkpoint_every_steps", 1000, "Steps between checkpoints (0: at the end of a phase only).", lower_bound=0
     )
@@ -204,13 +209,39 @@ def help_text() -> str:
     for title, names in definer.sections:
         lines += ["", f"{title}:"]
         for name in names:
-            flag = definer.values[name]
-            default = "" if flag.default in (None, []) else f" [{str(flag.default_as_str).strip(chr(39))}]"
-            choices = getattr(flag.parser, "enum_values", None)
+            choices, default, text = _described(definer.values[name])
             shown = f"--{name}" + (f"={'|'.join(choices)}" if choices else "")
-            text = flag.help[flag.help.index(">: ") + 3 :] if choices else flag.help.split(";\n")[0]
-            lines.append(f"  {shown}{default}\n      {text}")
+            lines.append(f"  {shown}{f' [{default}]' if default else ''}\n      {text}")
     return "\n".join(lines)
+
+
+def reference() -> str:
+    """Return docs/flags.md: every flag with its default, as a Markdown table a section."""
+    definer = _define()
+    lines = [
+        "# Flags",
+        "",
+        "Made from the code by `make docs`; `python -m resnet_cpu.train --help` shows the same. Flags go on the",
+        "command line or into a flagfile (`--flagfile=F`, one a line, comments from column 0 on); the later one wins,",
+        "switches are `--name` and `--noname`. Flags of one command are refused by the others.",
+    ]
+    for title, names in definer.sections:
+        lines += ["", f"## {title[0].upper()}{title[1:]}", "", "| flag | default | meaning |", "|---|---|---|"]
+        for name in names:
+            choices, default, text = _described(definer.values[name])
+            if choices:
+                text = f"`{'`, `'.join(choices)}`. {text}"
+            text = text.replace("|", "\\|")
+            lines.append(f"| `--{name}` | {f'`{default}`' if default else ''} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def _described(flag: flags.Flag) -> Tuple[List[str], str, str]:
+    """Return (choices, default, help) of a flag."""
+    choices = list(getattr(flag.parser, "enum_values", None) or [])
+    default = "" if flag.default in (None, []) else str(flag.default_as_str).strip("'")
+    text = flag.help[flag.help.index(">: ") + 3 :] if choices else flag.help.split(";\n")[0]
+    return choices, default, text
 
 
 def parse_values(

@@ -43,6 +43,13 @@ def test_last_line_on_two_ranks():
     assert "synthetic: 2 ranks x 4 images" in process.stderr
 
 
+def test_more_examples_than_there_are_is_refused(run_command, tiny_data):
+    process = run_command(
+        "benchmark", *TINY_FLAGS, f"--data_dir={tiny_data}", *QUICK, "--benchmark=pipeline", "--train_examples=51"
+    )
+    assert process.returncode == 65 and "--train_examples=51" in told(process)[0]
+
+
 def test_synthetic_images_have_no_pipeline(run_command):
     process = run_command("benchmark", "--dataset=synthetic", "--benchmark=pipeline", "--image_size=32")
     assert process.returncode == 64 and "reads nothing" in told(process)[0]

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from conftest import ROOT
 
 from resnet_cpu import flags
 from resnet_cpu.errors import FlagError
@@ -90,6 +91,14 @@ def test_help_exits_0(argument, capsys):
 
 
 # A value for every flag that differs from its default and changes the settings.
+def test_the_reference_is_that_of_the_code():
+    """`make docs` writes it."""
+    written = (ROOT / "docs" / "flags.md").read_text()
+    assert written == flags.reference()
+    for name in flags.parse_values([])[0]:
+        assert f"| `--{name}` |" in written, name
+
+
 CHANGES = {
     "experiment": "scaling",
     "phase": "x:steps=2,lr=1",

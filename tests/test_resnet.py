@@ -93,6 +93,63 @@ def test_symmetric_padding_equals_a_plain_convolution_with_zeros_on_both_sides()
     assert all(not isinstance(layer, tf.keras.layers.ZeroPadding2D) for layer in same.layers)
 
 
+def convolve(x, kernel, stride, pad):
+    """The definition of a convolution, float64 [height, width, in] -> [.., .., out], a window at a time."""
+    x = np.pad(x, [(pad, pad), (pad, pad), (0, 0)])
+    size = kernel.shape[0]
+    rows, columns = ((side - size) // stride + 1 for side in x.shape[:2])
+    return np.array(
+        [
+            [
+                np.tensordot(x[y * stride : y * stride + size, z * stride : z * stride + size], kernel, 3)
+                for z in range(columns)
+            ]
+            for y in range(rows)
+        ]
+    )
+
+
+@pytest.mark.parametrize("stride_in", ["3x3", "1x1"])
+def test_a_striding_block_equals_its_definition(stride_in):
+    """He et al.'s bottleneck with a projection, the stride in the 3x3 convolution (v1.5) or in the first 1x1 (v1)."""
+    model = resnet50(10, width=0.125, stride_in=stride_in, zero_gamma="none")
+    generator = np.random.Generator(np.random.Philox(4))
+    for layer in model.layers:
+        if isinstance(layer, tf.keras.layers.BatchNormalization):
+            shape = layer.gamma.shape
+            layer.set_weights([generator.uniform(low, 2, shape) for low in (0.5, -2, -2, 0.5)])
+    before, after = model.get_layer("conv2_block3_out_relu").output, model.get_layer("conv3_block1_out_relu").output
+    images = generator.standard_normal([1, 9, 9, before.shape[-1]]).astype(np.float32)
+    found = tf.keras.Model(before, after)(images).numpy()[0]
+
+    def conv_bn(x, name, stride, pad=0):
+        kernel = model.get_layer(f"conv3_block1_{name}_conv").get_weights()[0].astype(np.float64)
+        gamma, beta, mean, variance = model.get_layer(f"conv3_block1_{name}_bn").get_weights()
+        return (convolve(x, kernel, stride, pad) - mean) / np.sqrt(variance + 1e-5) * gamma + beta
+
+    x = images[0].astype(np.float64)
+    first, second = (1, 2) if stride_in == "3x3" else (2, 1)
+    y = np.maximum(conv_bn(x, "1", first), 0)
+    y = np.maximum(conv_bn(y, "2", second, pad=1), 0)
+    expected = np.maximum(conv_bn(y, "3", 1) + conv_bn(x, "0", 2), 0)
+    assert found.shape == expected.shape == (5, 5, 64)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_computes_the_same_network_with_float32_weights():
+    full, half = (resnet50(10, width=0.25, precision=precision, seed=3) for precision in ("float32", "bfloat16"))
+    assert [v.name for v in full.variables] == [v.name for v in half.variables]
+    assert all(variable.dtype == tf.float32 for variable in half.variables)
+    for one, other in zip(full.variables, half.variables):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+    assert half.get_layer("conv4_block1_2_conv").compute_dtype == "bfloat16"
+    images = np.random.Generator(np.random.Philox(3)).standard_normal([4, 64, 64, 3]).astype(np.float32)
+    expected, found = full(images), half(images)
+    assert found.dtype == tf.float32  # the classifier is not rounded
+    error = np.abs(found.numpy() - expected.numpy()).max() / np.abs(expected.numpy()).max()
+    assert 1e-5 < error < 0.05  # rounded, to 8 bits, and no more
+
+
 @pytest.mark.parametrize("padding, first", [("symmetric", 1.0), ("caffe", 2.0), ("same", 2.0)])
 def test_the_pool_starts_where_each_padding_says(padding, first):
     """Rows 0, 1, 2 ... hold 0, 1, 2 ...: a window padded in front sees rows 0-1, one that is not sees 0-2."""

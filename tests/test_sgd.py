@@ -41,3 +41,5 @@ def test_without_decay_names_gamma_and_beta_only():
     names = without_decay(model, wd_on_bn=False)
     assert len(names) == 2 * 53 and all("gamma" in name or "beta" in name for name in names)
     assert without_decay(model, wd_on_bn=True) == []
+    biased = resnet("resnet50", 10, width=0.125, conv1_bias=True)
+    assert without_decay(biased, wd_on_bn=False) == names  # biases decay, as in the authors' network

@@ -1,11 +1,16 @@
 """TFRecord shards: readable by TensorFlow, and no damage goes unseen."""
 
+import json
 import os
 import shutil
+import subprocess
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import OUTSIDE, ROOT
 
 from resnet_cpu.data import layouts, shards
 from resnet_cpu.errors import DataError
@@ -49,11 +54,11 @@ def test_an_index_is_made_of_shards_that_tensorflow_wrote(tmp_path):
 
 def test_every_flipped_bit_of_a_record_is_seen_and_located(copy):
     folder, path = copy
-    offsets, lengths = shards.read_index(path)
+    starts = shards.read_index(path)
     with open(path, "rb") as file:
         whole = bytearray(file.read())
     record = 2
-    first, last = offsets[record] - 12, offsets[record] + lengths[record] + 4
+    first, last = starts[record] - 12, starts[record + 1] - 12
     places = {first, first + 7, first + 8, first + 11, first + 12, last - 4, last - 1}  # length, its CRC, payload, CRC
     places |= set(np.random.Generator(np.random.Philox(1)).integers(first, last, 40).tolist())
     for place in sorted(places):
@@ -73,9 +78,9 @@ def test_negative_control_the_undamaged_copy_reads(copy):
 
 def test_every_truncation_is_seen_before_anything_is_read(copy):
     folder, path = copy
-    offsets, _ = shards.read_index(path)
+    starts = shards.read_index(path)
     size = os.path.getsize(path)
-    cuts = {0, 5, size - 1, *(int(offset) - 12 for offset in offsets[1:])}  # also at the borders of records
+    cuts = {0, 5, size - 1, *(int(start) - 12 for start in starts[1:-1])}  # also at the borders of records
     for cut in sorted(cuts, reverse=True):
         os.truncate(path, cut)
         with pytest.raises(DataError, match=os.path.basename(path)):
@@ -89,6 +94,8 @@ def test_every_truncation_is_seen_before_anything_is_read(copy):
         (lambda folder, path: os.remove(os.path.join(folder, "manifest.json")), "no manifest.json"),
         (lambda folder, path: os.remove(path), "shard missing"),
         (lambda folder, path: os.truncate(shards.index_path(path), 100), "unreadable index"),
+        (lambda folder, path: os.truncate(shards.index_path(path), 0), "unreadable index"),
+        (lambda folder, path: np.save(shards.index_path(path), np.zeros([3, 2])), "unreadable index"),
         (lambda folder, path: open(os.path.join(folder, "manifest.json"), "w").close(), "JSON"),
         (lambda folder, path: shards.write_manifest(folder, {"dataset": "digits", "splits": {}}), "no examples"),
         (
@@ -108,9 +115,9 @@ def test_what_is_missing_is_named(copy, damage, part):
 
 def test_scan_names_a_damaged_length(copy):
     _, path = copy
-    offsets, _ = shards.read_index(path)
+    starts = shards.read_index(path)
     with open(path, "r+b") as file:
-        file.seek(offsets[4] - 12)
+        file.seek(starts[4] - 12)
         file.write(b"\xff")
     with pytest.raises(DataError, match="record 4: damaged length"):
         shards.scan(path)
@@ -122,3 +129,58 @@ def test_split_into_shards_keeps_every_example(tmp_path):
     assert [row["name"] for row in rows] == [f"train-{i:05d}-of-00004" for i in range(4)]
     split = shards.open_split(str(tmp_path), {"splits": {"train": rows}}, "train")
     assert split.read(np.arange(23)) == payloads
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A split of 1,281,167 records whose shards are holes: sizes and indexes are all that opening looks at."""
+    records, of = 1_281_167, 64
+    rows = []
+    for shard, numbers in enumerate(np.array_split(np.arange(records), of)):
+        path = tmp_path / shards.shard_name("train", shard, of)
+        starts = 12 + np.arange(len(numbers) + 1, dtype=np.int64) * 110_016
+        with open(path, "wb") as file:
+            file.truncate(int(starts[-1]) - 12)
+        np.save(shards.index_path(str(path)), starts)
+        rows.append({"name": path.name, "examples": len(numbers), "bytes": int(starts[-1]) - 12})
+    return str(tmp_path), {"splits": {"train": rows}}
+
+
+def test_an_open_split_holds_no_memory_that_grows_with_its_records(large):
+    """The index is mapped from its files: what numpy allocates for 1.28 million records is a matter of the shards."""
+    tracemalloc.start()
+    split = shards.open_split(*large, "train")
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert split.examples == 1_281_167 and held < 300_000
+    assert split.locate(1_281_166)[1] == 1_281_167 // 64 - 1
+    tracemalloc.start()  # the control: read into memory it would be seen
+    whole = [np.array(starts) for starts in split.starts]
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(whole) == 64 and held > 10_000_000
+
+
+LIMITED = """
+import json, resource, sys
+from resnet_cpu.data import shards
+folder, rows, soft, hard = sys.argv[1], json.load(open(sys.argv[1] + "/rows.json")), *map(int, sys.argv[2:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+split = shards.open_split(folder, {"splits": {"train": rows}}, "train")
+print(len(set(map(bytes, split.read(__import__("numpy").arange(split.examples))))))
+"""
+
+
+def test_more_shards_than_the_limit_of_open_files(tmp_path):
+    """600 shards under a limit of 300: a map and a descriptor each, far more than what is kept for others."""
+    rows = shards.write_split(str(tmp_path), "train", (str(i).encode() for i in range(600)), 600, 600)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+
+    def run(soft, hard):
+        command = [sys.executable, "-c", LIMITED, str(tmp_path), str(soft), str(hard)]
+        return subprocess.run(command, cwd=ROOT, env=OUTSIDE, capture_output=True, text=True, timeout=60)
+
+    allowed = run(300, 3000)
+    assert allowed.stdout.split() == ["600"], allowed.stderr
+    refused = run(300, 400)
+    assert "DataError" in refused.stderr and "open files, the limit is 400" in refused.stderr

@@ -91,6 +91,10 @@ def test_run_folder_holds_the_contract(finished):
         "attempt",
     }
     assert [row["phase"] for row in rows] == ["main"] * 10 + ["tail"] * 6
+    timed = [row for row in rows if row["step_s"] is not None]
+    assert len(timed) == 14  # all but the first of each phase
+    assert all(row["update_s"] > 0 for row in timed)
+    assert all(row["update_s"] + row["data_wait_s"] < row["step_s"] for row in timed)
     evaluations = read_rows(os.path.join(finished, "eval.jsonl"))
     assert [row["step"] + 1 for row in evaluations] == [
         5,
@@ -138,6 +142,44 @@ def test_evaluate_gives_the_score_of_the_run(finished, run_command, tmp_path):
     refused = run_command("evaluate", f"--run_dir={finished}", "--num_classes=12")
     assert refused.returncode == 66 and "num_classes 10 there, 12 here" in told(refused)[0]
     assert run_command("evaluate", f"--run_dir={tmp_path}").returncode == 66
+
+
+def test_bfloat16_resumes_bit_identically_and_is_scored_in_either_precision(tiny_data, tmp_path, run_command):
+    runs.check_resume(ALONE, tiny_data, str(tmp_path), "--precision=bfloat16")
+    losses = {}
+    for precision in ("bfloat16", "float32"):
+        process = run_command("evaluate", f"--run_dir={tmp_path}/whole", f"--precision={precision}")
+        assert process.returncode == 0, process.stderr
+        losses[precision] = json.loads(last_line(process.stdout))["loss"]
+    assert losses["float32"] != losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+
+
+def test_other_data_is_scored_with_the_pixel_mean_of_the_training(finished, tmp_path, run_command):
+    """The same images under a manifest that claims another mean: the score does not change."""
+    result = json.loads(pathlib.Path(finished, "result.json").read_text())
+    data_dir = pathlib.Path(tmp_path, "data")
+    write_tiny_data(str(data_dir))
+    manifest = json.loads((data_dir / "manifest.json").read_text())
+    (data_dir / "manifest.json").write_text(json.dumps({**manifest, "pixel_mean": [9.0] * 3}))
+    process = run_command("evaluate", f"--run_dir={finished}", f"--data_dir={data_dir}")
+    assert json.loads(last_line(process.stdout))["loss"] == pytest.approx(result["loss"], rel=1e-5), process.stderr
+    refused = run_command(
+        "train", *TINY_FLAGS, f"--data_dir={data_dir}", f"--run_dir={finished}", "--eval_every_epochs=1"
+    )
+    assert refused.returncode == 66 and "data.pixels.mean" in told(refused)[0]
+
+
+def test_flags_of_a_run_that_never_did_a_step_bind_nobody(tiny_data, tmp_path, monkeypatch):
+    def fail(self):
+        raise CheckpointError("before the first step")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Training, "run", fail)
+        with pytest.raises(CheckpointError, match="before the first step"):
+            train(tiny_data, tmp_path / "run")
+    assert train(tiny_data, tmp_path / "run", "--seed=7")["complete"]
+    with pytest.raises(CheckpointError, match="seed 7 there, 8 here"):
+        train(tiny_data, tmp_path / "run", "--seed=8")
 
 
 def test_labels_are_learned(tiny_data, tmp_path):

@@ -49,15 +49,15 @@ def differing(one: Dict[str, np.ndarray], other: Dict[str, np.ndarray]) -> List[
 STOPS = (4, 10, 13)
 
 
-def check_resume(world: control.World, data_dir: str, folder: str) -> None:
+def check_resume(world: control.World, data_dir: str, folder: str, *more: str) -> None:
     """Stop and resume at each of STOPS; weights, velocity, statistics and losses equal the uninterrupted run's."""
-    whole = train(world, data_dir, f"{folder}/whole")
+    whole = train(world, data_dir, f"{folder}/whole", *more)
     assert whole["complete"] and whole["steps"] == 16
     for stop in STOPS:
         run_dir = f"{folder}/stop{stop}"
-        part = train(world, data_dir, run_dir, f"--max_steps={stop}")
+        part = train(world, data_dir, run_dir, *more, f"--max_steps={stop}")
         assert not part["complete"] and part["steps"] == stop
-        rest = train(world, data_dir, run_dir, "--resume=must")
+        rest = train(world, data_dir, run_dir, *more, "--resume=must")
         assert rest["complete"]
         world.barrier()
         assert not differing(final_state(run_dir), final_state(f"{folder}/whole")), stop

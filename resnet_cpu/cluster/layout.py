@@ -1,9 +1,10 @@
 """Where a rank's threads go; to be applied before TensorFlow is imported, since it reads its environment once."""
 
 import os
-from typing import Dict
+from typing import Dict, List, Optional
 
 _THREADS = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
+_INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what oneDNN chooses its kernels by
 
 
 def environment(threads: int) -> Dict[str, str]:
@@ -36,3 +37,26 @@ def apply(threads: int, cores: int) -> Dict[str, str]:
             os.environ[name] = value
         os.environ.setdefault(name, value)
     return {name: os.environ[name] for name in wanted}
+
+
+def instruction_sets(cpuinfo: str = "/proc/cpuinfo") -> List[str]:
+    """Return those of this processor that decide which kernels run, as the kernel names them."""
+    try:
+        with open(cpuinfo, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("flags"):
+                    present = set(line.split())
+                    return [name for name in _INSTRUCTION_SETS if name in present]
+    except OSError:
+        pass
+    return []
+
+
+def doubt_about(precision: str, present: List[str]) -> Optional[str]:
+    """Return a warning where `precision` is known not to pay on a processor with these instruction sets."""
+    if precision == "bfloat16" and "amx_bf16" not in present:
+        return (
+            "--precision=bfloat16: this processor has no AMX, where bfloat16 was slower than float32 (BUILD_NOTES.md); "
+            "compare the two with python -m resnet_cpu.benchmark"
+        )
+    return None

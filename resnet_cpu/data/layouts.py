@@ -37,6 +37,11 @@ class ShardedData:
     pixel_mean: Optional[Tuple[float, ...]]  # RGB, of pixels 0..255; None where nobody has measured it
     pixel_std: Optional[Tuple[float, ...]]
 
+    def close(self) -> None:
+        """Close the shards; nothing can be read afterwards."""
+        self.train.close()
+        self.validation.close()
+
 
 def describe(folder: str, dataset: str) -> Dict[str, Any]:
     """Return the description of `dataset` in `folder`; raise DataError that tells what was looked for."""
@@ -99,6 +104,7 @@ def verify(folder: str, dataset: str) -> Dict[str, int]:
     """Read every record of every split with its checksum; return the examples of each split."""
     own = os.path.exists(os.path.join(folder, shards.MANIFEST))
     description = shards.read_manifest(folder) if own else describe(folder, dataset)
+    make_indexes(description, folder)
     folder = description.get("folder", folder)
     counts = {}
     for name in description["splits"]:

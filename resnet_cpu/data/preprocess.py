@@ -9,8 +9,6 @@ from typing import Any, Optional, Tuple
 import numpy as np
 import tensorflow as tf
 
-from resnet_cpu.errors import FlagError
-
 CROP_ATTEMPTS = 10
 DRAWS = 5 * CROP_ATTEMPTS + 1  # (area, aspect, y, x, swap) of each attempt, and the flip
 _GRID = 0.001  # on which the authors' Caffe draws area and aspect
@@ -57,8 +55,7 @@ def make_view(
     if normalization == "auto":
         normalization = otherwise if pixel_mean is None else "dataset"
     if normalization == "dataset":
-        if pixel_mean is None or pixel_std is None:
-            raise FlagError("--normalization=dataset: nobody measured this data set's pixels; use authors, torch or tf")
+        assert pixel_mean is not None and pixel_std is not None  # `training.job` refuses it early
         flavour = pixel_mean, pixel_std, False
     else:
         flavour = _FLAVOURS[normalization]
@@ -85,7 +82,7 @@ def training_image(encoded: tf.Tensor, draws: tf.Tensor, augment: str, view: Vie
     image = source.window(window)
     if augment == "light" and view.eval_crop >= 1:
         image = _shift(image, draws, view)
-    image = _normalize(image, view)
+    image = normalize(image, view)
     return tf.cond(draws[-1] < 0.5, lambda: tf.reverse(image, [1]), lambda: image)
 
 
@@ -98,7 +95,7 @@ def evaluation_image(encoded: tf.Tensor, view: View) -> tf.Tensor:
         sides = tf.stack([side, side])
     else:
         sides = tf.fill([2], tf.reduce_min(shape))
-    return _normalize(source.window(tf.concat([(shape - sides) // 2, sides], 0)), view)
+    return normalize(source.window(tf.concat([(shape - sides) // 2, sides], 0)), view)
 
 
 def _area_window(shape: tf.Tensor, draws: tf.Tensor, view: View) -> tf.Tensor:
@@ -183,14 +180,14 @@ class _Source:
         return tf.ensure_shape(image, [size, size, 3])
 
 
-def _normalize(image: tf.Tensor, view: View) -> tf.Tensor:
-    """Return float32 [size, size, 3], channels in the order of the network, less mean, over scale.
+def normalize(images: tf.Tensor, view: View) -> tf.Tensor:
+    """Return images, float32 [..., size, size, 3] RGB 0..255, in the network's channel order, less mean, over scale.
 
     A product with a 3x3 matrix orders and scales channels in one pass, and what is subtracted has the image's shape:
     together a third of the time of reversing channels and broadcasting three numbers over the last dimension.
     """
     size, scale = view.image_size, np.array(view.scale)
     order = np.eye(3)[::-1] if view.bgr else np.eye(3)
-    ordered = tf.matmul(tf.reshape(image, [-1, 3]), tf.constant(order / scale, tf.float32))
-    offset = np.broadcast_to((np.array(view.mean) / scale).astype(np.float32), [size * size, 3])
-    return tf.reshape(ordered - tf.constant(offset), [size, size, 3])
+    ordered = tf.matmul(tf.reshape(images, [-1, 3]), tf.constant(order / scale, tf.float32))
+    offset = np.broadcast_to((np.array(view.mean) / scale).astype(np.float32), [size, size, 3])
+    return tf.reshape(ordered, tf.shape(images)) - tf.constant(offset)

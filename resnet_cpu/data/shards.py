@@ -1,13 +1,16 @@
 """TFRecord shards read at random: index, checksums, manifest.
 
 A TFRecord is `length (uint64 LE), masked CRC32C of it, payload, masked CRC32C of that`. The index beside each shard
-holds where every payload starts and how long it is, so any record is one `pread` away.
+holds where every payload starts, so any record is one `pread` away. It is mapped, not read: the ranks of a host share
+its pages, and a rank's own memory does not grow with the data set.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
+import resource
 import struct
 from typing import Dict, Iterator, List, Tuple
 
@@ -39,20 +42,22 @@ def shard_name(split: str, shard: int, shards: int) -> str:
 
 def index_path(path: str) -> str:
     """Return where the index of the shard at `path` lies."""
-    return path + ".index.npz"
+    return path + ".index.npy"
 
 
-def scan(path: str) -> Tuple[np.ndarray, np.ndarray]:
-    """Walk the record headers of a shard; return (payload offsets, payload lengths), int64 [records] each."""
-    offsets: List[int] = []
-    lengths: List[int] = []
+def scan(path: str) -> np.ndarray:
+    """Walk the record headers of a shard; return its index, int64 [records + 1].
+
+    Entry i is the offset of record i's payload; the last is where the payload of one record more would start.
+    """
+    starts: List[int] = []
     size = os.path.getsize(path)
     position = 0
     with open(path, "rb") as shard:
         while position < size:
             shard.seek(position)
             header = shard.read(_HEADER.size)
-            record = len(offsets)
+            record = len(starts)
             if len(header) < _HEADER.size:
                 raise DataError(f"{path}: record {record}: cut off in its header; copy or prepare the shard again")
             length, crc = _HEADER.unpack(header)
@@ -61,47 +66,52 @@ def scan(path: str) -> Tuple[np.ndarray, np.ndarray]:
             end = position + _HEADER.size + length + _FOOTER.size
             if end > size:
                 raise DataError(f"{path}: record {record}: cut off, {end - size} bytes missing; copy the shard again")
-            offsets.append(position + _HEADER.size)
-            lengths.append(length)
+            starts.append(position + _HEADER.size)
             position = end
-    return np.array(offsets, np.int64), np.array(lengths, np.int64)
+    return np.array([*starts, size + _HEADER.size], np.int64)
 
 
 def write_index(path: str) -> int:
     """Scan the shard at `path`, put its index beside it atomically and return its number of records."""
-    offsets, lengths = scan(path)
+    starts = scan(path)
     buffer = io.BytesIO()
-    np.savez(buffer, offsets=offsets, lengths=lengths, bytes=np.int64(os.path.getsize(path)))
+    np.save(buffer, starts)
     write_atomically(index_path(path), buffer.getvalue())
-    return len(offsets)
+    return len(starts) - 1
 
 
-def read_index(path: str) -> Tuple[np.ndarray, np.ndarray]:
-    """Return (payload offsets, payload lengths) of the shard at `path`, from its index if there is one."""
+def read_index(path: str) -> np.ndarray:
+    """Return the index of the shard at `path` as `scan` gives it, mapped from its file if there is one."""
     try:
-        with np.load(index_path(path), allow_pickle=False) as index:
-            offsets, lengths, indexed = index["offsets"], index["lengths"], int(index["bytes"])
+        starts = np.asarray(np.load(index_path(path), mmap_mode="r", allow_pickle=False))
+        if starts.ndim != 1 or starts.dtype != np.int64 or not len(starts):
+            raise ValueError(f"{starts.dtype} {starts.shape}")
     except FileNotFoundError:
         return scan(path)  # of a folder that cannot be written, else `layouts.make_indexes` has made one
-    except Exception as error:  # a damaged zip raises many kinds
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{index_path(path)}: unreadable index ({error}); remove it and prepare again") from None
-    size = os.path.getsize(path)
+    size, indexed = os.path.getsize(path), int(starts[-1]) - _HEADER.size
     if size != indexed:
         raise DataError(
-            f"{path}: {size} bytes, but its index was made for {indexed} ({len(offsets)} records): truncated or "
+            f"{path}: {size} bytes, but its index was made for {indexed} ({len(starts) - 1} records): truncated or "
             "replaced; copy or prepare the shard again"
         )
-    return offsets, lengths
+    return starts
 
 
 def write_atomically(path: str, content: bytes) -> None:
     """Write a file that is either absent, old or complete, also after a power loss."""
     temporary = f"{path}.tmp{os.getpid()}"
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 def write_split(folder: str, split: str, examples: Iterator[bytes], count: int, shards: int) -> List[Dict]:
@@ -156,8 +166,7 @@ class Split:
 
     paths: Tuple[str, ...]
     first: np.ndarray  # id of the first example of each shard, and one past the last
-    offsets: np.ndarray  # of each example's payload in its shard
-    lengths: np.ndarray
+    starts: Tuple[np.ndarray, ...]  # index of each shard
     descriptors: Tuple[int, ...]
 
     @property
@@ -173,12 +182,11 @@ class Split:
         """Return the payloads of the examples `ids`, their checksums verified; one call a batch."""
         shards = np.searchsorted(self.first, ids, side="right") - 1
         payloads = []
-        for example, shard, offset, length in zip(
-            ids, shards.tolist(), self.offsets[ids].tolist(), self.lengths[ids].tolist()
-        ):
-            record = os.pread(self.descriptors[shard], _HEADER.size + length + _FOOTER.size, offset - _HEADER.size)
+        for example, shard, within in zip(ids, shards.tolist(), (ids - self.first[shards]).tolist()):
+            start, following = self.starts[shard][within : within + 2].tolist()
+            record = os.pread(self.descriptors[shard], following - start, start - _HEADER.size)
             payload = record[_HEADER.size : -_FOOTER.size]
-            if frame_around(payload) != (record[: _HEADER.size], record[-_FOOTER.size :]) or len(payload) != length:
+            if frame_around(payload) != (record[: _HEADER.size], record[-_FOOTER.size :]):
                 path, number = self.locate(example)
                 raise DataError(f"{path}: record {number}: checksum does not match; copy or prepare the shard again")
             payloads.append(payload)
@@ -192,28 +200,41 @@ class Split:
 def open_split(folder: str, manifest: Dict, split: str) -> Split:
     """Open the shards of `split`, checking sizes and counts against manifest and indexes (no payload is read)."""
     rows = manifest["splits"].get(split, [])
-    paths, counts, offsets, lengths = [], [0], [], []
+    _allow_open_files(2 * len(rows))  # a mapped file keeps its descriptor, too
+    paths, counts, starts = [], [0], []
     for row in rows:
         path = os.path.join(folder, row["name"])
         if not os.path.exists(path):
             raise DataError(f"{path}: shard missing, the manifest lists it; copy or prepare the data set again")
-        shard_offsets, shard_lengths = read_index(path)
-        size = os.path.getsize(path)
-        if (len(shard_offsets), size) != (row.get("examples", len(shard_offsets)), row.get("bytes", size)):
+        index = read_index(path)
+        records, size = len(index) - 1, os.path.getsize(path)
+        if (records, size) != (row.get("examples", records), row.get("bytes", size)):
             raise DataError(
-                f"{path}: {len(shard_offsets)} records in {size} bytes, the data set's description says "
+                f"{path}: {records} records in {size} bytes, the data set's description says "
                 f"{row.get('examples')} in {row.get('bytes', size)}; copy or prepare the shard again"
             )
         paths.append(path)
-        counts.append(len(shard_offsets))
-        offsets.append(shard_offsets)
-        lengths.append(shard_lengths)
+        counts.append(records)
+        starts.append(index)
     if not sum(counts):
         raise DataError(f"{folder}: no examples in split '{split}'; prepare the data set again")
     return Split(
         tuple(paths),
         np.cumsum(counts),
-        np.concatenate(offsets),
-        np.concatenate(lengths),
+        tuple(starts),
         tuple(os.open(path, os.O_RDONLY) for path in paths),
     )
+
+
+def _allow_open_files(more: int) -> None:
+    """Raise this process's soft limit of open files so that `more` fit; raise DataError where the hard limit is lower.
+
+    The usual soft limit is 1,024, and ImageNet in its usual layout has 1,152 shards.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = len(os.listdir("/proc/self/fd")) + more + 256  # TensorFlow and MPI open theirs later
+    if soft == resource.RLIM_INFINITY or wanted <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise DataError(f"the shards need {wanted} open files, the limit is {hard}; raise it (ulimit -Hn)")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

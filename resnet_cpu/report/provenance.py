@@ -8,7 +8,7 @@ import resource
 import socket
 import sys
 from importlib import metadata
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import psutil
 
@@ -21,11 +21,12 @@ def of_job() -> Dict[str, Any]:
     return {"versions": versions(), "python": sys.version.split()[0], "code": code_digest(), "git": git_id()}
 
 
-def of_rank(threads: Dict[str, str]) -> Dict[str, Any]:
-    """Return where this rank sits; `threads` is the environment that the layout set."""
+def of_rank(threads: Dict[str, str], instruction_sets: List[str]) -> Dict[str, Any]:
+    """Return where this rank sits; `threads` is the environment that the layout set, the others what it found."""
     return {
         "host": socket.gethostname(),
         "cpu": cpu_name(),
+        "instruction_sets": instruction_sets,
         "cores": sorted(os.sched_getaffinity(0)),
         "host_cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),

@@ -7,9 +7,9 @@ import dataclasses
 import hashlib
 import os
 import sys
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
-from resnet_cpu.cluster import control
+from resnet_cpu.cluster import control, layout
 from resnet_cpu.cluster.control import World
 from resnet_cpu.data import layouts
 from resnet_cpu.data.datasets import DATASETS
@@ -38,7 +38,7 @@ class Job:
     run_dir: str
     folder: Optional[RunFolder]  # on rank 0
     resume_from: Optional[str]  # checkpoint folder
-    init_from: Optional[Dict[str, str]]  # path of weights and SHA-256 of them
+    init_from: Optional[Dict[str, str]]  # path as given, file that it named, its SHA-256
     attempt: int
     finished: Optional[Dict[str, Any]]  # the result, where nothing is left to do
     clock: Stopwatch  # runs since this attempt was opened
@@ -64,7 +64,13 @@ def open_data(settings: Settings, world: World) -> Optional[layouts.ShardedData]
 
     def check() -> None:
         layouts.make_indexes(layouts.describe(folder, dataset), folder)
-        found = layouts.open_data(folder, dataset).num_classes
+        opened = layouts.open_data(folder, dataset)
+        opened.close()
+        if settings.data.normalization == "dataset" and opened.pixel_mean is None:
+            raise FlagError(
+                "--normalization=dataset: nobody measured the pixels of this data set; use authors, torch or tf"
+            )
+        found = opened.num_classes
         if found > settings.model.num_classes:
             raise DataError(
                 f"--data_dir={folder}: has {found} classes, the model only {settings.model.num_classes}; "
@@ -103,7 +109,7 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
                 "lower --batch_size or use fewer ranks"
             )
         _refuse_what_is_only_planned(settings, planned.phases)
-    signature = _signature(settings, planned, train_examples)
+    signature = _signature(settings, planned, train_examples, data)
     run_dir = os.path.abspath(settings.run.run_dir)
     folder: Optional[RunFolder] = None
 
@@ -114,9 +120,11 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
         has_run = record is not None or bool(checkpoint.steps(run_dir))
         if settings.run.resume == "never" and has_run:
             raise RunFolderError(f"--run_dir={run_dir}: holds a run already; choose another, or --resume=auto to go on")
-        init_from = _init_from(settings, record)
+        # A run that never finished a step binds nobody: its flags may have been what was wrong.
+        begun = has_run and (checkpoint.steps(run_dir) or os.path.exists(os.path.join(run_dir, "metrics.jsonl")))
+        init_from = _init_from(settings, record if begun else None)
         signature["init_from"] = init_from and init_from["sha256"]
-        if record is not None:
+        if record is not None and begun:
             checkpoint.check_signature(run_dir, record["signature"], signature)
         if result is not None and result.get("complete"):
             return {"finished": result}
@@ -137,10 +145,16 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
             folder.close()
             raise
         attempt = (record or {}).get("attempt", 0) + 1
-        return {"finished": None, "resume_from": resume_from, "init_from": init_from, "attempt": attempt}
+        return {
+            "finished": None,
+            "resume_from": resume_from,
+            "init_from": init_from,
+            "attempt": attempt,
+            "earlier_attempts": [*record.get("earlier_attempts", []), _in_short(record)] if record else [],
+        }
 
     agreed = world.on_rank0(hold)
-    rows = world.gather(provenance.of_rank(threads))
+    rows = world.gather(provenance.of_rank(threads, layout.instruction_sets()))
     if folder is not None and agreed["finished"] is None:
         folder.write_text("resolved.flags", settings.resolved_flags)
         folder.write_json(
@@ -152,6 +166,7 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
                 "ranks": world.size,
                 "per_rank": rows,
                 "init_from": agreed["init_from"],
+                "earlier_attempts": agreed["earlier_attempts"],
                 "signature": signature,
             },
         )
@@ -183,7 +198,17 @@ def _init_from(settings: Settings, record: Optional[Dict[str, Any]]) -> Optional
     recorded = (record or {}).get("init_from")
     if recorded and recorded["path"] == path:
         return recorded
-    return {"path": path, "sha256": checkpoint.digest(checkpoint.find_weights(path))}
+    file = checkpoint.find_weights(path)
+    return {"path": path, "file": file, "sha256": checkpoint.digest(file)}
+
+
+def _in_short(record: Dict[str, Any]) -> Dict[str, Any]:
+    """Return what of an attempt's run.json tells whether its bits can be compared with those of another."""
+    return {
+        **{key: record[key] for key in ("attempt", "ranks", "versions", "code")},
+        "cpus": sorted({row["cpu"] for row in record["per_rank"]}),
+        "environment": record["per_rank"][0]["environment"],
+    }
 
 
 def _resume_from(settings: Settings, run_dir: str, signature: Dict[str, Any]) -> Tuple[Optional[str], int]:
@@ -196,10 +221,15 @@ def _resume_from(settings: Settings, run_dir: str, signature: Dict[str, Any]) ->
     return path, manifest["step"]
 
 
-def find_checkpoint(settings: Settings, world: World, path: Optional[str]) -> Tuple[str, int]:
-    """Return (folder, step) of the checkpoint `path`, or of the run's newest; it must hold the model of the flags."""
+def find_checkpoint(
+    settings: Settings, world: World, data: layouts.ShardedData, path: Optional[str]
+) -> Tuple[str, int, layouts.ShardedData]:
+    """Return (folder, step) of the checkpoint `path`, or of the run's newest; it must hold the model of the flags.
 
-    def find() -> Tuple[str, int]:
+    Returns `data` as well, with the pixel mean and deviation that the network was trained with, whatever set it is.
+    """
+
+    def find() -> List[Any]:
         if path:
             found = (os.path.abspath(path), checkpoint.read_manifest(path))
         else:
@@ -207,11 +237,17 @@ def find_checkpoint(settings: Settings, world: World, path: Optional[str]) -> Tu
             if newest is None:
                 raise CheckpointError(f"--run_dir={settings.run.run_dir}: no checkpoint in it yet; train first")
             found = newest
-        checkpoint.check_signature(found[0], found[1]["signature"]["model"], dataclasses.asdict(settings.model))
-        return found[0], found[1]["step"]
+        signature = found[1]["signature"]
+        # Weights are float32 in either precision, so a run may be scored in the other.
+        model = {**dataclasses.asdict(settings.model), "precision": signature["model"]["precision"]}
+        checkpoint.check_signature(found[0], signature["model"], model)
+        return [found[0], found[1]["step"], signature["data"]["pixels"]]
 
-    folder, step = world.on_rank0(find)
-    return folder, step
+    folder, step, pixels = world.on_rank0(find)
+    if settings.data.normalization in ("auto", "dataset"):
+        mean, deviation = (tuple(pixels[key]) if pixels else None for key in ("mean", "std"))
+        data = dataclasses.replace(data, pixel_mean=mean, pixel_std=deviation)
+    return folder, step, data
 
 
 def _refuse_what_is_only_planned(settings: Settings, planned: Tuple[Phase, ...]) -> None:
@@ -228,9 +264,14 @@ def _refuse_what_is_only_planned(settings: Settings, planned: Tuple[Phase, ...])
             )
 
 
-def _signature(settings: Settings, planned: Plan, train_examples: int) -> Dict[str, Any]:
+def _signature(
+    settings: Settings, planned: Plan, train_examples: int, opened: Optional[layouts.ShardedData]
+) -> Dict[str, Any]:
     """Return all that decides what is computed; two runs of equal signature train the same model."""
     data = settings.data
+    pixels = None
+    if opened is not None and opened.pixel_mean and opened.pixel_std and data.normalization in ("auto", "dataset"):
+        pixels = {"mean": list(opened.pixel_mean), "std": list(opened.pixel_std)}
     return {
         "model": dataclasses.asdict(settings.model),
         "data": {
@@ -238,6 +279,7 @@ def _signature(settings: Settings, planned: Plan, train_examples: int) -> Dict[s
             "train_examples": train_examples,
             "resize": data.resize,
             "normalization": data.normalization,
+            "pixels": pixels,
             "eval_crop": data.eval_crop,
             "crop": [data.crop, *data.crop_area, *data.crop_aspect],
             "order_block": data.order_block,

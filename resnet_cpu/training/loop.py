@@ -8,9 +8,9 @@ from typing import Any, Dict, Optional
 import numpy as np
 import tensorflow as tf
 
-from resnet_cpu.cluster import guard, horovod
+from resnet_cpu.cluster import guard, horovod, layout
 from resnet_cpu.data import pipeline
-from resnet_cpu.errors import NotFinite, StopRequested
+from resnet_cpu.errors import CheckpointError, NotFinite, StopRequested
 from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.phases import Phase
 from resnet_cpu.report import plots, profile, provenance
@@ -49,6 +49,7 @@ class _Training:
         self.evaluate_step = evaluation.make_evaluate_step(self.model)
         self.timed_steps, self.timed_s = 0, 0.0
         self.profiled_from: Optional[int] = None
+        self.profiled = False
         self.seconds_to_top1: Dict[str, float] = {}
         self.score: Optional[evaluation.Score] = None
         self.ranks_before = job.world.size
@@ -86,7 +87,12 @@ class _Training:
         """Start from the weights of `--init_from`; leave a report of every name, and tell it in short."""
         job = self.job
         assert job.init_from is not None and job.folder is not None
-        taken, left, lines = state.take_over(self.model, job.init_from["path"])
+        if checkpoint.digest(job.init_from["file"]) != job.init_from["sha256"]:
+            raise CheckpointError(
+                f"--init_from={job.init_from['path']}: {job.init_from['file']} is not what this run began with; choose "
+                "another --run_dir"
+            )
+        taken, left, lines = state.take_over(self.model, job.init_from["file"])
         job.folder.write_text("init_from.txt", "\n".join(lines) + "\n")
         print(
             f"--init_from={job.init_from['path']}: {taken} arrays taken"
@@ -107,6 +113,9 @@ class _Training:
             f"{job.world.size} ranks x {job.batch_size} images, {job.world.cores} cores each; "
             f"{job.total_steps} steps = {self._epoch(job.total_steps):.2f} epochs; results in {job.run_dir}"
         )
+        doubt = layout.doubt_about(job.settings.model.precision, layout.instruction_sets())
+        if doubt is not None:
+            self.progress.say(doubt)
         if self.last < job.total_steps:
             self.progress.say(f"stops after step {self.last} (--max_steps), evaluates and saves")
         if self.state.step:
@@ -158,7 +167,7 @@ class _Training:
         )
         window = _Window()
         for step in range(begin, end):
-            self._profile(step, begin, end)
+            self._start_profile(step, end)
             rate = schedule.learning_rate(phase, step - first_of_phase)
             started = time.perf_counter()
             _, images, labels = next(batches)
@@ -166,6 +175,7 @@ class _Training:
             stop = tf.constant(float(guard.stop_requested()))
             loss, stopping, update_s = self.train_step(images, labels, tf.constant(rate), stop)
             taken = time.perf_counter() - started
+            self._end_profile(step, end)
             self.state.step = step + 1
             self.watchdog.beat()
             if not np.isfinite(loss):
@@ -191,29 +201,38 @@ class _Training:
                     "to go on",
                     collective=True,
                 )
-        self._end_profile(end)
 
-    def _profile(self, step: int, begin: int, end: int) -> None:
-        """Start or end the recording of `--profile_steps` on rank 0, as far as the phase has these steps."""
+    def _start_profile(self, step: int, end: int) -> None:
+        """Start to record at the first of `--profile_steps` that is done, on rank 0."""
         wanted, folder = self.run_settings.profile_steps, self.job.folder
-        if wanted is None or folder is None:
+        if wanted is None or folder is None or self.profiled_from is not None or not wanted[0] <= step <= wanted[1]:
             return
-        first, last = max(wanted[0], begin), min(wanted[1], end - 1)
-        if step == first and first <= last:
+        try:
             profile.start(folder.file("tensorboard"))
             self.profiled_from = step
-        if self.profiled_from is not None and step == last + 1:
-            self._end_profile(step)
+        except Exception as error:  # a profile never ends a run
+            print(f"profile: not started ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
 
-    def _end_profile(self, step: int) -> None:
-        folder = self.job.folder
-        if folder is None or self.profiled_from is None:
+    def _end_profile(self, step: int, end: int) -> None:
+        """End the recording after its last step, or where the phase ends: the next one has another graph."""
+        wanted, folder = self.run_settings.profile_steps, self.job.folder
+        if wanted is None or folder is None or self.profiled_from is None or self.profiled:
             return
-        rows = profile.stop(folder.file("tensorboard"), step - self.profiled_from)
-        self.profiled_from = None
-        profile.write(folder.file("profile.csv"), rows)
-        most = ", ".join(f"{kind} {milliseconds:.1f} ms" for kind, _, milliseconds in rows[:5])
-        print(f"profile: a step's longest operations: {most}; all in profile.csv", file=sys.stderr, flush=True)
+        if step < min(wanted[1], end - 1):
+            return
+        self.profiled = True
+        try:
+            rows = profile.stop(folder.file("tensorboard"), step + 1 - self.profiled_from)
+            profile.write(folder.file("profile.csv"), rows)
+            most = ", ".join(f"{kind} {milliseconds:.1f} ms" for kind, _, milliseconds in rows[:5])
+            print(
+                f"profile: steps {self.profiled_from} to {step}, the longest operations of a step: {most}; all in "
+                f"{folder.file('profile.csv')}",
+                file=sys.stderr,
+                flush=True,
+            )
+        except Exception as error:
+            print(f"profile: not written ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
 
     def _after_step(self, step: int, end_of_phase: bool) -> None:
         """Evaluate and save where the agreed steps fall."""
@@ -344,6 +363,8 @@ class _Training:
 
     def _say_result(self, result: Dict[str, Any]) -> None:
         assert self.progress is not None
+        if self.run_settings.profile_steps is not None and not self.profiled:
+            self.progress.say("profile: none of --profile_steps was done to its end in this attempt; nothing recorded")
         if result["complete"]:
             self.progress.say(f"done: result in {self.job.run_dir}/result.json, curves in {self.job.run_dir}/plots")
         else:

@@ -80,9 +80,9 @@ def take_over(model: tf.keras.Model, path: str) -> Tuple[int, List[str], List[st
             continue
         found = "not there" if there is None else f"{there} there"
         lines.append(f"left    {name} {here} here, {found}")
-        (left if name.startswith("logits/") else unfit).append(f"{name} ({here} here, {found})")
+        (left if _of_classifier(name) else unfit).append(f"{name} ({here} here, {found})")
     names = {variable.name for variable in model.variables}
-    lines += [f"unused  {name} {arrays[name].shape}" for name in arrays if name not in names]
+    unfit += [f"{name} (not here)" for name in arrays if name not in names and not _of_classifier(name)]
     if unfit:
         more = f" and {len(unfit) - 4} more" if len(unfit) > 4 else ""
         raise CheckpointError(
@@ -92,3 +92,7 @@ def take_over(model: tf.keras.Model, path: str) -> Tuple[int, List[str], List[st
     for name, variable in taken.items():
         variable.assign(arrays[name])
     return len(taken), left, lines
+
+
+def _of_classifier(name: str) -> bool:
+    return name.startswith("logits/")

@@ -14,7 +14,7 @@ from resnet_cpu.data.layouts import ShardedData
 from resnet_cpu.errors import FlagError
 from resnet_cpu.recipe import batch_rule
 from resnet_cpu.settings import Settings
-from resnet_cpu.training import evaluation
+from resnet_cpu.training import evaluation, job
 from resnet_cpu.training.batches import training_batches
 from resnet_cpu.training.state import build_model
 from resnet_cpu.training.step import make_knobs, make_optimizer, make_train_step
@@ -124,7 +124,7 @@ def _reading(
         settings,
         world,
         data,
-        examples=settings.data.train_examples or data.train.examples,
+        examples=job.examples(settings, data)[0],
         batch_size=batch_size,
         first_step=0,
         last_step=steps,

@@ -162,3 +162,15 @@ def test_two_ranks_run_like_one_up_to_rounding_of_batch_norm(sessions, data_sets
     two, one = runs.losses(str(folder / "run")), runs.losses(str(tmp_path / "run"))
     assert [(step, rate) for step, _, rate in two] == [(step, rate) for step, _, rate in one]
     assert two[0][1] == pytest.approx(one[0][1], rel=0.05)  # first step: batch norm over 6 images each, not 12
+
+
+def test_rank_0_takes_weights_profiles_and_exports_while_the_others_wait(sessions):
+    folder = sessions(2)
+    case = found(folder, "what_rank_0_does_alone")
+    assert case["result"]["complete"] and case["step"] == 11
+    assert case["scores"]["examples"] == 21 and case["scores"]["top1"] == pytest.approx(case["result"]["top1"], abs=0.1)
+    assert (folder / "alone" / "init_from.txt").read_text().startswith("taken   conv1_conv/kernel:0")
+    assert (folder / "alone" / "profile.csv").read_text().startswith("operation,calls_per_step,ms_per_step")
+    with np.load(folder / "alone.npz") as exported:
+        assert "logits/kernel:0" in exported.files
+    assert "is there already" in case["told"][0] and case["told"][1]

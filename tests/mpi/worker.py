@@ -28,7 +28,7 @@ from resnet_cpu.data import layouts  # noqa: E402
 from resnet_cpu.errors import UserError  # noqa: E402
 from resnet_cpu.model.resnet import resnet  # noqa: E402
 from resnet_cpu.recipe.batch_rule import resolve_batch  # noqa: E402
-from resnet_cpu.training import evaluation, loop  # noqa: E402
+from resnet_cpu.training import evaluation, job, loop  # noqa: E402
 from resnet_cpu.training.state import build_model  # noqa: E402
 
 OUT, DATA = sys.argv[1:3]
@@ -149,9 +149,33 @@ def case_run_state():
     write("run_state", {"batch": result})
 
 
+def case_what_rank_0_does_alone():
+    """Weights taken over, a profile, an export, in bfloat16: the other ranks wait where rank 0 works."""
+    more = [f"--init_from={OUT}/run", "--profile_steps=1,2", "--precision=bfloat16", "--phase=tail:steps=1,lr=0.01"]
+    result = runs.train(world, f"{DATA}/train", f"{OUT}/alone", *more)
+    settings = flags.parse([*runs.TINY_FLAGS, f"--run_dir={OUT}/alone"])
+    data = layouts.open_data(f"{DATA}/train", "digits")
+    path, step, data = job.find_checkpoint(settings, world, data, None)
+    scores = evaluation.evaluate_checkpoint(settings, world, data, path, f"{OUT}/alone.npz")
+    told = None
+    try:
+        evaluation.evaluate_checkpoint(settings, world, data, path, f"{OUT}/alone.npz")
+    except UserError as error:
+        told = [str(error), error.collective]
+    write("what_rank_0_does_alone", {"result": result, "scores": scores, "step": step, "told": told})
+
+
 ALL = ["control_plane", "allreduce", "equality", "evaluation"]
 CASES = {
-    2: [*ALL, "without_averaging", "broadcast", "run_without_broadcast", "run_state", "resume"],
+    2: [
+        *ALL,
+        "without_averaging",
+        "broadcast",
+        "run_without_broadcast",
+        "run_state",
+        "resume",
+        "what_rank_0_does_alone",
+    ],
     3: ALL,
     4: ["allreduce", "equality"],
 }

@@ -1,0 +1,130 @@
+"""`--init_from`: weights by name from a run, a checkpoint or an export; what is left, what is refused."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import whole_runs as runs
+from conftest import TINY_FLAGS
+
+from resnet_cpu import flags
+from resnet_cpu.cluster import control
+from resnet_cpu.errors import CheckpointError
+from resnet_cpu.training import checkpoint, state
+
+ALONE = control.World(1, 0)
+SHORT = ["--phase=main:steps=2,lr=0.05", "--phase=tail:steps=1,lr=0.01"]
+
+
+@pytest.fixture(scope="module")
+def source(tiny_data, tmp_path_factory):
+    """The folder of a finished run, not to be changed."""
+    folder = str(tmp_path_factory.mktemp("source") / "run")
+    runs.train(ALONE, tiny_data, folder, *SHORT)
+    return folder
+
+
+def model(*more):
+    return state.build_model(flags.parse([*TINY_FLAGS, "--seed=5", *more]))
+
+
+def test_every_array_is_taken_by_name(source):
+    fresh = model()
+    taken, left, lines = state.take_over(fresh, source)
+    arrays = checkpoint.load(checkpoint.folder(source, 3), "weights")
+    assert taken == len(fresh.variables) == len(arrays) == len(lines) and not left
+    assert all(line.startswith("taken   ") for line in lines)
+    for variable in fresh.variables:
+        np.testing.assert_array_equal(variable.numpy(), arrays[variable.name])
+
+
+def test_a_folder_of_a_run_a_checkpoint_and_a_file_name_the_same_weights(source, tmp_path):
+    exported = str(tmp_path / "mine.npz")
+    checkpoint.write_weights(exported, checkpoint.read_weights(source))
+    for path in (source, checkpoint.folder(source, 3), exported, f"{checkpoint.folder(source, 3)}/weights.npz"):
+        arrays = checkpoint.read_weights(path)
+        assert not runs.differing(arrays, checkpoint.read_weights(source))
+
+
+def test_a_classifier_for_other_classes_is_left_and_said(source):
+    fresh = model("--num_classes=12")
+    before = fresh.get_layer("logits").get_weights()
+    taken, left, lines = state.take_over(fresh, source)
+    assert taken == len(fresh.variables) - 2
+    assert left == ["logits/kernel:0 ((32, 12) here, (32, 10) there)", "logits/bias:0 ((12,) here, (10,) there)"]
+    assert "left    logits/bias:0 (12,) here, (10,) there" in lines
+    for old, new in zip(before, fresh.get_layer("logits").get_weights()):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("flag, part", [("--width=0.125", "conv1_conv/kernel:0"), ("--model=resnet50", "not there")])
+def test_another_network_is_refused_and_nothing_taken(source, flag, part):
+    fresh = model(flag)
+    before = [variable.numpy() for variable in fresh.variables]
+    with pytest.raises(CheckpointError, match="belongs to another network") as caught:
+        state.take_over(fresh, source)
+    assert part in str(caught.value)
+    for old, variable in zip(before, fresh.variables):
+        np.testing.assert_array_equal(old, variable.numpy())
+
+
+def test_weights_of_a_deeper_network_are_refused(source, tmp_path):
+    """Every name of ours is there, and so is one more: taken over, half of a network would be left behind."""
+    exported = str(tmp_path / "deeper.npz")
+    more = {"conv5_block3_1_conv/kernel:0": np.zeros([1, 1, 4, 4], np.float32)}
+    checkpoint.write_weights(exported, {**checkpoint.read_weights(source), **more})
+    with pytest.raises(CheckpointError, match=r"conv5_block3_1_conv/kernel:0 \(not here\)"):
+        state.take_over(model(), exported)
+
+
+def test_weights_that_changed_before_the_first_step_are_refused(tiny_data, source, tmp_path, monkeypatch):
+    exported = str(tmp_path / "mine.npz")
+    arrays = checkpoint.read_weights(source)
+    checkpoint.write_weights(exported, arrays)
+    original = runs.loop.run
+
+    def change_then_run(opened):
+        checkpoint.write_weights(exported, {name: array + 1 for name, array in arrays.items()})
+        return original(opened)
+
+    monkeypatch.setattr(runs.loop, "run", change_then_run)
+    with pytest.raises(CheckpointError, match="not what this run began with"):
+        runs.train(ALONE, tiny_data, str(tmp_path / "run"), *SHORT, f"--init_from={exported}")
+    monkeypatch.undo()  # nothing was trained, so the same folder may be used with what is there now
+    assert runs.train(ALONE, tiny_data, str(tmp_path / "run"), *SHORT, f"--init_from={exported}")["complete"]
+
+
+def test_what_holds_no_weights_is_told(tmp_path, source):
+    with pytest.raises(CheckpointError, match="no weights; name"):
+        checkpoint.read_weights(str(tmp_path))
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 no zip")
+    with pytest.raises(CheckpointError, match=r"broken\.npz: unreadable"):
+        checkpoint.read_weights(str(tmp_path / "broken.npz"))
+    damaged = tmp_path / "run"
+    shutil.copytree(source, damaged)
+    weights = pathlib.Path(checkpoint.folder(str(damaged), 3), "weights.npz")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.read_weights(checkpoint.folder(str(damaged), 3))
+
+
+def test_a_run_starts_from_them_and_goes_on_without_them(tiny_data, source, tmp_path, capsys):
+    """Step 0, weights alone: the first loss is that of the source's weights, and a resumed run is the same bits."""
+    origin, run, whole = (str(tmp_path / name) for name in ("origin", "run", "whole"))
+    shutil.copytree(source, origin)
+    for folder in (run, whole):
+        stop = ["--max_steps=1"] if folder == run else []
+        runs.train(ALONE, tiny_data, folder, *SHORT, f"--init_from={origin}", *stop)
+    assert "--init_from=" in capsys.readouterr().err
+    assert pathlib.Path(run, "init_from.txt").read_text().startswith("taken   conv1_conv/kernel:0")
+    untrained = str(tmp_path / "untrained")
+    runs.train(ALONE, tiny_data, untrained, *SHORT)
+    assert runs.losses(run)[0] == runs.losses(whole)[0] != runs.losses(untrained)[0]
+    shutil.rmtree(origin)
+    runs.train(ALONE, tiny_data, run, *SHORT, f"--init_from={origin}", "--resume=must")
+    assert not runs.differing(runs.final_state(run), runs.final_state(whole))
+    assert json.loads(pathlib.Path(run, "run.json").read_text())["init_from"]["path"] == origin
+    with pytest.raises(CheckpointError, match="init_from"):
+        runs.train(ALONE, tiny_data, run, *SHORT)
