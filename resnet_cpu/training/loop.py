@@ -366,7 +366,8 @@ class _Training:
         if self.run_settings.profile_steps is not None and not self.profiled:
             self.progress.say("profile: none of --profile_steps was done to its end in this attempt; nothing recorded")
         if result["complete"]:
-            self.progress.say(f"done: result in {self.job.run_dir}/result.json, curves in {self.job.run_dir}/plots")
+            curves = f", curves in {self.job.run_dir}/plots" if plots.available() else ""
+            self.progress.say(f"done: result in {self.job.run_dir}/result.json{curves}")
         else:
             self.progress.say(f"stopped after step {result['steps']} (--max_steps); a later call goes on from here")
 
