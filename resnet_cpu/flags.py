@@ -268,6 +268,8 @@ def parse_values(
     except flags.Error as error:
         told = " ".join(str(error).removeprefix("ERROR:: ").split())
         remedy = _COMMENT if " #" in told else "--help shows what is allowed"
+        if "Unable to open flagfile" in told:
+            remedy = "name a file that is there, as seen from the current folder"
         raise FlagError(f"{told}; {remedy}") from None
     if len(rest) > positional:
         raise FlagError(

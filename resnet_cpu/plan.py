@@ -28,6 +28,10 @@ def main(argv: List[str]) -> None:
         print(values.output)
     else:
         print("\n".join(table(planned, ranks, train_examples)))
+        if settings.run.max_steps:
+            print(f"note: --max_steps={settings.run.max_steps} stops it before; the table is the whole recipe")
+        if settings.system.ranks is None:
+            print("note: planned for one rank; --ranks=N plans for N")
 
 
 def _train_examples(settings: Settings) -> int:

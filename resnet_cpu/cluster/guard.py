@@ -69,7 +69,8 @@ def _tell(message: str) -> None:
     printable = "".join(
         c if c.isprintable() else repr(c)[1:-1] for c in message
     )  # no control characters of a file name
-    print(f"\nresnet_cpu{where}: {printable}", file=sys.stderr, flush=True)
+    start = "\n" if sys.stderr.isatty() else ""  # after a progress line that is rewritten in place
+    print(f"{start}resnet_cpu{where}: {printable}", file=sys.stderr, flush=True)
 
 
 def _mpi() -> Any:

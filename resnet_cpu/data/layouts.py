@@ -46,7 +46,7 @@ class ShardedData:
 def describe(folder: str, dataset: str) -> Dict[str, Any]:
     """Return the description of `dataset` in `folder`; raise DataError that tells what was looked for."""
     if not os.path.isdir(folder):
-        raise DataError(f"--data_dir={folder}: no such folder; make it with python -m resnet_cpu.prepare")
+        raise DataError(f"--data_dir={folder}: no such folder; {_how_to_get(dataset)}")
     if dataset.startswith(TFDS_PREFIX):
         return _describe_tfds(folder, dataset[len(TFDS_PREFIX) :])
     if dataset == "imagenet" and not os.path.exists(os.path.join(folder, shards.MANIFEST)):
@@ -63,6 +63,12 @@ def describe(folder: str, dataset: str) -> Dict[str, Any]:
     if stored != dataset:
         raise DataError(f"--data_dir={folder}: holds {stored}, not --dataset={dataset}; correct one of them")
     return manifest
+
+
+def _how_to_get(dataset: str) -> str:
+    if dataset == "imagenet" or dataset.startswith(TFDS_PREFIX):
+        return "name the folder that TF-slim or TFDS wrote"
+    return f"make it with python -m resnet_cpu.prepare {dataset} --data_dir=..."
 
 
 def make_indexes(description: Dict[str, Any], folder: str) -> None:

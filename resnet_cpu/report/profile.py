@@ -39,7 +39,7 @@ def stop(folder: str, steps: int) -> List[Row]:
             for event in line.events:
                 # Operations are named NAME:KIND; what has no kind is a span of the runtime's own.
                 name, separator, kind = plane.event_metadata[event.metadata_id].name.rpartition(":")
-                if separator and kind and kind not in _WRAPPERS and not kind.startswith("_Send"):
+                if separator and kind.strip() and kind not in _WRAPPERS and not kind.strip().startswith("__inference"):
                     calls[kind] += 1
                     picoseconds[kind] += event.duration_ps
     rows = [(kind, calls[kind] / steps, picoseconds[kind] / 1e9 / steps) for kind in calls]
@@ -49,6 +49,6 @@ def stop(folder: str, steps: int) -> List[Row]:
 def write(path: str, rows: List[Row]) -> None:
     """Write the rows as CSV with a header."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["operation", "calls_per_step", "ms_per_step"])
         writer.writerows([kind, f"{count:g}", f"{milliseconds:.3f}"] for kind, count, milliseconds in rows)

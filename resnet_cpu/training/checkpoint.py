@@ -216,7 +216,8 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str =
 
 def check_signature(path: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raise CheckpointError that tells the differences, if a checkpoint or run belongs to another recipe or model."""
-    found = differences(there, here)
+    # What a phase comes to follows from other flags: those first.
+    found = sorted(differences(there, here), key=lambda text: text.startswith("phases."))
     if found:
         more = f" and {len(found) - 6} more" if len(found) > 6 else ""
         raise CheckpointError(
