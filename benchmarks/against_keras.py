@@ -6,7 +6,6 @@ ResNet-50 at 224x224, synthetic images, batch 32 per rank and for Keras. Keras r
 installed, with the allocator that launch/local.sh preloads as well, and without the extension.
 """
 
-import argparse
 import pathlib
 import sys
 import sysconfig
@@ -31,11 +30,9 @@ def without_extension(folder: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = paired.parser(__doc__)
     parser.add_argument("--steps", type=int, default=6, help="timed, after one that is not")
     parser.add_argument("--sides", help="only these, separated by commas")
-    parser.add_argument("--out", help="CSV of the rounds")
     arguments = parser.parse_args()
     ours = [
         sys.executable, "-m", "resnet_cpu.benchmark", "--dataset=synthetic", "--batch_size=32", "--warmup_steps=1",
@@ -58,12 +55,8 @@ def main() -> None:
             "keras_stock_tensorflow": lambda: benchmark([base_python, *fit], **stock),
         }
         chosen = arguments.sides.split(",") if arguments.sides else list(sides)
-        rows = paired.in_turns({name: sides[name] for name in chosen}, arguments.rounds)
-    for base in (name for name in chosen if name.startswith("keras")):
-        for side in (name for name in chosen if name.startswith("ours")):
-            paired.tell_ratio(rows, side, base)
-    if arguments.out:
-        paired.write(arguments.out, rows)
+        ratios = [(side, base) for base in chosen for side in chosen if (side[:4], base[:5]) == ("ours", "keras")]
+        paired.compare({name: sides[name] for name in chosen}, ratios, arguments.rounds, arguments.out)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ ResNet-50 at 224x224 on two ranks of a core each, batch 32 each; the records are
 read with its checksum, cropped at random, resized bicubically and flipped.
 """
 
-import argparse
 import os
 import pathlib
 import sys
@@ -17,12 +16,10 @@ import photos
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = paired.parser(__doc__)
     parser.add_argument("--steps", type=int, default=8, help="of a run; all but the first are timed")
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--examples", type=int, default=1024)
-    parser.add_argument("--out", help="CSV of the rounds")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data_dir = pathlib.Path(folder) / "photos"
@@ -42,10 +39,7 @@ def main() -> None:
             "jpeg": lambda: train("--dataset=imagenet", f"--data_dir={data_dir}"),
             "synthetic": lambda: train("--dataset=synthetic", f"--train_examples={arguments.examples}"),
         }
-        rows = paired.in_turns(sides, arguments.rounds)
-    paired.tell_ratio(rows, "jpeg", "synthetic")
-    if arguments.out:
-        paired.write(arguments.out, rows)
+        paired.compare(sides, [("jpeg", "synthetic")], arguments.rounds, arguments.out)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 The shards are files with holes where records would be: nothing is read of them but their size and their indexes.
 """
 
-import argparse
 import pathlib
 import subprocess
 import sys
@@ -45,9 +44,7 @@ def make(folder: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", help="CSV of the rounds")
+    parser = paired.parser(__doc__)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make(pathlib.Path(folder))
@@ -60,8 +57,7 @@ def main() -> None:
     for name in rows[0]:
         values = [row[name] for row in rows]
         print(f"{name}: median {np.median(values):.3f}, {min(values):.3f} ... {max(values):.3f}, n = {len(values)}")
-    if arguments.out:
-        paired.write(arguments.out, rows)
+    paired.write(arguments.out, rows)
 
 
 if __name__ == "__main__":

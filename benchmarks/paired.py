@@ -1,12 +1,13 @@
 """Sides measured in turns: a machine that drifts drifts for all of them, so their ratios stand."""
 
+import argparse
 import csv
 import json
 import os
 import pathlib
 import statistics
 import subprocess
-from typing import Callable, Dict, List, Tuple
+from typing import Callable, Dict, Iterable, List, Optional, Tuple
 
 import numpy as np
 
@@ -51,6 +52,24 @@ def rate_of_benchmark(process: subprocess.Popen) -> float:
     return float(last_line(process).rpartition(" ")[2])
 
 
+def parser(doc: Optional[str]) -> argparse.ArgumentParser:
+    """Return a parser with the flags of every benchmark, described by the first line of `doc`."""
+    made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    made.add_argument("--rounds", type=int, default=7)
+    made.add_argument("--out", help="CSV of the rounds")
+    return made
+
+
+def compare(
+    sides: Dict[str, Callable[[], float]], ratios: Iterable[Tuple[str, str]], rounds: int, out: Optional[str]
+) -> None:
+    """Measure the sides in turns, tell the ratios (side, base) and write the rounds to `out`, if given."""
+    rows = in_turns(sides, rounds)
+    for side, base in ratios:
+        tell_ratio(rows, side, base)
+    write(out, rows)
+
+
 def in_turns(sides: Dict[str, Callable[[], float]], rounds: int) -> List[Row]:
     """Measure every side once a round, in an order that changes from round to round; tell each figure."""
     names, rows = list(sides), []
@@ -80,8 +99,10 @@ def tell_ratio(rows: List[Row], side: str, base: str) -> None:
     )
 
 
-def write(path: str, rows: List[Row]) -> None:
-    """Write the rounds as CSV."""
+def write(path: Optional[str], rows: List[Row]) -> None:
+    """Write the rounds as CSV, if there is a path."""
+    if not path:
+        return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

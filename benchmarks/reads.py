@@ -5,7 +5,6 @@
 Records of 110 kB (photos.py) from the page cache, one core, batches of 32: what the reader itself costs.
 """
 
-import argparse
 import os
 import pathlib
 import tempfile
@@ -19,11 +18,9 @@ BATCH = 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = paired.parser(__doc__)
     parser.add_argument("--examples", type=int, default=1024)
     parser.add_argument("--passes", type=int, default=5, help="over the records, in one measurement")
-    parser.add_argument("--out", help="CSV of the rounds")
     arguments = parser.parse_args()
     import tensorflow as tf
 
@@ -55,10 +52,7 @@ def main() -> None:
         sides = {"random_by_index": ours, "tfrecorddataset_in_order": tensorflow}
         for side in sides.values():
             side()
-        rows = paired.in_turns(sides, arguments.rounds)
-    paired.tell_ratio(rows, "random_by_index", "tfrecorddataset_in_order")
-    if arguments.out:
-        paired.write(arguments.out, rows)
+        paired.compare(sides, [("random_by_index", "tfrecorddataset_in_order")], arguments.rounds, arguments.out)
 
 
 if __name__ == "__main__":

@@ -42,18 +42,13 @@ def independent(arguments: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = paired.parser(__doc__)
     parser.add_argument("--steps", type=int, default=7, help="of a run; all but the first are timed")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=32, help="per process")
-    parser.add_argument("--out", help="CSV of the rounds")
     arguments = parser.parse_args()
     sides = {"coupled": lambda: coupled(arguments), "independent": lambda: independent(arguments)}
-    rows = paired.in_turns(sides, arguments.rounds)
-    paired.tell_ratio(rows, "coupled", "independent")
-    if arguments.out:
-        paired.write(arguments.out, rows)
+    paired.compare(sides, [("coupled", "independent")], arguments.rounds, arguments.out)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import os
 from typing import Dict, List, Optional
 
 _THREADS = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
-_INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what oneDNN chooses its kernels by
 
 
 def environment(threads: int) -> Dict[str, str]:
@@ -37,19 +36,6 @@ def apply(threads: int, cores: int) -> Dict[str, str]:
             os.environ[name] = value
         os.environ.setdefault(name, value)
     return {name: os.environ[name] for name in wanted}
-
-
-def instruction_sets(cpuinfo: str = "/proc/cpuinfo") -> List[str]:
-    """Return those of this processor that decide which kernels run, as the kernel names them."""
-    try:
-        with open(cpuinfo, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.startswith("flags"):
-                    present = set(line.split())
-                    return [name for name in _INSTRUCTION_SETS if name in present]
-    except OSError:
-        pass
-    return []
 
 
 def doubt_about(precision: str, present: List[str]) -> Optional[str]:

@@ -37,11 +37,6 @@ class ShardedData:
     pixel_mean: Optional[Tuple[float, ...]]  # RGB, of pixels 0..255; None where nobody has measured it
     pixel_std: Optional[Tuple[float, ...]]
 
-    def close(self) -> None:
-        """Close the shards; nothing can be read afterwards."""
-        self.train.close()
-        self.validation.close()
-
 
 def describe(folder: str, dataset: str) -> Dict[str, Any]:
     """Return the description of `dataset` in `folder`; raise DataError that tells what was looked for."""

@@ -12,7 +12,7 @@ import json
 import os
 import resource
 import struct
-from typing import Dict, Iterator, List, Tuple
+from typing import Dict, Iterator, List, Tuple, Union
 
 import google_crc32c
 import numpy as np
@@ -99,7 +99,7 @@ def read_index(path: str) -> np.ndarray:
     return starts
 
 
-def write_atomically(path: str, content: bytes) -> None:
+def write_atomically(path: str, content: Union[bytes, memoryview]) -> None:
     """Write a file that is either absent, old or complete, also after a power loss."""
     temporary = f"{path}.tmp{os.getpid()}"
     try:
@@ -141,8 +141,6 @@ def write_manifest(folder: str, manifest: Dict) -> None:
 def read_manifest(folder: str) -> Dict:
     """Return the manifest of a prepared data set, or raise DataError that says how to prepare one."""
     path = os.path.join(folder, MANIFEST)
-    if not os.path.isdir(folder):
-        raise DataError(f"--data_dir={folder}: no such folder; make it with python -m resnet_cpu.prepare")
     try:
         with open(path, encoding="utf-8") as file:
             manifest = json.load(file)

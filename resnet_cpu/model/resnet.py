@@ -152,9 +152,8 @@ class _Builder:
             # Zeros pad as well as minus infinity does: the values come out of a ReLU.
             x = layers.ZeroPadding2D(1, dtype=self.dtype, name="pool1_pad")(x)
             return layers.MaxPool2D(3, 2, "valid", dtype=self.dtype, name="pool1_pool")(x)
-        return layers.MaxPool2D(3, 2, "same", dtype=self.dtype, name="pool1_pool")(
-            x
-        )  # on even sizes: Caffe's rounding up
+        # On even sizes this is Caffe's rounding up.
+        return layers.MaxPool2D(3, 2, "same", dtype=self.dtype, name="pool1_pool")(x)
 
     def shortcut(self, x: tf.Tensor, channels: int, stride: int, project: bool, name: str) -> tf.Tensor:
         if not project or (stride == 1 and x.shape[-1] == channels):

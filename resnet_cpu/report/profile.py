@@ -4,12 +4,10 @@ import collections
 import csv
 import glob
 import os
-from typing import Dict, List, Tuple
+import sys
+from typing import Dict, List, Optional, Tuple
 
 Row = Tuple[str, float, float]  # operation, calls a step, milliseconds a step over all threads
-
-# What wraps the operations of a step rather than being one.
-_WRAPPERS = ("EagerExecute", "EagerKernelExecute", "Run", "Process", "FunctionRun", "ExecutorDoneCallback")
 
 
 def start(folder: str) -> None:
@@ -37,9 +35,9 @@ def stop(folder: str, steps: int) -> List[Row]:
     for plane in space.planes:
         for line in plane.lines:
             for event in line.events:
-                # Operations are named NAME:KIND; what has no kind is a span of the runtime's own.
-                name, separator, kind = plane.event_metadata[event.metadata_id].name.rpartition(":")
-                if separator and kind.strip() and kind not in _WRAPPERS and not kind.strip().startswith("__inference"):
+                # Operations are named NAME:KIND; the runtime's own spans, which hold them, CLASS::METHOD or TEXT: NAME.
+                name, _, kind = plane.event_metadata[event.metadata_id].name.rpartition(":")
+                if name and not name.endswith(":") and kind == kind.strip() != "":
                     calls[kind] += 1
                     picoseconds[kind] += event.duration_ps
     rows = [(kind, calls[kind] / steps, picoseconds[kind] / 1e9 / steps) for kind in calls]
@@ -52,3 +50,42 @@ def write(path: str, rows: List[Row]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["operation", "calls_per_step", "ms_per_step"])
         writer.writerows([kind, f"{count:g}", f"{milliseconds:.3f}"] for kind, count, milliseconds in rows)
+
+
+class Recorder:
+    """Records the steps that were asked for, once, within one phase: the next phase has another graph."""
+
+    def __init__(self, run_dir: str, steps: Optional[Tuple[int, int]]) -> None:
+        """`steps`: first and last, counted from 0; None records nothing."""
+        self.run_dir, self.steps = run_dir, steps
+        self.done = False
+        self._first: Optional[int] = None
+
+    def before(self, step: int) -> None:
+        """Start to record, if `step` is the first that is wanted and done."""
+        if self.steps is None or self._first is not None or not self.steps[0] <= step <= self.steps[1]:
+            return
+        try:
+            start(os.path.join(self.run_dir, "tensorboard"))
+            self._first = step
+        except Exception as error:  # a profile never ends a run
+            _say(f"not started ({type(error).__name__}: {error})")
+
+    def after(self, step: int, last_of_phase: bool) -> None:
+        """End the recording after its last step; write and tell what it shows."""
+        if self.steps is None or self._first is None or self.done or (step < self.steps[1] and not last_of_phase):
+            return
+        self.done = True
+        path = os.path.join(self.run_dir, "profile.csv")
+        try:
+            rows = stop(os.path.join(self.run_dir, "tensorboard"), step + 1 - self._first)
+            write(path, rows)
+        except Exception as error:
+            _say(f"not written ({type(error).__name__}: {error})")
+            return
+        most = ", ".join(f"{kind} {milliseconds:.1f} ms" for kind, _, milliseconds in rows[:5])
+        _say(f"steps {self._first} to {step}, the longest operations of a step: {most}; all in {path}")
+
+
+def _say(text: str) -> None:
+    print(f"profile: {text}", file=sys.stderr, flush=True)

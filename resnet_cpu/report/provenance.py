@@ -13,6 +13,8 @@ from typing import Any, Dict, List, Optional
 import psutil
 
 _PACKAGES = ("tensorflow", "intel-extension-for-tensorflow", "horovod", "mpi4py", "numpy", "keras")
+CPUINFO = "/proc/cpuinfo"
+_INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what oneDNN chooses its kernels by
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
@@ -21,12 +23,12 @@ def of_job() -> Dict[str, Any]:
     return {"versions": versions(), "python": sys.version.split()[0], "code": code_digest(), "git": git_id()}
 
 
-def of_rank(threads: Dict[str, str], instruction_sets: List[str]) -> Dict[str, Any]:
-    """Return where this rank sits; `threads` is the environment that the layout set, the others what it found."""
+def of_rank(threads: Dict[str, str]) -> Dict[str, Any]:
+    """Return where this rank sits; `threads` is the environment that the layout set."""
     return {
         "host": socket.gethostname(),
         "cpu": cpu_name(),
-        "instruction_sets": instruction_sets,
+        "instruction_sets": instruction_sets(),
         "cores": sorted(os.sched_getaffinity(0)),
         "host_cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
@@ -83,14 +85,25 @@ def git_id() -> Optional[str]:
 
 def cpu_name() -> str:
     """Return the processor's name as the kernel gives it."""
+    return _cpuinfo("model name", CPUINFO) or platform.machine()
+
+
+def instruction_sets(cpuinfo: str = CPUINFO) -> List[str]:
+    """Return those of this processor that decide which kernels run, as the kernel names them."""
+    present = _cpuinfo("flags", cpuinfo).split()
+    return [name for name in _INSTRUCTION_SETS if name in present]
+
+
+def _cpuinfo(key: str, path: str) -> str:
+    """Return what the kernel says of the first processor under `key`, empty where it says nothing."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                if line.startswith("model name"):
+                if line.startswith(key):
                     return line.split(":", 1)[1].strip()
     except OSError:
         pass
-    return platform.machine()
+    return ""
 
 
 def peak_memory_gib() -> float:

@@ -58,16 +58,20 @@ def save(path: str, groups: Mapping[str, Arrays], info: Mapping[str, Any]) -> No
 
 
 def _write_arrays(path: str, arrays: Arrays) -> Dict[str, Any]:
-    # Names of variables hold slashes, which are folders to a zip: fine inside the archive, never extracted.
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    content = buffer.getbuffer()
+    content = _npz(arrays)
     _write(path, content)
     return {
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         "arrays": {name: [list(array.shape), str(array.dtype)] for name, array in arrays.items()},
     }
+
+
+def _npz(arrays: Arrays) -> memoryview:
+    # Names of variables hold slashes, which are folders to a zip: fine inside the archive, never extracted.
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getbuffer()
 
 
 def _write(path: str, content: Any) -> None:
@@ -146,9 +150,7 @@ def read_weights(path: str) -> Arrays:
 
 def write_weights(path: str, arrays: Arrays) -> None:
     """Write arrays as an .npz file that is either absent, old or complete."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, _npz(arrays))
 
 
 def digest(path: str) -> str:

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any, Dict, List, Optional, Tuple
 
-from resnet_cpu.cluster import control, layout
+from resnet_cpu.cluster import control
 from resnet_cpu.cluster.control import World
 from resnet_cpu.data import layouts
 from resnet_cpu.data.datasets import DATASETS
@@ -61,11 +61,12 @@ def open_data(settings: Settings, world: World) -> Optional[layouts.ShardedData]
         )
 
     dataset = settings.data.dataset
+    opened: Optional[layouts.ShardedData] = None
 
     def check() -> None:
+        nonlocal opened
         layouts.make_indexes(layouts.describe(folder, dataset), folder)
         opened = layouts.open_data(folder, dataset)
-        opened.close()
         if settings.data.normalization == "dataset" and opened.pixel_mean is None:
             raise FlagError(
                 "--normalization=dataset: nobody measured the pixels of this data set; use authors, torch or tf"
@@ -78,7 +79,7 @@ def open_data(settings: Settings, world: World) -> Optional[layouts.ShardedData]
             )
 
     world.on_rank0(check)
-    return layouts.open_data(folder, dataset)
+    return opened or layouts.open_data(folder, dataset)
 
 
 def examples(settings: Settings, data: Optional[layouts.ShardedData]) -> Tuple[int, int]:
@@ -117,18 +118,18 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
         nonlocal folder
         record = read_json(os.path.join(run_dir, "run.json"))
         result = read_json(os.path.join(run_dir, "result.json"))
-        has_run = record is not None or bool(checkpoint.steps(run_dir))
-        if settings.run.resume == "never" and has_run:
+        saved = checkpoint.steps(run_dir)
+        if settings.run.resume == "never" and (record is not None or saved):
             raise RunFolderError(f"--run_dir={run_dir}: holds a run already; choose another, or --resume=auto to go on")
         # A run that never finished a step binds nobody: its flags may have been what was wrong.
-        begun = has_run and (checkpoint.steps(run_dir) or os.path.exists(os.path.join(run_dir, "metrics.jsonl")))
+        begun = saved or os.path.exists(os.path.join(run_dir, "metrics.jsonl"))
         init_from = _init_from(settings, record if begun else None)
         signature["init_from"] = init_from and init_from["sha256"]
         if record is not None and begun:
             checkpoint.check_signature(run_dir, record["signature"], signature)
         if result is not None and result.get("complete"):
             return {"finished": result}
-        if settings.run.resume == "must" and not checkpoint.steps(run_dir):
+        if settings.run.resume == "must" and not saved:
             raise CheckpointError(f"--resume=must: no checkpoint in {run_dir}; use --resume=auto to start afresh")
         folder = RunFolder(run_dir)
         try:
@@ -154,7 +155,7 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
         }
 
     agreed = world.on_rank0(hold)
-    rows = world.gather(provenance.of_rank(threads, layout.instruction_sets()))
+    rows = world.gather(provenance.of_rank(threads))
     if folder is not None and agreed["finished"] is None:
         folder.write_text("resolved.flags", settings.resolved_flags)
         folder.write_json(

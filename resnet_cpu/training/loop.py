@@ -48,8 +48,7 @@ class _Training:
         self.train_step = make_train_step(self.model, self.state.optimizer, self.knobs)
         self.evaluate_step = evaluation.make_evaluate_step(self.model)
         self.timed_steps, self.timed_s = 0, 0.0
-        self.profiled_from: Optional[int] = None
-        self.profiled = False
+        self.recorder = profile.Recorder(job.run_dir, job.settings.run.profile_steps if job.folder else None)
         self.seconds_to_top1: Dict[str, float] = {}
         self.score: Optional[evaluation.Score] = None
         self.ranks_before = job.world.size
@@ -113,7 +112,7 @@ class _Training:
             f"{job.world.size} ranks x {job.batch_size} images, {job.world.cores} cores each; "
             f"{job.total_steps} steps = {self._epoch(job.total_steps):.2f} epochs; results in {job.run_dir}"
         )
-        doubt = layout.doubt_about(job.settings.model.precision, layout.instruction_sets())
+        doubt = layout.doubt_about(job.settings.model.precision, provenance.instruction_sets())
         if doubt is not None:
             self.progress.say(doubt)
         if self.last < job.total_steps:
@@ -167,7 +166,7 @@ class _Training:
         )
         window = _Window()
         for step in range(begin, end):
-            self._start_profile(step, end)
+            self.recorder.before(step)
             rate = schedule.learning_rate(phase, step - first_of_phase)
             started = time.perf_counter()
             _, images, labels = next(batches)
@@ -175,7 +174,7 @@ class _Training:
             stop = tf.constant(float(guard.stop_requested()))
             loss, stopping, update_s = self.train_step(images, labels, tf.constant(rate), stop)
             taken = time.perf_counter() - started
-            self._end_profile(step, end)
+            self.recorder.after(step, last_of_phase=step + 1 == end)
             self.state.step = step + 1
             self.watchdog.beat()
             if not np.isfinite(loss):
@@ -201,38 +200,6 @@ class _Training:
                     "to go on",
                     collective=True,
                 )
-
-    def _start_profile(self, step: int, end: int) -> None:
-        """Start to record at the first of `--profile_steps` that is done, on rank 0."""
-        wanted, folder = self.run_settings.profile_steps, self.job.folder
-        if wanted is None or folder is None or self.profiled_from is not None or not wanted[0] <= step <= wanted[1]:
-            return
-        try:
-            profile.start(folder.file("tensorboard"))
-            self.profiled_from = step
-        except Exception as error:  # a profile never ends a run
-            print(f"profile: not started ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
-
-    def _end_profile(self, step: int, end: int) -> None:
-        """End the recording after its last step, or where the phase ends: the next one has another graph."""
-        wanted, folder = self.run_settings.profile_steps, self.job.folder
-        if wanted is None or folder is None or self.profiled_from is None or self.profiled:
-            return
-        if step < min(wanted[1], end - 1):
-            return
-        self.profiled = True
-        try:
-            rows = profile.stop(folder.file("tensorboard"), step + 1 - self.profiled_from)
-            profile.write(folder.file("profile.csv"), rows)
-            most = ", ".join(f"{kind} {milliseconds:.1f} ms" for kind, _, milliseconds in rows[:5])
-            print(
-                f"profile: steps {self.profiled_from} to {step}, the longest operations of a step: {most}; all in "
-                f"{folder.file('profile.csv')}",
-                file=sys.stderr,
-                flush=True,
-            )
-        except Exception as error:
-            print(f"profile: not written ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
 
     def _after_step(self, step: int, end_of_phase: bool) -> None:
         """Evaluate and save where the agreed steps fall."""
@@ -363,7 +330,7 @@ class _Training:
 
     def _say_result(self, result: Dict[str, Any]) -> None:
         assert self.progress is not None
-        if self.run_settings.profile_steps is not None and not self.profiled:
+        if self.recorder.steps is not None and not self.recorder.done:
             self.progress.say("profile: none of --profile_steps was done to its end in this attempt; nothing recorded")
         if result["complete"]:
             curves = f", curves in {self.job.run_dir}/plots" if plots.available() else ""
