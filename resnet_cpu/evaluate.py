@@ -1,40 +1,80 @@
-"""Scores a run's newest checkpoint: `python -m resnet_cpu.evaluate --run_dir=D`."""
+"""Scores a run's newest checkpoint, or an ensemble: `python -m resnet_cpu.evaluate --run_dir=D [--ensemble]`."""
 
 import os
-from typing import List
+from typing import Dict, List
 
 from resnet_cpu import flags
 from resnet_cpu.cluster import control, guard, layout
 from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.report import runlog
+from resnet_cpu.settings import Settings
 
 
 def main(argv: List[str]) -> None:
     """Evaluate with the run's own flags, later ones overriding; the last line on standard output is JSON."""
     given, _ = flags.parse_values(argv, "evaluate")
+    if given.ensemble:
+        _ensemble(argv, given)
+        return
+    if given.members:
+        raise FlagError(f"--members={','.join(given.members)}: needs --ensemble; add it")
     run_dir = given.run_dir or (
         given.checkpoint and os.path.dirname(os.path.dirname(os.path.abspath(given.checkpoint)))
     )
     run_dir = flags.required(run_dir, "run_dir", "name the folder of the run to evaluate")
-    recorded = os.path.join(run_dir, "resolved.flags")
-    if not os.path.exists(recorded):
-        raise CheckpointError(f"--run_dir={run_dir}: no run in it (resolved.flags is missing); name a run's folder")
-    values, _ = flags.parse_values([f"--flagfile={recorded}", f"--run_dir={run_dir}", *argv], "evaluate")
-    settings = flags.make_settings(values)
-    if settings.data.dataset == "synthetic":
-        raise FlagError("--dataset=synthetic: there is nothing to evaluate; give a --dataset and its --data_dir")
+    settings = _settings_of(run_dir, argv)
     world = control.connect(given.ranks)
     layout.apply(settings.system.threads, world.cores)
     from resnet_cpu.training import job
 
     data = job.open_data(settings, world)
     assert data is not None  # synthetic was refused above
-    path, step, data = job.find_checkpoint(settings, world, data, values.checkpoint)
+    path, step, data = job.find_checkpoint(settings, world, data, given.checkpoint)
     from resnet_cpu.training import evaluation
 
-    scores = evaluation.evaluate_checkpoint(settings, world, data, path, values.export)
+    scores = evaluation.evaluate_checkpoint(settings, world, data, path, given.export)
     if world.rank == 0:
         print(runlog.json_line({**scores, "step": step, "checkpoint": path}), flush=True)
+
+
+def _settings_of(run_dir: str, argv: List[str]) -> Settings:
+    """Return the settings of a run with the flags of the command line over them."""
+    recorded = os.path.join(run_dir, "resolved.flags")
+    if not os.path.exists(recorded):
+        raise CheckpointError(f"{run_dir}: no run in it (resolved.flags is missing); name a run's folder")
+    values, _ = flags.parse_values([f"--flagfile={recorded}", *argv, f"--run_dir={run_dir}"], "evaluate")
+    settings = flags.make_settings(values)
+    if settings.data.dataset == "synthetic":
+        raise FlagError("--dataset=synthetic: there is nothing to evaluate; give a --dataset and its --data_dir")
+    return settings
+
+
+def _ensemble(argv: List[str], given: flags.Values) -> None:
+    """Score the mean of the members' probabilities; networks run only for members that have none kept yet."""
+    if given.checkpoint:
+        raise FlagError(f"--checkpoint={given.checkpoint}: contradicts --ensemble; name members with --members")
+    if given.export and not given.export.endswith(".npz"):
+        raise FlagError(f"--export={given.export}: the mean of the members' weights goes to an .npz file; name one")
+    from resnet_cpu.training import ensemble, job
+
+    world = control.connect(given.ranks)
+    runs = [] if given.members else [flags.required(given.run_dir, "run_dir", "name the run, or --members")]
+    with control.everyone_alike():
+        paths = ensemble.paths_of(given.members or runs)
+        settings: Dict[str, Settings] = {path: _settings_of(ensemble.run_of(path), argv) for path in paths.values()}
+    missing = world.on_rank0(lambda: [path for path in paths.values() if not ensemble.is_cached(path, settings[path])])
+    if missing:
+        layout.apply(settings[missing[0]].system.threads, world.cores)
+        for path in missing:
+            data = job.open_data(settings[path], world)
+            assert data is not None  # synthetic was refused above
+            data = job.as_trained(settings[path], data, ensemble.signature_of(path))
+            from resnet_cpu.training import evaluation
+
+            evaluation.evaluate_member(settings[path], world, data, path)
+    result = world.on_rank0(lambda: ensemble.evaluate(paths, given.export))
+    if world.rank == 0:
+        print(runlog.json_line(result), flush=True)
 
 
 if __name__ == "__main__":

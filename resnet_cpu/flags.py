@@ -19,6 +19,7 @@ from resnet_cpu.errors import FlagError
 from resnet_cpu.recipe import batch_rule, phases
 
 EXPERIMENTS = ("train", "scaling", "lr_scaling", "collapsed_ensemble")
+OPTIMIZERS = ("sgd", "lars")
 MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 CROPS = ("inception", "authors")
 NORMALIZATIONS = ("auto", "dataset", "authors", "torch", "tf")
@@ -27,8 +28,12 @@ BENCHMARKS = ("synthetic", "pipeline", "evaluation")
 OF_ONE_COMMAND = {
     "checkpoint": "evaluate",
     "export": "evaluate",
+    "ensemble": "evaluate",
+    "members": "evaluate",
     "format": "plan",
     "output": "plan",
+    "images_per_second": "plan",
+    "past_run": "plan",
     "raw_dir": "prepare",
     "benchmark": "benchmark",
     "warmup_steps": "benchmark",
@@ -38,6 +43,7 @@ OF_ONE_COMMAND = {
 _POSITIONAL = {"prepare": f" {'|'.join(SOURCES)}"}
 
 Section = Tuple[str, List[str]]
+Values = flags.FlagValues
 
 
 class _Definer:
@@ -72,7 +78,24 @@ def _define() -> _Definer:
     )
     d.integer("batch_size", None, "Images per rank and step (default 32).", lower_bound=1)
     d.integer("global_batch_size", None, "Images per step over all ranks, instead of --batch_size.", lower_bound=1)
+    d.integer(
+        "accumulate_steps",
+        1,
+        "Batches that a rank sums up before an update, so that few ranks train with a large global batch "
+        "(0: as many as --global_batch_size needs).",
+        lower_bound=0,
+    )
     d.enum("lr_scaling", "linear", batch_rule.SCALINGS, "How lr_per_256 grows with the global batch.")
+    d.enum("optimizer", "sgd", OPTIMIZERS, "sgd: momentum SGD with coupled weight decay; lars: with a rate per layer.")
+    d.float("lars_eta", 0.001, "lars: trust coefficient, of |w| / (|gradient| + wd * |w|).", 1e-9, 1.0)
+    d.boolean("momentum_correction", False, "Scale the velocity with the LR whenever the LR changes (Goyal et al.).")
+    d.float(
+        "label_smoothing",
+        0.0,
+        "Share of the label spread evenly over all classes in training; losses are told without it.",
+        0.0,
+        0.99,
+    )
     d.boolean("wd_on_bn", False, "Let gamma and beta of batch norm decay as well.")
     d.integer("seed", 0, "Of initial weights, order and augmentation.", lower_bound=0, upper_bound=2**31 - 1)
 
@@ -131,6 +154,12 @@ def _define() -> _Definer:
     )
     d.float("bn_momentum", 0.9, "Share of batch norm's moving statistics kept each step.", 0.0, 0.9999)
     d.float("bn_epsilon", 1e-5, "Added to the variance in batch norm.", 0.0, 1.0)
+    d.integer(
+        "bn_stats_batch",
+        None,
+        "Images whose statistics batch norm takes at a time (default: all that a rank holds).",
+        lower_bound=2,
+    )
     d.boolean("conv1_bias", False, "Give the first convolution a bias, as the authors' has.")
     d.enum(
         "precision",
@@ -172,7 +201,19 @@ def _define() -> _Definer:
         "export",
         None,
         "evaluate: write the weights that were scored, to an .npz file, or to a folder as SavedModel (pixels in, "
-        "logits out).",
+        "logits out). With --ensemble: the mean of the members' weights, to an .npz file.",
+    )
+    d.boolean(
+        "ensemble",
+        False,
+        "evaluate: score the ensemble of the members of --run_dir, or of --members: the mean of their probabilities, "
+        "kept beside their weights.",
+    )
+    d.list(
+        "members",
+        [],
+        "evaluate --ensemble: these members, separated by commas: folders RUN/members/NAME, or runs, which stand for "
+        "all of theirs.",
     )
 
     d.section("machine")
@@ -190,6 +231,8 @@ def _define() -> _Definer:
     d.integer("warmup_steps", 3, "benchmark: steps that are not timed; the first traces the graph.", lower_bound=1)
     d.integer("timed_steps", 20, "benchmark: steps that are timed.", lower_bound=2)
     d.enum("format", "table", ["table", "csv", "png"], "plan: what is printed; png goes to the file --output.")
+    d.float("images_per_second", None, "plan: speed of all ranks together, to tell the time.", lower_bound=1e-6)
+    d.string("past_run", None, "plan: take the speed from this run's folder, per rank, to tell the time.")
     d.string("output", "plan.png", "plan: file of --format=png.")
     d.string("raw_dir", None, "prepare: folder of the raw files (fashion_mnist: default is the Debian package's).")
     return d
@@ -311,6 +354,10 @@ def make_settings(v: flags.FlagValues) -> settings.Settings:
             f"--batch_size={v.batch_size} (per rank) contradicts --global_batch_size={v.global_batch_size}, which is "
             "no multiple of it; leave one of the two out"
         )
+    if v.optimizer == "lars" and v.wd_on_bn:
+        raise FlagError("--wd_on_bn: contradicts --optimizer=lars, whose skip list holds gamma and beta; leave it out")
+    if v.optimizer != "lars" and v.lars_eta != v["lars_eta"].default:
+        raise FlagError(f"--lars_eta={v.lars_eta}: has no meaning for --optimizer={v.optimizer}; leave it out")
     return settings.Settings(
         model=settings.Model(
             model=v.model,
@@ -321,6 +368,7 @@ def make_settings(v: flags.FlagValues) -> settings.Settings:
             zero_gamma=v.zero_gamma,
             bn_momentum=v.bn_momentum,
             bn_epsilon=v.bn_epsilon,
+            bn_stats_batch=v.bn_stats_batch,
             conv1_bias=v.conv1_bias,
             precision=v.precision,
             num_classes=num_classes,
@@ -343,7 +391,12 @@ def make_settings(v: flags.FlagValues) -> settings.Settings:
             phases=tuple(phases.parse(v.phase)),
             batch_size=v.batch_size,
             global_batch_size=v.global_batch_size,
+            accumulate_steps=v.accumulate_steps,
             lr_scaling=v.lr_scaling,
+            optimizer=v.optimizer,
+            lars_eta=v.lars_eta,
+            momentum_correction=v.momentum_correction,
+            label_smoothing=v.label_smoothing,
             wd_on_bn=v.wd_on_bn,
             seed=v.seed,
         ),

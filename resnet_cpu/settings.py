@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Optional, Tuple
 
+from resnet_cpu.errors import FlagError
 from resnet_cpu.recipe import batch_rule, phases
 from resnet_cpu.recipe.phases import Phase, PhaseText
 
@@ -19,6 +20,7 @@ class Model:
     zero_gamma: str
     bn_momentum: float
     bn_epsilon: float
+    bn_stats_batch: Optional[int]  # images; None: all that a rank holds
     conv1_bias: bool
     precision: str
     num_classes: int
@@ -49,7 +51,12 @@ class Recipe:
     phases: Tuple[PhaseText, ...]
     batch_size: Optional[int]  # images per rank
     global_batch_size: Optional[int]  # images
+    accumulate_steps: int  # micro-batches a rank and step; 0: as many as the global batch needs
     lr_scaling: str
+    optimizer: str
+    lars_eta: float
+    momentum_correction: bool
+    label_smoothing: float
     wd_on_bn: bool
     seed: int
 
@@ -97,19 +104,36 @@ class Plan:
     """What the recipe comes to on so many ranks and examples."""
 
     phases: Tuple[Phase, ...]
-    batch_size: int  # images per rank
-    global_batch_size: int  # images
+    batch: batch_rule.Batch
 
 
 def plan(settings: Settings, ranks: int, train_examples: int) -> Plan:
     """Return the recipe in steps; raise FlagError for what does not fit together."""
     recipe = settings.recipe
-    batch_size, global_batch_size = batch_rule.resolve_batch(recipe.batch_size, recipe.global_batch_size, ranks)
+    batch = batch_rule.resolve_batch(recipe.batch_size, recipe.global_batch_size, ranks, recipe.accumulate_steps)
+    statistics = settings.model.bn_stats_batch
+    if statistics is not None and batch.per_rank % statistics:
+        raise FlagError(
+            f"--bn_stats_batch={statistics}: does not divide the {batch.per_rank} images that a rank holds; use a "
+            "divisor of it or another --batch_size"
+        )
     planned = phases.plan(
         recipe.phases,
         train_examples=train_examples,
-        global_batch_size=global_batch_size,
+        global_batch_size=batch.total,
         lr_scaling=recipe.lr_scaling,
         image_size=settings.data.image_size,
     )
-    return Plan(planned, batch_size, global_batch_size)
+    _check_mode(settings, planned)
+    return Plan(planned, batch)
+
+
+def _check_mode(settings: Settings, planned: Tuple[Phase, ...]) -> None:
+    """Raise FlagError for what the mode needs and the recipe has not."""
+    mode, members = settings.run.experiment, [phase.name for phase in planned if phase.member]
+    if mode == "collapsed_ensemble" and len(members) < 2:
+        raise FlagError(
+            f"--experiment={mode}: needs two members at least, the recipe has {len(members)}; mark phases with member=1"
+        )
+    if mode == "lr_scaling" and not settings.run.eval_every_epochs:
+        raise FlagError(f"--experiment={mode}: records top-1 over epochs; set --eval_every_epochs above 0")

@@ -101,6 +101,11 @@ def test_the_reference_is_that_of_the_code():
 
 CHANGES = {
     "experiment": "scaling",
+    "accumulate_steps": "2",
+    "optimizer": "lars",
+    "momentum_correction": "true",
+    "label_smoothing": "0.1",
+    "bn_stats_batch": "4",
     "phase": "x:steps=2,lr=1",
     "batch_size": "5",
     "global_batch_size": "10",

@@ -36,6 +36,7 @@ WITHOUT_TENSORFLOW = [
     "report/provenance",
     "training/job",
     "training/checkpoint",
+    "training/ensemble",
 ]
 
 

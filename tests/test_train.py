@@ -194,24 +194,21 @@ def test_every_step_runs_with_the_rate_decay_and_momentum_that_plan_shows(tiny_d
         "--phase=tail:epochs=1,lr=0.01,momentum=0.5,augment=light,image_size=24",
     ]
     seen, views = [], []
-    original_step, original_batches = loop.make_train_step, batches.pipeline.training_batches
+    original_batches = batches.pipeline.training_batches
 
-    def spy_on_steps(model, optimizer, knobs):
-        step = original_step(model, optimizer, knobs)
-
-        def spied(images, labels, rate, stop):
-            report = step(images, labels, rate, stop)
+    class Spied(loop.TrainStep):
+        def __call__(self, images, labels, rate, stop):
+            report = super().__call__(images, labels, rate, stop)
+            knobs = self._knobs
             in_force = [float(knob) for knob in (knobs.learning_rate, knobs.weight_decay, knobs.momentum)]
             seen.append([*in_force, images.shape[1]])
             return report
-
-        return spied
 
     def spy_on_batches(data, view, augment, share, **rest):
         views.append((augment, view.image_size, share.first_step, share.last_step))
         return original_batches(data, view, augment, share, **rest)
 
-    monkeypatch.setattr(loop, "make_train_step", spy_on_steps)
+    monkeypatch.setattr(loop, "TrainStep", Spied)
     monkeypatch.setattr(batches.pipeline, "training_batches", spy_on_batches)
     train(tiny_data, tmp_path / "run", *recipe)
     plan.main([*TINY_FLAGS, *recipe, "--train_examples=50", "--format=csv"])

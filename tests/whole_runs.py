@@ -1,7 +1,7 @@
 """Whole runs inside this process, and what they leave: shared by the tests of one rank and of several."""
 
 import os
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 from conftest import TINY_FLAGS
@@ -43,6 +43,44 @@ def differing(one: Dict[str, np.ndarray], other: Dict[str, np.ndarray]) -> List[
     """Return the names of the arrays that are not the same bits."""
     assert set(one) == set(other)
     return [name for name in one if one[name].tobytes() != other[name].tobytes()]
+
+
+# A small collapsed ensemble: two cycles, each collapsed in a branch; 6 + 3 + 6 + 3 steps.
+TREE = [
+    "--experiment=collapsed_ensemble",
+    "--phase=main:steps=6,lr=0.05,warmup_steps=2,decay_steps=8",
+    "--phase=tail:steps=3,lr=0.02,power=2,wd=2e-4,augment=light,branch=1,member=1",
+    "--phase=cycle:steps=6,lr=0.04,warmup_steps=2,warmup_lr=0.01,velocity=reset",
+    "--phase=collapse:steps=3,lr=0.01,power=2,wd=2e-4,augment=light,branch=1,member=1",
+]
+TREE_STOPS = (4, 8, 9, 11, 16)  # in each phase, and at a border
+
+
+def members(run_dir: str) -> Dict[str, np.ndarray]:
+    """Return every array of every member: weights, statistics and predictions."""
+    found = {}
+    for name in sorted(os.listdir(os.path.join(run_dir, "members"))):
+        path = checkpoint.member_folder(run_dir, name)
+        groups = {"weights": path, "predictions": os.path.join(path, "predictions")}
+        for group, folder in groups.items():
+            found.update({f"{name}/{group}/{key}": array for key, array in checkpoint.load(folder, group).items()})
+    return found
+
+
+def check_tree(world: control.World, data_dir: str, folder: str, stops: Sequence[int] = TREE_STOPS) -> None:
+    """Stop and resume an ensemble's run at each of `stops`, each in a folder of its own; members are the same bits."""
+    whole = train(world, data_dir, f"{folder}/whole", *TREE)
+    assert whole["complete"] and whole["steps"] == 18 and set(whole["members"]) == {"tail", "collapse"}
+    for stop in stops:
+        run_dir = f"{folder}/stop{stop}"
+        part = train(world, data_dir, run_dir, *TREE, f"--max_steps={stop}")
+        assert not part["complete"] and len(part.get("members", {})) == (stop >= 9)
+        rest = train(world, data_dir, run_dir, *TREE, "--resume=must")
+        world.barrier()
+        assert not differing(members(run_dir), members(f"{folder}/whole")), stop
+        assert not differing(final_state(run_dir), final_state(f"{folder}/whole")), stop
+        assert losses(run_dir) == losses(f"{folder}/whole"), stop
+        assert (rest["members"], rest["ensemble"]) == (whole["members"], whole["ensemble"])
 
 
 # Where a run of 10 + 6 steps is stopped before it is resumed: in the first phase, at the border, in the second.

@@ -91,6 +91,22 @@ class World:
         ends = np.cumsum(lengths)
         return [json.loads(buffer[end - length : end].tobytes()) for end, length in zip(ends, lengths)]
 
+    def collect(self, rows: np.ndarray) -> Optional[np.ndarray]:
+        """Return the rows of all ranks' arrays, in the order of the ranks, on rank 0; None on the others.
+
+        The arrays agree in dtype and in all but the first dimension.
+        """
+        if self.comm is None:
+            return rows
+        counts = [count * int(np.prod(rows.shape[1:])) for count in self.gather(len(rows))]
+        rows = np.ascontiguousarray(rows)
+        if self.rank != 0:
+            self.comm.Gatherv(rows, None, root=0)
+            return None
+        everyone = np.empty([sum(counts)], rows.dtype)
+        self.comm.Gatherv(rows, [everyone, counts], root=0)
+        return everyone.reshape(-1, *rows.shape[1:])
+
     def on_rank0(self, work: Callable[[], Any]) -> Any:
         """Do `work` on rank 0; return its result, or raise its error, on every rank alike."""
         outcome: Any = None

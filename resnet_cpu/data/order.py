@@ -40,20 +40,30 @@ def stream(seed: int, first: int, count: int, examples: int, block: int = 1) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What one rank reads: its slice of the global batch of each step first_step ... last_step - 1."""
+    """What one rank reads: its slice of the global batch of each step first_step ... last_step - 1.
+
+    The slice of a step comes in `micro_batches` parts, so that k micro-batches of a rank are what k ranks would read.
+    """
 
     seed: int
     examples: int  # in an epoch
-    batch_size: int  # images per rank
+    batch_size: int  # images of a micro-batch
     first_step: int
     last_step: int
     rank: int = 0
     ranks: int = 1
     block: int = 1  # records that stay together
+    micro_batches: int = 1  # per step
 
-    def batch(self, step: int) -> Tuple[np.ndarray, np.ndarray]:
-        """Return (example ids, their epochs), int64 [batch_size] each, of step `step`."""
-        first = (step * self.ranks + self.rank) * self.batch_size
+    @property
+    def numbers(self) -> range:
+        """The numbers of the micro-batches, counted from step 0."""
+        return range(self.first_step * self.micro_batches, self.last_step * self.micro_batches)
+
+    def batch(self, number: int) -> Tuple[np.ndarray, np.ndarray]:
+        """Return (example ids, their epochs), int64 [batch_size] each, of micro-batch `number`."""
+        step, part = divmod(number, self.micro_batches)
+        first = ((step * self.ranks + self.rank) * self.micro_batches + part) * self.batch_size
         return stream(self.seed, first, self.batch_size, self.examples, self.block)
 
 

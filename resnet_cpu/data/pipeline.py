@@ -72,7 +72,7 @@ def check_label_base(data: ShardedData, num_classes: int) -> None:
 
 
 def _decoded(
-    steps: tf.data.Dataset,
+    numbers: tf.data.Dataset,
     read: Callable[[np.ndarray], Tuple[np.ndarray, np.ndarray, np.ndarray]],
     decode: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
     data: ShardedData,
@@ -83,14 +83,14 @@ def _decoded(
         example = tf.io.parse_example(records, features(data))
         return ids, example[data.image_key], draws, example[data.label_key] - data.label_base
 
-    def read_batch(step: tf.Tensor) -> Tuple[tf.Tensor, ...]:
-        ids, records, draws = tf.numpy_function(read, [step], (tf.int64, tf.string, tf.float32), stateful=False)
+    def read_batch(number: tf.Tensor) -> Tuple[tf.Tensor, ...]:
+        ids, records, draws = tf.numpy_function(read, [number], (tf.int64, tf.string, tf.float32), stateful=False)
         return tf.ensure_shape(ids, [batch_size]), tf.ensure_shape(records, [batch_size]), draws
 
     def decode_one(example: tf.Tensor, encoded: tf.Tensor, draws: tf.Tensor, label: tf.Tensor) -> Tuple[tf.Tensor, ...]:
         return example, decode(encoded, tf.ensure_shape(draws, [preprocess.DRAWS])), label
 
-    examples = steps.map(read_batch).map(parse).unbatch()
+    examples = numbers.map(read_batch).map(parse).unbatch()
     examples = examples.map(decode_one, num_parallel_calls=threads)
     return examples.batch(batch_size, drop_remainder=True).prefetch(PREFETCH).with_options(options(threads))
 
@@ -104,24 +104,24 @@ def training_batches(
     num_classes: int,
     threads: int,
 ) -> Iterator[Batch]:
-    """Yield the batches of `share`, a step at a time; raise DataError on a bad record."""
+    """Yield the micro-batches of `share` in their order; raise DataError on a bad record."""
 
-    def read(step: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-        ids, epochs = share.batch(int(step))
+    def read(number: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+        ids, epochs = share.batch(int(number))
         return ids, np.array(data.train.read(ids), object), order.draws(share.seed, epochs, ids, preprocess.DRAWS)
 
     def decode(encoded: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
         return preprocess.training_image(encoded, draws, augment, view)
 
     batches = _decoded(
-        tf.data.Dataset.range(share.first_step, share.last_step),
+        tf.data.Dataset.range(share.numbers.start, share.numbers.stop),
         read,
         decode,
         data,
         share.batch_size,
         threads,
     )
-    return _checked(batches, data, data.train, num_classes, lambda n: share.batch(share.first_step + n)[0])
+    return _checked(batches, data, data.train, num_classes, lambda n: share.batch(share.numbers[n])[0])
 
 
 def evaluation_batches(

@@ -23,13 +23,13 @@ def training_batches(
     """Yield batches as `pipeline.training_batches` does; example i is image i mod POOL."""
     images, labels = (tf.constant(array) for array in image_pool(image_size, num_classes))
 
-    def read(step: np.ndarray) -> np.ndarray:
-        return share.batch(int(step))[0]
+    def read(number: np.ndarray) -> np.ndarray:
+        return share.batch(int(number))[0]
 
-    def gather(step: tf.Tensor) -> Tuple[tf.Tensor, ...]:
-        ids = tf.ensure_shape(tf.numpy_function(read, [step], tf.int64, stateful=False), [share.batch_size])
+    def gather(number: tf.Tensor) -> Tuple[tf.Tensor, ...]:
+        ids = tf.ensure_shape(tf.numpy_function(read, [number], tf.int64, stateful=False), [share.batch_size])
         return ids, tf.gather(images, ids % POOL), tf.gather(labels, ids % POOL)
 
-    data = tf.data.Dataset.range(share.first_step, share.last_step).map(gather)
+    data = tf.data.Dataset.range(share.numbers.start, share.numbers.stop).map(gather)
     for ids, batch, batch_labels in data.prefetch(pipeline.PREFETCH).with_options(pipeline.options(threads)):
         yield ids.numpy(), batch, batch_labels

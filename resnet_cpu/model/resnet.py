@@ -4,12 +4,14 @@ Defaults are the "v1.5" of the field (stride in the 3x3 convolution), which is a
 named as in keras.applications, so that weights can be matched by name.
 """
 
+import functools
 import zlib
-from typing import Dict, Tuple
+from typing import Callable, Dict, Optional, Tuple
 
 import tensorflow as tf
 
 from resnet_cpu.errors import FlagError
+from resnet_cpu.model.ghost_batch_norm import GhostBatchNormalization
 
 layers = tf.keras.layers
 
@@ -34,6 +36,7 @@ def resnet(
     zero_gamma: str = "last",
     bn_momentum: float = 0.9,
     bn_epsilon: float = 1e-5,
+    bn_stats_batch: Optional[int] = None,
     conv1_bias: bool = False,
     precision: str = "float32",
     seed: int = 0,
@@ -52,6 +55,7 @@ def resnet(
             `last` block of each stage (the authors' train_val.prototxt), or `none`.
         bn_momentum: share of the old moving statistics that is kept each step.
         bn_epsilon: added to the variance.
+        bn_stats_batch: images whose statistics batch norm takes at a time in training; None: the whole batch.
         conv1_bias: give the first convolution a bias, as the authors' has.
         precision: of activations and products; with `bfloat16` weights and batch norm's statistics stay float32, and
             so does the classifier (Kalamkar et al., arXiv 1905.12322).
@@ -61,7 +65,7 @@ def resnet(
     if name not in DEPTHS:
         raise FlagError(f"--model={name}: unknown; use one of {', '.join(DEPTHS)}")
     blocks, bottleneck = DEPTHS[name]
-    net = _Builder(width, stride_in, padding, bn_momentum, bn_epsilon, precision, seed)
+    net = _Builder(width, stride_in, padding, bn_momentum, bn_epsilon, bn_stats_batch, precision, seed)
     inputs = layers.Input([None, None, 3], name="images")
     x = net.stem(inputs, stem, conv1_bias)
     for stage, count in enumerate(blocks):
@@ -94,11 +98,15 @@ class _Builder:
         padding: str,
         bn_momentum: float,
         bn_epsilon: float,
+        bn_stats_batch: Optional[int],
         precision: str,
         seed: int,
     ) -> None:
         self.width, self.stride_in, self.padding = width, stride_in, padding
         self.bn_momentum, self.bn_epsilon, self.base_seed = bn_momentum, bn_epsilon, seed
+        self.batch_norm: Callable[..., tf.keras.layers.Layer] = layers.BatchNormalization
+        if bn_stats_batch is not None:
+            self.batch_norm = functools.partial(GhostBatchNormalization, bn_stats_batch)
         # None is Keras' own floating-point type, float32 unless a test asks for more.
         self.dtype = None if precision == "float32" else f"mixed_{precision}"
 
@@ -130,7 +138,7 @@ class _Builder:
         )(x)
 
     def bn(self, x: tf.Tensor, name: str, zero: bool = False) -> tf.Tensor:
-        return layers.BatchNormalization(
+        return self.batch_norm(
             momentum=self.bn_momentum,
             epsilon=self.bn_epsilon,
             gamma_initializer="zeros" if zero else "ones",

@@ -50,18 +50,23 @@ class SGD(tf.keras.optimizers.Optimizer):
         """Update one variable, dense gradient of its shape."""
         dtype = variable.dtype.base_dtype
         velocity = self.velocities[self._index_dict[self._var_key(variable)]]
+        rate = self.rate(gradient, variable)
         if variable.name not in self.exclude:
             gradient = gradient + tf.cast(self.decay, dtype) * variable
         # One fused kernel: accum <- momentum * accum - lr * gradient; var <- var + accum. So accum is -v.
         tf.raw_ops.ResourceApplyKerasMomentum(
             var=variable.handle,
             accum=velocity.handle,
-            lr=tf.cast(self._learning_rate, dtype),
+            lr=rate,
             grad=gradient,
             momentum=tf.cast(self.momentum, dtype),
             use_locking=False,
             use_nesterov=False,
         )
+
+    def rate(self, gradient: tf.Tensor, variable: tf.Variable) -> tf.Tensor:
+        """Return the LR of one variable."""
+        return tf.cast(self._learning_rate, variable.dtype.base_dtype)
 
     def get_config(self) -> Dict[str, Any]:
         return {

@@ -1,7 +1,7 @@
 """From batch sizes to learning rates: who holds how many images, and what that does to the LR."""
 
 import math
-from typing import Optional, Tuple
+from typing import NamedTuple, Optional
 
 from resnet_cpu.errors import FlagError
 
@@ -22,23 +22,53 @@ def scaled_lr(lr_per_256: float, global_batch_size: int, scaling: str) -> float:
     raise FlagError(f"--lr_scaling={scaling}: unknown rule; use one of {', '.join(SCALINGS)}")
 
 
-def resolve_batch(batch_size: Optional[int], global_batch_size: Optional[int], ranks: int) -> Tuple[int, int]:
-    """Return (images per rank, images in all) from either flag, or from both where they agree."""
-    if global_batch_size is not None:
-        if global_batch_size % ranks:
-            raise FlagError(
-                f"--global_batch_size={global_batch_size}: not divisible by {ranks} ranks; "
-                f"use a multiple of {ranks} or another number of ranks"
-            )
-        per_rank = global_batch_size // ranks
-        if batch_size is not None and batch_size != per_rank:
-            raise FlagError(
-                f"--batch_size={batch_size} (per rank) contradicts --global_batch_size={global_batch_size} on {ranks} "
-                f"ranks, which is {per_rank} per rank; leave one of the two out"
-            )
-        return per_rank, global_batch_size
-    per_rank = DEFAULT_BATCH_PER_RANK if batch_size is None else batch_size
-    return per_rank, per_rank * ranks
+class Batch(NamedTuple):
+    """Who holds how many images of a step."""
+
+    per_rank: int  # images that a rank holds at a time: a micro-batch
+    accumulate_steps: int  # micro-batches that a rank sums up before an update
+    total: int  # images of a step: ranks * accumulate_steps * per_rank
+
+
+def resolve_batch(
+    batch_size: Optional[int], global_batch_size: Optional[int], ranks: int, accumulate_steps: int = 1
+) -> Batch:
+    """Return the batch from either flag, or from both where they agree.
+
+    `accumulate_steps` of 0 is as many as it takes to make the global batch of micro-batches of `batch_size` images
+    (default: at most DEFAULT_BATCH_PER_RANK).
+    """
+    if global_batch_size is None:
+        per_rank, count = batch_size or DEFAULT_BATCH_PER_RANK, accumulate_steps or 1
+        return Batch(per_rank, count, per_rank * count * ranks)
+    told = f"--global_batch_size={global_batch_size}"
+    if accumulate_steps == 0:
+        accumulate_steps = _fitting(batch_size, global_batch_size, ranks)
+    parts = ranks * accumulate_steps
+    if global_batch_size % parts:
+        of = f"{ranks} ranks" + (f" x {accumulate_steps} accumulated batches" if accumulate_steps > 1 else "")
+        raise FlagError(f"{told}: not divisible by {of}; use a multiple of {parts} or another number of ranks")
+    per_rank = global_batch_size // parts
+    if batch_size is not None and batch_size != per_rank:
+        raise FlagError(
+            f"--batch_size={batch_size} (per rank) contradicts {told} on {ranks} ranks, which is {per_rank} per rank; "
+            "leave one of the two out, or let --accumulate_steps=0 sum up as many batches as it takes"
+        )
+    return Batch(per_rank, accumulate_steps, global_batch_size)
+
+
+def _fitting(batch_size: Optional[int], global_batch_size: int, ranks: int) -> int:
+    """Return how many micro-batches make up a rank's part of the global batch."""
+    part, left = divmod(global_batch_size, ranks)
+    most = batch_size or DEFAULT_BATCH_PER_RANK
+    if batch_size is None:
+        most = next((size for size in range(min(most, part), 0, -1) if part % size == 0), 0)
+    if left or not most or part % most:
+        raise FlagError(
+            f"--global_batch_size={global_batch_size}: no multiple of {ranks} ranks x {most or 1} images; use "
+            "another --batch_size or another number of ranks"
+        )
+    return part // most
 
 
 def epochs_to_steps(epochs: float, train_examples: int, global_batch_size: int) -> int:

@@ -252,6 +252,10 @@ def _plan_one(
     else:
         lr = given["lr"]
     branch = bool(given.get("branch", False))
+    if branch and not earlier:
+        raise FlagError(
+            f"--phase={name}: branch=1 on the first phase; there is nothing to branch from yet, leave it out"
+        )
     return Phase(
         name=name,
         steps=steps,

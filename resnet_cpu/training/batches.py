@@ -5,6 +5,7 @@ from typing import Iterator, Optional
 from resnet_cpu.cluster.control import World
 from resnet_cpu.data import order, pipeline, synthetic
 from resnet_cpu.data.layouts import ShardedData
+from resnet_cpu.recipe.batch_rule import Batch
 from resnet_cpu.settings import Settings
 
 
@@ -14,22 +15,23 @@ def training_batches(
     data: Optional[ShardedData],
     *,
     examples: int,
-    batch_size: int,
+    batch: Batch,
     first_step: int,
     last_step: int,
     augment: str,
     image_size: int,
 ) -> Iterator[pipeline.Batch]:
-    """Yield this rank's batches for the steps first_step ... last_step - 1; `data` is None for synthetic images."""
+    """Yield this rank's micro-batches for the steps first_step ... last_step - 1; without `data` they are synthetic."""
     share = order.Share(
         seed=settings.recipe.seed,
         examples=examples,
-        batch_size=batch_size,
+        batch_size=batch.per_rank,
         first_step=first_step,
         last_step=last_step,
         rank=world.rank,
         ranks=world.size,
         block=settings.data.order_block,
+        micro_batches=batch.accumulate_steps,
     )
     classes, threads = settings.model.num_classes, settings.data.data_threads or world.cores
     if data is None:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple
 
 import numpy as np
 
@@ -28,6 +28,11 @@ _NAME = re.compile(r"step-(\d{8})")
 def folder(run_dir: str, step: int) -> str:
     """Return the folder of the checkpoint after `step` steps."""
     return os.path.join(run_dir, "checkpoints", f"step-{step:08d}")
+
+
+def member_folder(run_dir: str, name: str) -> str:
+    """Return the folder of the ensemble member `name`: a checkpoint of weights without velocity."""
+    return os.path.join(run_dir, "members", name)
 
 
 def save(path: str, groups: Mapping[str, Arrays], info: Mapping[str, Any]) -> None:
@@ -190,11 +195,17 @@ def newest(run_dir: str) -> Optional[Tuple[str, Dict[str, Any]]]:
     return None
 
 
-def prune(run_dir: str, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what a killed job left half-written."""
+def prune(run_dir: str, keep: int, needed_from: Callable[[int], Set[int]] = lambda step: set()) -> None:
+    """Remove all but the newest `keep` checkpoints and those that are still needed, and what a killed job left behind.
+
+    `needed_from(step)` names the steps whose checkpoints a run needs that goes on from `step`: from any of those kept.
+    """
     parent = os.path.join(run_dir, "checkpoints")
-    for step in steps(run_dir)[:-keep]:
-        shutil.rmtree(folder(run_dir, step), ignore_errors=True)
+    there = steps(run_dir)
+    needed = needed_from(there[-keep:][0]) if there else set()
+    for step in there[:-keep]:
+        if step not in needed:
+            shutil.rmtree(folder(run_dir, step), ignore_errors=True)
     if os.path.isdir(parent):
         for name in os.listdir(parent):
             if name.endswith(".tmp"):

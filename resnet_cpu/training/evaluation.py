@@ -1,7 +1,7 @@
 """Evaluation that counts every example exactly once, for any number of ranks and any batch size."""
 
 import dataclasses
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -13,7 +13,8 @@ from resnet_cpu.data.layouts import ShardedData
 from resnet_cpu.errors import UserError
 from resnet_cpu.recipe import batch_rule
 from resnet_cpu.settings import Settings
-from resnet_cpu.training import export, state
+from resnet_cpu.training import ensemble, export, state
+from resnet_cpu.training.ensemble import Predictions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +36,15 @@ class Score:
 
 
 def make_evaluate_step(model: tf.keras.Model) -> Callable:
-    """Return a function of (images, labels, weights) that sums one batch: (int64 [count, top1, top5], float64 loss)."""
+    """Return a function of (images, labels, weights) that sums one batch.
+
+    It gives (int64 [count, top1, top5], float64 loss, float32 [batch, classes] probabilities).
+    """
 
     @tf.function
-    def evaluate_step(images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> Tuple[tf.Tensor, tf.Tensor]:
+    def evaluate_step(
+        images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor
+    ) -> Tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         logits = tf.cast(model(images, training=False), tf.float32)
         losses = tf.cast(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits), tf.float64)
         # The rank of the label among the logits; of equal ones the first counts, as in argmax, so that a network that
@@ -50,7 +56,8 @@ def make_evaluate_step(model: tf.keras.Model) -> Callable:
         hits = [tf.cast((rank < k) & known, tf.int64) for k in (1, 5)]
         # A padded example has weight 0. Where, not a product: 0 * inf would be no number.
         loss = tf.reduce_sum(tf.where(weights > 0, losses, 0.0))
-        return tf.stack([tf.reduce_sum(weights), *(tf.reduce_sum(hit * weights) for hit in hits)]), loss
+        counts = tf.stack([tf.reduce_sum(weights), *(tf.reduce_sum(hit * weights) for hit in hits)])
+        return counts, loss, tf.nn.softmax(logits)
 
     return evaluate_step
 
@@ -67,6 +74,39 @@ def evaluate(
 
     Calls `beat` after each batch. Raises UserError if the examples counted are not exactly those of the split.
     """
+    return _evaluate(evaluate_step, settings, world, data, batch_size, beat, None)
+
+
+def predict(
+    evaluate_step: Callable,
+    settings: Settings,
+    world: World,
+    data: ShardedData,
+    batch_size: int,
+    beat: Callable[[], None] = lambda: None,
+) -> Tuple[Score, Optional[Predictions]]:
+    """Evaluate as `evaluate` does; on rank 0, return as well what was said of each example, in their order."""
+    rows: List[Tuple[np.ndarray, ...]] = []
+    score = _evaluate(evaluate_step, settings, world, data, batch_size, beat, rows)
+    classes = settings.model.num_classes
+    rows.append((np.empty([0], np.int64), np.empty([0], np.int64), np.empty([0, classes], np.float32)))
+    ids, labels, probabilities = (world.collect(np.concatenate(column)) for column in zip(*rows))
+    if ids is None or labels is None or probabilities is None:
+        return score, None
+    order_of_ids = np.argsort(ids)
+    return score, Predictions(ids[order_of_ids], labels[order_of_ids], probabilities[order_of_ids])
+
+
+def _evaluate(
+    evaluate_step: Callable,
+    settings: Settings,
+    world: World,
+    data: ShardedData,
+    batch_size: int,
+    beat: Callable[[], None],
+    rows: Optional[List[Tuple[np.ndarray, ...]]],
+) -> Score:
+    """Score the split; add (ids, labels, probabilities) of each batch, without its padding, to `rows` if given."""
     batch_size = settings.run.eval_batch_size or batch_size
     batches = pipeline.evaluation_batches(
         data,
@@ -79,17 +119,39 @@ def evaluate(
     )
     examples = data.validation.examples
     counts, loss = np.zeros(3, np.int64), 0.0
-    for step, (_, images, labels) in enumerate(batches):
+    for step, (ids, images, labels) in enumerate(batches):
         _, weights = order.evaluation_batch(step, world.rank, world.size, batch_size, examples)
-        batch_counts, batch_loss = evaluate_step(images, labels, tf.constant(weights))
+        batch_counts, batch_loss, probabilities = evaluate_step(images, labels, tf.constant(weights))
         counts += batch_counts.numpy()
         loss += float(batch_loss)
+        if rows is not None:
+            real = weights > 0
+            rows.append((ids[real], labels.numpy()[real], probabilities.numpy()[real]))
         beat()
     counts = horovod.total(tf.constant(counts), "evaluation_counts").numpy()
     loss = float(horovod.total(tf.constant(loss, tf.float64), "evaluation_loss"))
     if counts[0] != examples:
         raise UserError(f"evaluation counted {counts[0]} examples of {examples}", collective=True)
     return Score(int(counts[0]), int(counts[1]), int(counts[2]), loss / examples)
+
+
+def evaluate_member(settings: Settings, world: World, data: ShardedData, path: str) -> None:
+    """Evaluate an ensemble's member and keep what it says beside its weights."""
+    with guard.Watchdog(settings.system.stall_timeout) as watchdog:
+        horovod.start(world)
+        model = _loaded(settings, world, data, path)
+        step = make_evaluate_step(model)
+        _, predictions = predict(step, settings, world, data, batch_rule.DEFAULT_BATCH_PER_RANK, watchdog.beat)
+        world.on_rank0(lambda: ensemble.save(path, predictions, settings))
+
+
+def _loaded(settings: Settings, world: World, data: ShardedData, path: str) -> tf.keras.Model:
+    """Return the network of the settings with the weights of the checkpoint `path`, on every rank."""
+    model = state.build_model(settings)
+    world.on_rank0(lambda: pipeline.check_label_base(data, settings.model.num_classes))
+    world.on_rank0(lambda: state.load_weights(model, path))
+    horovod.broadcast(model.variables)
+    return model
 
 
 def evaluate_checkpoint(
@@ -100,10 +162,7 @@ def evaluate_checkpoint(
         horovod.start(world)
         if export_to is not None:
             world.on_rank0(lambda: export.check(export_to))
-        model = state.build_model(settings)
-        world.on_rank0(lambda: pipeline.check_label_base(data, settings.model.num_classes))
-        world.on_rank0(lambda: state.load_weights(model, path))
-        horovod.broadcast(model.variables)
+        model = _loaded(settings, world, data, path)
         step = make_evaluate_step(model)
         score = evaluate(step, settings, world, data, batch_rule.DEFAULT_BATCH_PER_RANK, watchdog.beat)
         if export_to is not None:

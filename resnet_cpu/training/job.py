@@ -15,6 +15,7 @@ from resnet_cpu.data import layouts
 from resnet_cpu.data.datasets import DATASETS
 from resnet_cpu.errors import CheckpointError, DataError, FlagError, RunFolderError
 from resnet_cpu.recipe import schedule
+from resnet_cpu.recipe.batch_rule import Batch
 from resnet_cpu.recipe.phases import Phase
 from resnet_cpu.report import provenance
 from resnet_cpu.report.runlog import RunFolder, Stopwatch, read_json
@@ -29,8 +30,7 @@ class Job:
     settings: Settings
     world: World
     phases: Tuple[Phase, ...]
-    batch_size: int  # images per rank
-    global_batch_size: int  # images
+    batch: Batch
     train_examples: int
     validation_examples: int
     data: Optional[layouts.ShardedData]  # None: synthetic
@@ -104,12 +104,11 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
     with control.everyone_alike():
         train_examples, validation_examples = examples(settings, data)
         planned = plan(settings, world.size, train_examples)
-        if train_examples < planned.global_batch_size:
+        if train_examples < planned.batch.total:
             raise DataError(
-                f"{train_examples} training examples are fewer than one global batch of {planned.global_batch_size}; "
+                f"{train_examples} training examples are fewer than one global batch of {planned.batch.total}; "
                 "lower --batch_size or use fewer ranks"
             )
-        _refuse_what_is_only_planned(settings, planned.phases)
     signature = _signature(settings, planned, train_examples, data)
     run_dir = os.path.abspath(settings.run.run_dir)
     folder: Optional[RunFolder] = None
@@ -175,8 +174,7 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
         settings=settings,
         world=world,
         phases=planned.phases,
-        batch_size=planned.batch_size,
-        global_batch_size=planned.global_batch_size,
+        batch=planned.batch,
         train_examples=train_examples,
         validation_examples=validation_examples,
         data=data,
@@ -240,36 +238,28 @@ def find_checkpoint(
             found = newest
         signature = found[1]["signature"]
         # Weights are float32 in either precision, so a run may be scored in the other.
-        model = {**dataclasses.asdict(settings.model), "precision": signature["model"]["precision"]}
+        model = {**dataclasses.asdict(settings.model), "precision": signature["model"].get("precision")}
         checkpoint.check_signature(found[0], signature["model"], model)
-        return [found[0], found[1]["step"], signature["data"]["pixels"]]
+        return [found[0], found[1]["step"], signature]
 
-    folder, step, pixels = world.on_rank0(find)
-    if settings.data.normalization in ("auto", "dataset"):
-        mean, deviation = (tuple(pixels[key]) if pixels else None for key in ("mean", "std"))
-        data = dataclasses.replace(data, pixel_mean=mean, pixel_std=deviation)
-    return folder, step, data
+    folder, step, signature = world.on_rank0(find)
+    return folder, step, as_trained(settings, data, signature)
 
 
-def _refuse_what_is_only_planned(settings: Settings, planned: Tuple[Phase, ...]) -> None:
-    """Raise FlagError for what this version reads and plans but does not run yet."""
-    if settings.run.experiment != "train":
-        raise FlagError(f"--experiment={settings.run.experiment}: not yet run by this version; use --experiment=train")
-    for index, phase in enumerate(planned):
-        previous = planned[index - 1].name if index else None
-        if phase.branch or phase.member or phase.parent != previous:
-            key = "branch=1" if phase.branch else "member=1" if phase.member else f"from={phase.parent}"
-            raise FlagError(
-                f"--phase={phase.name}: {key} is planned but not yet run by this version; remove the phase or use "
-                "python -m resnet_cpu.plan to cost it"
-            )
+def as_trained(settings: Settings, data: layouts.ShardedData, signature: Dict[str, Any]) -> layouts.ShardedData:
+    """Return `data` with the pixel mean and deviation that the network was trained with, whatever set it is."""
+    if settings.data.normalization not in ("auto", "dataset"):
+        return data
+    pixels = signature["data"].get("pixels")
+    mean, deviation = (tuple(pixels[key]) if pixels else None for key in ("mean", "std"))
+    return dataclasses.replace(data, pixel_mean=mean, pixel_std=deviation)
 
 
 def _signature(
     settings: Settings, planned: Plan, train_examples: int, opened: Optional[layouts.ShardedData]
 ) -> Dict[str, Any]:
     """Return all that decides what is computed; two runs of equal signature train the same model."""
-    data = settings.data
+    data, recipe = settings.data, settings.recipe
     pixels = None
     if opened is not None and opened.pixel_mean and opened.pixel_std and data.normalization in ("auto", "dataset"):
         pixels = {"mean": list(opened.pixel_mean), "std": list(opened.pixel_std)}
@@ -285,9 +275,12 @@ def _signature(
             "crop": [data.crop, *data.crop_area, *data.crop_aspect],
             "order_block": data.order_block,
         },
-        "global_batch_size": planned.global_batch_size,
-        "wd_on_bn": settings.recipe.wd_on_bn,
-        "seed": settings.recipe.seed,
+        "global_batch_size": planned.batch.total,
+        "optimizer": [recipe.optimizer, recipe.lars_eta],
+        "momentum_correction": recipe.momentum_correction,
+        "label_smoothing": recipe.label_smoothing,
+        "wd_on_bn": recipe.wd_on_bn,
+        "seed": recipe.seed,
         "phases": {
             phase.name: {**dataclasses.asdict(phase), "boundary_steps": list(phase.boundary_steps)}
             for phase in planned.phases

@@ -15,11 +15,11 @@ from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.phases import Phase
 from resnet_cpu.report import plots, profile, provenance
 from resnet_cpu.report.runlog import Progress, read_json, read_rows
-from resnet_cpu.training import checkpoint, evaluation, state
+from resnet_cpu.training import checkpoint, ensemble, evaluation, state
 from resnet_cpu.training.batches import training_batches
 from resnet_cpu.training.job import Job
 from resnet_cpu.training.state import State, build_model
-from resnet_cpu.training.step import Knobs, make_knobs, make_optimizer, make_train_step
+from resnet_cpu.training.step import Knobs, TrainStep, make_knobs, make_optimizer
 
 TOP1_MARKS = (0.5, 0.6, 0.7, 0.75, 0.759, 0.8, 0.85, 0.88, 0.9)  # whose first crossing is timed
 
@@ -44,14 +44,19 @@ class _Training:
         self.cores = sum(job.world.gather(job.world.cores))
         self.model = build_model(job.settings)
         self.knobs: Knobs = make_knobs()
-        self.state = State(self.model, make_optimizer(self.model, self.knobs, job.settings.recipe.wd_on_bn))
-        self.train_step = make_train_step(self.model, self.state.optimizer, self.knobs)
+        recipe = job.settings.recipe
+        self.state = State(self.model, make_optimizer(self.model, self.knobs, recipe))
+        self.train_step = TrainStep(
+            self.model, self.state.optimizer, self.knobs, job.batch.accumulate_steps, recipe.label_smoothing
+        )
         self.evaluate_step = evaluation.make_evaluate_step(self.model)
         self.timed_steps, self.timed_s = 0, 0.0
         self.recorder = profile.Recorder(job.run_dir, job.settings.run.profile_steps if job.folder else None)
         self.seconds_to_top1: Dict[str, float] = {}
         self.score: Optional[evaluation.Score] = None
-        self.ranks_before = job.world.size
+        self.layout = [job.world.size, job.batch.per_rank, job.batch.accumulate_steps]
+        self.layout_before = self.layout
+        self.ends = schedule.end_steps(job.phases)
         self.seconds_before = self._restore()
         self.saved_step = self.state.step if job.resume_from else None
         self.last = min(job.total_steps, self.run_settings.max_steps or job.total_steps)
@@ -73,7 +78,7 @@ class _Training:
             manifest = job.world.on_rank0(restore)
             self.state.step = manifest["step"]
             self.seconds_to_top1 = manifest["seconds_to_top1"]
-            self.ranks_before = manifest["ranks"]
+            self.layout_before = manifest["layout"]
             elapsed = manifest["wall_seconds"]
         if job.data is not None:
             data, classes = job.data, job.settings.model.num_classes
@@ -109,7 +114,9 @@ class _Training:
         self.progress.say(
             f"{job.settings.model.model}: {trainable:,} trainable parameters, {job.settings.data.dataset}: "
             f"{job.train_examples:,} training and {job.validation_examples:,} evaluation images; "
-            f"{job.world.size} ranks x {job.batch_size} images, {job.world.cores} cores each; "
+            f"{job.world.size} ranks x {job.batch.per_rank} images"
+            + (f" x {job.batch.accumulate_steps} accumulated" if job.batch.accumulate_steps > 1 else "")
+            + f", {job.world.cores} cores each; "
             f"{job.total_steps} steps = {self._epoch(job.total_steps):.2f} epochs; results in {job.run_dir}"
         )
         doubt = layout.doubt_about(job.settings.model.precision, provenance.instruction_sets())
@@ -119,10 +126,14 @@ class _Training:
             self.progress.say(f"stops after step {self.last} (--max_steps), evaluates and saves")
         if self.state.step:
             self.progress.say(f"resumed after step {self.state.step} from {job.resume_from} (attempt {job.attempt})")
-            if self.ranks_before != job.world.size:
+            if self.layout_before != self.layout:
+                before, here = (
+                    f"{ranks} ranks x {size} images x {count}"
+                    for ranks, size, count in (self.layout_before, self.layout)
+                )
                 self.progress.say(
-                    f"the steps before ran on {self.ranks_before} ranks, these on {job.world.size}: the same images a "
-                    "step, but batch norm sees them in other groups, so the result is not bit-identical"
+                    f"the steps before ran on {before}, these on {here}: the same images a step, but in other groups "
+                    "for sums and batch norm, so the result is not bit-identical"
                 )
 
     # --- the loop ----------------------------------------------------------------------------------------------
@@ -130,14 +141,15 @@ class _Training:
     def run(self) -> Dict[str, Any]:
         self._announce()
         job = self.job
-        first_of_phase = 0
+        before: Optional[Phase] = None
         for phase in job.phases:
-            begin, end = max(self.state.step, first_of_phase), min(first_of_phase + phase.steps, self.last)
+            first_of_phase = self.ends[phase.name] - phase.steps
+            begin, end = max(self.state.step, first_of_phase), min(self.ends[phase.name], self.last)
             if begin < end:
-                if begin == first_of_phase and phase.velocity == "reset":
-                    self.state.reset_velocity()
+                if begin == first_of_phase:
+                    self._enter(phase, before)
                 self._run_phase(phase, first_of_phase, begin, end)
-            first_of_phase += phase.steps
+            before = phase
         if self.score is None:
             self._evaluate()
         self._save()
@@ -149,16 +161,27 @@ class _Training:
                 self._say_result(result)
         return result
 
+    def _enter(self, phase: Phase, before: Optional[Phase]) -> None:
+        """Start a phase from the end of its parent, which need not be the phase that ran before it."""
+        job = self.job
+        if before is not None and phase.parent is not None and phase.parent != before.name:
+            path = checkpoint.folder(job.run_dir, self.ends[phase.parent])
+            job.world.on_rank0(lambda: self.state.restore(path))
+            horovod.broadcast(self.state.variables)
+            if self.progress is not None:
+                self.progress.say(f"{phase.name} starts from the end of {phase.parent}")
+        if phase.velocity == "reset":
+            self.state.reset_velocity()
+
     def _run_phase(self, phase: Phase, first_of_phase: int, begin: int, end: int) -> None:
         self.knobs.weight_decay.assign(phase.wd)
-        self.knobs.momentum.assign(phase.momentum)
         job = self.job
         batches = training_batches(
             job.settings,
             job.world,
             job.data,
             examples=job.train_examples,
-            batch_size=job.batch_size,
+            batch=job.batch,
             first_step=begin,
             last_step=end,
             augment=phase.augment,
@@ -168,11 +191,12 @@ class _Training:
         for step in range(begin, end):
             self.recorder.before(step)
             rate = schedule.learning_rate(phase, step - first_of_phase)
+            self.knobs.momentum.assign(
+                schedule.momentum(job.phases, phase, step - first_of_phase, job.settings.recipe.momentum_correction)
+            )
             started = time.perf_counter()
-            _, images, labels = next(batches)
-            waited = time.perf_counter() - started
             stop = tf.constant(float(guard.stop_requested()))
-            loss, stopping, update_s = self.train_step(images, labels, tf.constant(rate), stop)
+            (loss, stopping, update_s), waited = self.train_step.take(batches, tf.constant(rate), stop)
             taken = time.perf_counter() - started
             self.recorder.after(step, last_of_phase=step + 1 == end)
             self.state.step = step + 1
@@ -192,7 +216,7 @@ class _Training:
             if (step + 1) % self.run_settings.log_every_steps == 0 or step + 1 == end:
                 self._log(step, phase, rate, loss, window)
                 window = _Window()
-            self._after_step(step, end_of_phase=step + 1 == first_of_phase + phase.steps)
+            self._after_step(step, phase)
             if stopping > 0 and self.state.step < job.total_steps:
                 self._save()
                 raise StopRequested(
@@ -201,47 +225,80 @@ class _Training:
                     collective=True,
                 )
 
-    def _after_step(self, step: int, end_of_phase: bool) -> None:
-        """Evaluate and save where the agreed steps fall."""
+    def _after_step(self, step: int, phase: Phase) -> None:
+        """Evaluate and save where the agreed steps fall; keep a member as soon as its phase ends."""
         self.score = None
         every = self.run_settings.eval_every_epochs
         last_of_all = step + 1 == self.job.total_steps
-        if every and (self._epoch(step + 1) // every > self._epoch(step) // every) and not last_of_all:
+        end_of_phase = step + 1 == self.ends[phase.name]
+        if end_of_phase and phase.member:
+            self._keep_member(phase.name)
+        elif end_of_phase and self._is_leaf(phase) and not last_of_all:
+            self._evaluate(phase.name)
+        elif every and (self._epoch(step + 1) // every > self._epoch(step) // every) and not last_of_all:
             self._evaluate()
         every_steps = self.run_settings.checkpoint_every_steps
         due = end_of_phase or (every_steps and (step + 1) % every_steps == 0)
         if due and not last_of_all:  # that one is saved with its score
             self._save()
 
+    def _is_leaf(self, phase: Phase) -> bool:
+        """Return whether no later phase goes on from the end of this one."""
+        return all(other.parent != phase.name for other in self.job.phases)
+
+    def _keep_member(self, name: str) -> None:
+        """Publish weights and predictions of an ensemble's member, before the checkpoint that lies behind them.
+
+        So whatever is cut off in between is done again, and comes out the same.
+        """
+        job = self.job
+        path = checkpoint.member_folder(job.run_dir, name)
+        weights = {"weights": self.state.arrays()["weights"]}
+        info = {"step": self.state.step, "signature": job.signature, "phase": name}
+        horovod.check_replicas(job.world, self.state.variables, f"at the end of {name}")
+        job.world.on_rank0(lambda: checkpoint.save(path, weights, info))
+        predictions = self._evaluate(name)
+        if job.data is not None:
+            job.world.on_rank0(lambda: ensemble.save(path, predictions, job.settings))
+
     def _wall_seconds(self) -> float:
         """Return the seconds of this attempt, loading and evaluation included, and of those it goes on from."""
         return self.seconds_before + self.job.clock.seconds()
 
     def _epoch(self, step: int) -> float:
-        return step * self.job.global_batch_size / self.job.train_examples
+        return step * self.job.batch.total / self.job.train_examples
 
     # --- evaluation and saving ---------------------------------------------------------------------------------
 
-    def _evaluate(self) -> None:
-        """Evaluate on all ranks, record it; synthetic data has nothing to evaluate."""
+    def _evaluate(self, end_of: Optional[str] = None) -> Optional[ensemble.Predictions]:
+        """Evaluate on all ranks, record it; synthetic data has nothing to evaluate.
+
+        `end_of` names the phase that has just ended. Returns what was said of each example, of a member on rank 0.
+        """
         job = self.job
         if job.data is None:
-            return
+            return None
         started = time.perf_counter()
-        score = self.score = evaluation.evaluate(
-            self.evaluate_step, job.settings, job.world, job.data, job.batch_size, self.watchdog.beat
-        )
+        everything = self.evaluate_step, job.settings, job.world, job.data, job.batch.per_rank, self.watchdog.beat
+        predictions: Optional[ensemble.Predictions] = None
+        if any(phase.member for phase in job.phases if phase.name == end_of):
+            score, predictions = evaluation.predict(*everything)
+        else:
+            score = evaluation.evaluate(*everything)
+        self.score = score
         horovod.check_replicas(job.world, self.state.variables, f"after step {self.state.step}")
         wall = self._wall_seconds()
         for mark in TOP1_MARKS:
             if score.top1 >= mark:
                 self.seconds_to_top1.setdefault(str(mark), round(wall, 3))
         if job.folder is None or self.progress is None:
-            return
+            return None
         seconds = time.perf_counter() - started
         row = {
             "step": self.state.step - 1,
             "epoch": self._epoch(self.state.step),
+            "phase": self._phase_at(self.state.step),
+            "end_of": end_of,
             "top1": score.top1,
             "top5": score.top5,
             "loss": score.loss,
@@ -253,10 +310,16 @@ class _Training:
         job.folder.append("eval.jsonl", row)
         job.folder.scalars(self.state.step, {"evaluation/top1": score.top1, "evaluation/loss": score.loss})
         self.progress.say(
-            f"evaluation after step {self.state.step}: top-1 {100 * score.top1:.2f} %, top-5 {100 * score.top5:.2f} %, "
+            f"evaluation after step {self.state.step}{f' (end of {end_of})' if end_of else ''}: "
+            f"top-1 {100 * score.top1:.2f} %, top-5 {100 * score.top5:.2f} %, "
             f"loss {score.loss:.4f} on {score.examples} images, {row['images_per_second']:.0f} img/s"
         )
         self._draw()
+        return predictions
+
+    def _phase_at(self, step: int) -> str:
+        """Return the phase whose steps end at, or hold, `step` executed ones."""
+        return next(name for name, end in self.ends.items() if step <= end)
 
     def _save(self) -> None:
         """Publish a checkpoint from rank 0; every rank learns whether it succeeded."""
@@ -268,13 +331,14 @@ class _Training:
             info = {
                 "step": step,
                 "signature": job.signature,
-                "ranks": job.world.size,
+                "layout": self.layout,
                 "wall_seconds": self._wall_seconds(),
                 "seconds_to_top1": self.seconds_to_top1,
                 "versions": provenance.versions(),
             }
             checkpoint.save(checkpoint.folder(job.run_dir, step), self.state.arrays(), info)
-            checkpoint.prune(job.run_dir, self.run_settings.keep_checkpoints)
+            keep = self.run_settings.keep_checkpoints
+            checkpoint.prune(job.run_dir, keep, lambda oldest: schedule.still_needed(job.phases, oldest))
 
         horovod.check_replicas(job.world, self.state.variables, f"after step {step}")
         job.world.on_rank0(save)
@@ -294,7 +358,7 @@ class _Training:
             "epoch": self._epoch(step),
             "lr": rate,
             "loss": loss,
-            "images_per_second": window.steps * job.global_batch_size / window.taken if window.steps else None,
+            "images_per_second": window.steps * job.batch.total / window.taken if window.steps else None,
             "data_wait_s": window.waited / window.steps if window.steps else None,
             "update_s": window.updating / window.steps if window.steps else None,
             "step_s": window.taken / window.steps if window.steps else None,
@@ -306,7 +370,7 @@ class _Training:
 
     def _result(self, complete: bool) -> Dict[str, Any]:
         job, score = self.job, self.score
-        rate = self.timed_steps * job.global_batch_size / self.timed_s if self.timed_steps else None
+        rate = self.timed_steps * job.batch.total / self.timed_s if self.timed_steps else None
         if rate is None:  # a run that was only finished here: what its earlier attempts wrote still stands
             earlier = read_json(os.path.join(job.run_dir, "result.json")) or {}
             rate = earlier.get("images_per_second")
@@ -321,12 +385,26 @@ class _Training:
             "steps": self.state.step,
             "epochs": self._epoch(self.state.step),
             "ranks": job.world.size,
-            "global_batch_size": job.global_batch_size,
+            "global_batch_size": job.batch.total,
             "wall_seconds": self._wall_seconds(),
             "seconds_to_top1": self.seconds_to_top1,
             "seed": job.settings.recipe.seed,
             "complete": complete,
+            **self._members(),
         }
+
+    def _members(self) -> Dict[str, Any]:
+        """Return the scores of the members that are done, and of their ensemble; all ranks call it."""
+        job = self.job
+        done = [phase.name for phase in job.phases if phase.member and self.ends[phase.name] <= self.state.step]
+        if job.data is None or not done:
+            return {}
+
+        def report() -> Dict[str, Any]:
+            paths = ensemble.find(job.run_dir, done)
+            return ensemble.report({name: ensemble.load(path) for name, path in zip(done, paths)})
+
+        return job.world.on_rank0(report)
 
     def _say_result(self, result: Dict[str, Any]) -> None:
         assert self.progress is not None

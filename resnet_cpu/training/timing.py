@@ -17,7 +17,7 @@ from resnet_cpu.settings import Settings
 from resnet_cpu.training import evaluation, job
 from resnet_cpu.training.batches import training_batches
 from resnet_cpu.training.state import build_model
-from resnet_cpu.training.step import make_knobs, make_optimizer, make_train_step
+from resnet_cpu.training.step import TrainStep, make_knobs, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +57,17 @@ def run(
     settings: Settings, world: World, data: Optional[ShardedData], what: str, warmup_steps: int, timed_steps: int
 ) -> Timed:
     """Return the times of `timed_steps` steps after `warmup_steps` that are not counted."""
-    batch_size, _ = batch_rule.resolve_batch(settings.recipe.batch_size, settings.recipe.global_batch_size, world.size)
+    recipe = settings.recipe
+    batch = batch_rule.resolve_batch(recipe.batch_size, recipe.global_batch_size, world.size, recipe.accumulate_steps)
     steps = warmup_steps + timed_steps
     with guard.Watchdog(settings.system.stall_timeout) as watchdog:
         horovod.start(world)
         if what == "pipeline":
             if data is None:
                 raise FlagError("--benchmark=pipeline: --dataset=synthetic reads nothing; give a --dataset", True)
-            one_step = _reading(settings, world, data, batch_size, steps)
+            one_step = _reading(settings, world, data, batch, steps)
         else:
-            one_step = _computing(settings, world, batch_size, steps, training=what == "synthetic")
+            one_step = _computing(settings, world, batch, steps, training=what == "synthetic")
         seconds, updates = [], []
         for step in range(steps):
             started = time.perf_counter()
@@ -78,22 +79,22 @@ def run(
     return Timed(
         what,
         np.array(world.gather(seconds)),
-        batch_size,
+        batch.per_rank * batch.accumulate_steps,
         sum(world.gather(world.cores)),
         np.array(world.gather(updates)) if what == "synthetic" else None,
     )
 
 
 def _computing(
-    settings: Settings, world: World, batch_size: int, steps: int, training: bool
+    settings: Settings, world: World, batch: batch_rule.Batch, steps: int, training: bool
 ) -> Callable[[], Optional[float]]:
     model = build_model(settings)
     batches = training_batches(
         settings,
         world,
         None,
-        examples=max(synthetic.POOL, batch_size * world.size),
-        batch_size=batch_size,
+        examples=max(synthetic.POOL, batch.total),
+        batch=batch,
         first_step=0,
         last_step=steps,
         augment="none",
@@ -101,31 +102,33 @@ def _computing(
     )
     if not training:
         evaluate_step = evaluation.make_evaluate_step(model)
-        weights = tf.ones([batch_size], tf.int64)
+        weights = tf.ones([batch.per_rank], tf.int64)
 
         def forward() -> None:
-            evaluate_step(*next(batches)[1:], weights)[0].numpy()
+            for _ in range(batch.accumulate_steps):
+                evaluate_step(*next(batches)[1:], weights)[0].numpy()
 
         return forward
     knobs = make_knobs()
-    train_step = make_train_step(model, make_optimizer(model, knobs, settings.recipe.wd_on_bn), knobs)
+    optimizer = make_optimizer(model, knobs, settings.recipe)
+    train_step = TrainStep(model, optimizer, knobs, batch.accumulate_steps, settings.recipe.label_smoothing)
     rate, go_on = tf.constant(0.0), tf.constant(0.0)  # a rate of 0 costs the same and never diverges
 
     def train() -> float:
-        return train_step(*next(batches)[1:], rate, go_on).update_s
+        return train_step.take(batches, rate, go_on)[0].update_s
 
     return train
 
 
 def _reading(
-    settings: Settings, world: World, data: ShardedData, batch_size: int, steps: int
+    settings: Settings, world: World, data: ShardedData, batch: batch_rule.Batch, steps: int
 ) -> Callable[[], Optional[float]]:
     batches = training_batches(
         settings,
         world,
         data,
         examples=job.examples(settings, data)[0],
-        batch_size=batch_size,
+        batch=batch,
         first_step=0,
         last_step=steps,
         augment=settings.recipe.phases[0].values.get("augment", "full") if settings.recipe.phases else "full",
@@ -133,6 +136,7 @@ def _reading(
     )
 
     def read() -> None:
-        next(batches)
+        for _ in range(batch.accumulate_steps):
+            next(batches)
 
     return read

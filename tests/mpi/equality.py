@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 import tensorflow as tf
 
+from resnet_cpu import flags
 from resnet_cpu.optim.sgd import SGD
 from resnet_cpu.training import step as training_step
 
@@ -54,10 +55,10 @@ def train(case, part, as_variables=False):
     with floatx(dtype):
         model = network(case == "batch_norm")
         knobs = training_step.make_knobs()
-        optimizer = training_step.make_optimizer(model, knobs, wd_on_bn=False)
+        optimizer = training_step.make_optimizer(model, knobs, flags.parse([]).recipe)
         knobs.weight_decay.assign(WD)
         knobs.momentum.assign(MOMENTUM)
-        one_step = training_step.make_train_step(model, optimizer, knobs)
+        one_step = training_step.TrainStep(model, optimizer, knobs)
         for step in range(STEPS):
             images, labels = examples(step, dtype)
             one_step(tf.constant(images[part]), tf.constant(labels[part]), tf.constant(LR), tf.constant(0.0))

@@ -150,6 +150,10 @@ def test_resume_on_two_ranks_is_bit_identical(sessions):
     assert found(sessions(2), "resume")["ok"]
 
 
+def test_an_ensemble_that_was_cut_off_has_the_same_members_on_two_ranks(sessions):
+    assert found(sessions(2), "tree")["ok"]
+
+
 def test_two_ranks_run_like_one_up_to_rounding_of_batch_norm(sessions, data_sets, tmp_path):
     """The same global batch on one rank sees the same examples: LR and steps agree, and so does the loss, roughly."""
     import whole_runs as runs

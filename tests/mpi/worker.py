@@ -142,11 +142,17 @@ def case_resume():
     write("resume", {"ok": True})
 
 
+def case_tree():
+    """A collapsed ensemble cut off in a branch, at the border behind it, and in the phase that starts elsewhere."""
+    runs.check_tree(world, f"{DATA}/train", f"{OUT}/tree", stops=(8, 9, 11))
+    write("tree", {"ok": True})
+
+
 def case_run_state():
     """One run of the tiny recipe, to be compared between sessions of other rank counts."""
     runs.train(world, f"{DATA}/train", f"{OUT}/run")
     result = resolve_batch(None, 12, world.size)
-    write("run_state", {"batch": result})
+    write("run_state", {"batch": [result.per_rank, result.total]})
 
 
 def case_what_rank_0_does_alone():
@@ -174,6 +180,7 @@ CASES = {
         "run_without_broadcast",
         "run_state",
         "resume",
+        "tree",
         "what_rank_0_does_alone",
     ],
     3: ALL,

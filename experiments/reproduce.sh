@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Runs every experiment behind docs/results.md: one process of one thread a core, hours in all. Run it again after an
+# interruption: what is finished is not run again, what was cut off goes on. RUNS=folder (runs/reproduce), SEEDS="0 1 2".
+#
+#   make reproduce
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+runs=${RUNS:-runs/reproduce}
+seeds=${SEEDS:-0 1 2}
+jobs=${JOBS:-$(nproc)}
+only=${ONLY:-}  # a part of a run's name, to run those alone
+ensemble=experiments/collapsed_ensemble
+ladder=experiments/lr_scaling
+
+# One line a run: its folder below $runs, its flags.
+list() {
+  local seed rung
+  for seed in $seeds; do
+    echo "ensemble/cycles/seed-$seed --flagfile=$ensemble/small_ce_of_b.flags --seed=$seed"
+    echo "ensemble/one_model/seed-$seed --flagfile=$ensemble/small_one_model.flags --seed=$seed"
+    echo "cycles/recipe_b/seed-$seed --flagfile=$ensemble/small_recipe_b.flags --seed=$seed"
+    echo "cycles/poly/seed-$seed --flagfile=$ensemble/small_poly.flags --seed=$seed"
+    for rung in 64 256 1024 2048 4096; do
+      echo "ladder/linear-$rung/seed-$seed --flagfile=$ladder/small_ladder.flags --global_batch_size=$rung --seed=$seed"
+      echo "ladder/unscaled-$rung/seed-$seed --flagfile=$ladder/small_ladder_unscaled.flags --global_batch_size=$rung --seed=$seed"
+    done
+  done
+}
+
+# Batch norm's statistics of averaged weights are not averaged statistics: a hundred steps at LR 0 set them right.
+average() {
+  local seed mean
+  for seed in $seeds; do
+    mean=$runs/ensemble/average-seed-$seed.npz
+    [[ -e $mean ]] || python -m resnet_cpu.evaluate --ensemble --run_dir="$runs/ensemble/cycles/seed-$seed" --export="$mean" >/dev/null
+    echo "ensemble/average/seed-$seed --flagfile=$ensemble/small.flags --init_from=$mean --seed=$seed --phase=statistics:steps=100,lr=0,augment=light"
+  done
+}
+
+# SLOT is xargs' number of the process, and the core it runs on. A run that fails is told, and the others go on.
+one() {
+  local folder=$1
+  shift
+  mkdir -p "$runs/$folder"
+  local core=$((SLOT % $(nproc)))
+  if taskset -c "$core" python -m resnet_cpu.train "$@" --run_dir="$runs/$folder" --threads=1 --data_threads=1 \
+    >"$runs/$folder/out" 2>>"$runs/$folder/log"; then
+    echo "$(date +%T) done   $folder"
+  else
+    echo "$(date +%T) ended with $?: $folder (see $runs/$folder/log)"
+  fi
+}
+export -f one
+export runs
+
+all() { grep -e "$only" | xargs -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
+list | all
+average | all

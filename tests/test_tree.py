@@ -1,0 +1,148 @@
+"""Runs with branches and members: the tree is walked as planned, and survives being cut off anywhere."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import whole_runs as runs
+from conftest import last_line
+
+from resnet_cpu.cluster import control
+from resnet_cpu.errors import CheckpointError
+from resnet_cpu.report.runlog import read_rows
+from resnet_cpu.training import checkpoint
+
+ALONE = control.World(1, 0)
+
+
+@pytest.fixture(scope="module")
+def tree(tiny_data, tmp_path_factory):
+    """The folder of a finished ensemble's run, not to be changed."""
+    folder = tmp_path_factory.mktemp("tree") / "run"
+    runs.train(ALONE, tiny_data, str(folder), *runs.TREE)
+    return folder
+
+
+def test_cut_off_anywhere_members_come_out_the_same_bits(tiny_data, tmp_path):
+    runs.check_tree(ALONE, tiny_data, str(tmp_path))
+
+
+def test_a_branch_leaves_no_trace_on_the_main_line(tiny_data, tree, tmp_path):
+    """`cycle` starts from `main`, not from the branch that ran in between: so the first branch may do as it likes."""
+    run_dir = str(tmp_path / "run")
+    wild = "--phase=tail:steps=3,lr=0.5,momentum=0.5,wd=0,branch=1,member=1"
+    runs.train(ALONE, tiny_data, run_dir, *runs.TREE, wild)
+    differing = runs.differing(runs.members(run_dir), runs.members(str(tree)))
+    assert differing and all(name.startswith("tail/") for name in differing)
+
+
+def test_negative_control_on_the_main_line_it_leaves_one(tiny_data, tree, tmp_path):
+    run_dir = str(tmp_path / "run")
+    runs.train(
+        ALONE, tiny_data, run_dir, *runs.TREE, "--phase=tail:steps=3,lr=0.02,power=2,wd=2e-4,augment=light,member=1"
+    )
+    assert any(name.startswith("collapse/") for name in runs.differing(runs.members(run_dir), runs.members(str(tree))))
+
+
+def test_from_names_the_phase_to_start_from(tiny_data, tree, tmp_path):
+    """A third phase that starts from the first, over two others: its weights are those of a run without them."""
+    last = "--phase=late:steps=2,lr=0.01,from=main,velocity=reset"
+    run_dir, other = str(tmp_path / "run"), str(tmp_path / "other")
+    runs.train(ALONE, tiny_data, run_dir, *runs.TREE, last, "--keep_checkpoints=2")
+    early = json.loads(pathlib.Path(run_dir, "run.json").read_text())["signature"]["phases"]["late"]
+    assert early["parent"] == "main"
+    start = checkpoint.load(checkpoint.folder(run_dir, 20), "weights")
+    # The same two steps of images (18 and 19) after a main line that stood still meanwhile.
+    still = "lr=0,wd=0,momentum=0"
+    rest = [f"--phase=tail:steps=3,{still}", f"--phase=cycle:steps=6,{still}", f"--phase=collapse:steps=3,{still}"]
+    runs.train(ALONE, tiny_data, other, "--phase=main:steps=6,lr=0.05,warmup_steps=2,decay_steps=8", *rest, last)
+    found = checkpoint.load(checkpoint.folder(other, 20), "weights")
+    trained = [name for name in start if "moving" not in name]  # statistics move even where weights stand still
+    assert all(start[name].tobytes() == found[name].tobytes() for name in trained)
+
+
+def test_end_states_are_kept_until_no_later_phase_needs_them(tiny_data, tmp_path):
+    run_dir = str(tmp_path / "run")
+    often = ["--checkpoint_every_steps=1", "--keep_checkpoints=2"]
+    runs.train(ALONE, tiny_data, run_dir, *runs.TREE, *often, "--max_steps=9")
+    assert checkpoint.steps(run_dir) == [6, 8, 9]
+    runs.train(ALONE, tiny_data, run_dir, *runs.TREE, *often, "--max_steps=11")
+    assert checkpoint.steps(run_dir) == [10, 11]
+    shutil.rmtree(checkpoint.folder(run_dir, 10))
+    shutil.rmtree(checkpoint.folder(run_dir, 11))
+
+
+def test_a_missing_end_state_is_told(tiny_data, tmp_path):
+    run_dir = str(tmp_path / "run")
+    runs.train(ALONE, tiny_data, run_dir, *runs.TREE, "--max_steps=9")
+    shutil.rmtree(checkpoint.folder(run_dir, 6))
+    with pytest.raises(CheckpointError, match="step-00000006"):
+        runs.train(ALONE, tiny_data, run_dir, *runs.TREE)
+
+
+def test_result_and_rows_tell_members_ensemble_and_phases(tree):
+    result = json.loads((tree / "result.json").read_text())
+    assert result["experiment"] == "collapsed_ensemble" and result["ensemble"]["members"] == ["tail", "collapse"]
+    for scores in (*result["members"].values(), result["ensemble"], result["ensemble"]["best_subset"]):
+        assert 0 <= scores["top1"] <= scores["top5"] <= 1 and scores["loss"] > 0 and 0 <= scores["ece"] <= 1
+    assert result["top1"] == result["members"]["collapse"]["top1"]  # the last phase's
+    rows = read_rows(str(tree / "eval.jsonl"))
+    assert {row["end_of"]: row["step"] for row in rows if row["end_of"]} == {"tail": 8, "collapse": 17}
+    assert [row["top1"] for row in rows if row["end_of"] == "tail"] == [result["members"]["tail"]["top1"]]
+    assert result["members"]["collapse"]["loss"] == pytest.approx(result["loss"], rel=1e-5)
+
+
+def test_ensemble_is_scored_from_what_was_kept_without_tensorflow(tree, run_command):
+    result = json.loads((tree / "result.json").read_text())
+    process = run_command("evaluate", "--ensemble", f"--run_dir={tree}")
+    told = json.loads(last_line(process.stdout))
+    assert told["ensemble"] == result["ensemble"] and told["members"] == result["members"]
+    assert told["top1"] == result["ensemble"]["top1"] and told["examples"] == 21
+
+
+def test_members_are_scored_again_where_nothing_was_kept(tree, tmp_path, run_command):
+    copy = tmp_path / "copy"
+    shutil.copytree(tree, copy)
+    shutil.rmtree(copy / "members" / "tail" / "predictions")
+    more = [f"--members={copy},{tree}/members/collapse", f"--export={tmp_path}/mean.npz"]
+    process = run_command("evaluate", "--ensemble", *more)
+    assert process.returncode == 0, process.stderr
+    told = json.loads(last_line(process.stdout))
+    assert list(told["members"]) == ["copy/tail", "copy/collapse", "run/collapse"]
+    kept = json.loads((tree / "result.json").read_text())["members"]
+    assert told["members"]["copy/tail"] == pytest.approx(kept["tail"], rel=1e-6)
+    with np.load(tmp_path / "mean.npz") as mean:
+        tail = checkpoint.load(str(tree / "members" / "tail"), "weights")["logits/kernel:0"].astype(np.float64)
+        last = checkpoint.load(str(tree / "members" / "collapse"), "weights")["logits/kernel:0"]
+        np.testing.assert_allclose(mean["logits/kernel:0"], (tail + 2 * last) / 3, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "arguments, code, part",
+    [
+        (["--run_dir={gone}"], 66, "member tail is missing"),
+        (["--members={tree}/members/nobody"], 66, "neither a member nor a run"),
+        (["--members={tree},{tree}/members/tail"], 64, "named twice"),
+        (["--members={tree},{foreign}"], 66, "foreign/tail is foreign"),
+        (["--run_dir={tree}", "--checkpoint=x"], 64, "contradicts --ensemble"),
+        (["--run_dir={tree}", "--export=folder"], 64, ".npz"),
+        ([], 64, "--run_dir is missing"),
+    ],
+)
+def test_a_missing_or_foreign_member_is_named(tree, tmp_path, capsys, arguments, code, part):
+    from resnet_cpu import evaluate
+    from resnet_cpu.errors import UserError
+
+    places = {"tree": tree, "gone": tmp_path / "gone", "foreign": tmp_path / "foreign"}
+    for name in ("gone", "foreign"):
+        shutil.copytree(tree, places[name])
+    shutil.rmtree(places["gone"] / "members" / "tail")
+    path = str(places["foreign"] / "members" / "tail" / "predictions")
+    kept = checkpoint.load(path, "predictions")
+    info = {key: value for key, value in checkpoint.read_manifest(path).items() if key != "files"}
+    checkpoint.save(path, {"predictions": {**kept, "labels": kept["labels"] ^ 1}}, info)
+    with pytest.raises(UserError, match=part) as caught:
+        evaluate.main(["--ensemble", *(argument.format(**places) for argument in arguments)])
+    assert caught.value.exit_code == code and "\n" not in str(caught.value)
