@@ -281,9 +281,11 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tiny_data, f
 @pytest.mark.parametrize(
     "flags, error, part",
     [
-        (["--phase=side:steps=1,lr=1,branch=1"], FlagError, "branch=1"),
-        (["--phase=tail:steps=6,lr=1,member=1"], FlagError, "member=1"),
-        (["--experiment=scaling"], FlagError, "--experiment=scaling"),
+        (["--phase=main:steps=1,lr=1,branch=1"], FlagError, "branch=1"),
+        (["--experiment=collapsed_ensemble"], FlagError, "needs two members at least, the recipe has 0"),
+        (["--experiment=lr_scaling"], FlagError, "eval_every_epochs"),
+        (["--bn_stats_batch=5"], FlagError, "does not divide the 12 images"),
+        (["--accumulate_steps=5"], FlagError, "not divisible by 1 ranks x 5 accumulated batches"),
         (["--global_batch_size=51"], DataError, "50 training examples are fewer than one global batch of 51"),
         (["--train_examples=51"], DataError, "holds 50"),
         (["--num_classes=9"], DataError, "10 classes"),
