@@ -24,6 +24,7 @@ list() {
       echo "ladder/linear-$rung/seed-$seed --flagfile=$ladder/small_ladder.flags --global_batch_size=$rung --seed=$seed"
       echo "ladder/unscaled-$rung/seed-$seed --flagfile=$ladder/small_ladder_unscaled.flags --global_batch_size=$rung --seed=$seed"
     done
+    echo "ladder/lars-4096/seed-$seed --flagfile=$ladder/small_lars.flags --seed=$seed"
   done
 }
 

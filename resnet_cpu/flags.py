@@ -34,6 +34,9 @@ OF_ONE_COMMAND = {
     "output": "plan",
     "images_per_second": "plan",
     "past_run": "plan",
+    "runs": "tables",
+    "experiments": "tables",
+    "documents": "tables",
     "raw_dir": "prepare",
     "benchmark": "benchmark",
     "warmup_steps": "benchmark",
@@ -234,6 +237,9 @@ def _define() -> _Definer:
     d.float("images_per_second", None, "plan: speed of all ranks together, to tell the time.", lower_bound=1e-6)
     d.string("past_run", None, "plan: take the speed from this run's folder, per rank, to tell the time.")
     d.string("output", "plan.png", "plan: file of --format=png.")
+    d.string("runs", None, "tables: collect every finished run below this folder first.")
+    d.string("experiments", "experiments", "tables: folder of tables.csv, published.csv and results/.")
+    d.list("documents", [], "tables: Markdown files whose marked tables are written anew, separated by commas.")
     d.string("raw_dir", None, "prepare: folder of the raw files (fashion_mnist: default is the Debian package's).")
     return d
 

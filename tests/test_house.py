@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "resnet_cpu"
-ENTRY_POINTS = {"train", "evaluate", "benchmark", "plan", "prepare"}
+ENTRY_POINTS = {"train", "evaluate", "benchmark", "plan", "prepare", "tables"}
 # room -> rooms it may import from besides itself, errors and settings.
 ALLOWED = {
     "recipe": set(),

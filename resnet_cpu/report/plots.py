@@ -68,6 +68,138 @@ def draw_plan(epochs: Sequence[float], rates: Sequence[float], borders: Dict[str
     _save(plt, figure, path)
 
 
+def draw_lr_scaling(
+    evaluations: Sequence[Dict[str, Any]], published: Sequence[Dict[str, str]], path: str, title: str
+) -> None:
+    """Draw top-1 over epochs from rows of eval.jsonl, beside published curves (rows of published_curves.csv)."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    for number, name in enumerate(dict.fromkeys(row["name"] for row in published)):
+        rows = [row for row in published if row["name"] == name]
+        label = f"{name}: batch {int(rows[0]['global_batch_size']):,}"
+        epochs, top1 = ([float(row[key]) for row in rows] for key in ("epoch", "top1_percent"))
+        axes.plot(epochs, top1, color=f"C{number}", linewidth=1, label=label)
+    epochs, top1 = [row["epoch"] for row in evaluations], [100 * row["top1"] for row in evaluations]
+    axes.plot(epochs, top1, "o-", color=_EVAL, label=title)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("top-1, %")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    _save(plt, figure, path)
+
+
+def draw_ensemble(members: Dict[str, Dict[str, float]], prefixes: Sequence[Dict[str, Any]], path: str) -> None:
+    """Draw top-1 of each member as a bar, and of the ensemble of the first k members as a line."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    singles = [100 * scores["top1"] for scores in members.values()]
+    together = [100 * prefix["top1"] for prefix in prefixes]
+    axes.bar(list(members), singles, color=_TRAIN, alpha=0.6, label="member")
+    axes.plot(list(members), together, "o-", color=_EVAL, label="ensemble up to this one")
+    low, high = min(singles + together), max(singles + together)
+    axes.set_ylim(low - max(high - low, 0.1), high + 0.3 * max(high - low, 0.1))
+    axes.set_title(f"ensemble {together[-1]:.2f} %, best member {max(singles):.2f} %", loc="right", fontsize=10)
+    axes.set_ylabel("top-1, %")
+    axes.legend()
+    axes.grid(alpha=0.3, axis="y")
+    _save(plt, figure, path)
+
+
+def draw_results(runs: Sequence[Dict[str, str]], curves: Sequence[Dict[str, str]], folder: str) -> None:
+    """Draw the repository's own experiments from rows of runs.csv and curves.csv: ladder, ensemble and cycles.png."""
+    _draw_ladder(runs, os.path.join(folder, "ladder.png"))
+    _draw_ensemble(runs, os.path.join(folder, "ensemble.png"))
+    _draw_cycles(curves, os.path.join(folder, "cycles.png"))
+
+
+def _grouped(rows: Sequence[Dict[str, str]], prefix: str) -> Dict[str, List[Dict[str, str]]]:
+    """Return the rows of runs TABLE/ARM/seed-N whose table is `prefix`, by arm."""
+    groups: Dict[str, List[Dict[str, str]]] = {}
+    for row in rows:
+        table, _, rest = row["run"].partition("/")
+        if table == prefix:
+            groups.setdefault(rest.split("/")[0], []).append(row)
+    return groups
+
+
+def _draw_ladder(runs: Sequence[Dict[str, str]], path: str) -> None:
+    """Draw top-1 over the global batch, a point a seed and a line through the means, a colour a rule."""
+    arms = _grouped([row for row in runs if row["what"] == "last"], "ladder")
+    rules: Dict[str, Dict[int, List[float]]] = {}
+    for arm, rows in arms.items():
+        rule, _, rung = arm.rpartition("-")
+        rules.setdefault(rule, {})[int(rung)] = [100 * float(row["top1"]) for row in rows]
+    if not rules:
+        return
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    for number, (rule, rungs) in enumerate(sorted(rules.items())):
+        sizes, colour = sorted(rungs), f"C{number}"
+        axes.plot(sizes, [sum(rungs[size]) / len(rungs[size]) for size in sizes], "-", color=colour, label=rule)
+        for size in sizes:
+            axes.plot([size] * len(rungs[size]), rungs[size], "o", color=colour, markersize=4)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("global batch, images")
+    axes.set_ylabel("top-1, %")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    _save(plt, figure, path)
+
+
+def _draw_ensemble(runs: Sequence[Dict[str, str]], path: str) -> None:
+    """Draw top-1 over the number of members, a line a seed, beside one model and averaged weights."""
+    arms = _grouped(runs, "ensemble")
+    if "cycles" not in arms:
+        return
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    for number, seed in enumerate(sorted({row["seed"] for row in arms["cycles"]})):
+        prefixes = {
+            int(row["what"].split(":")[1]): 100 * float(row["top1"])
+            for row in arms["cycles"]
+            if row["seed"] == seed and row["what"].startswith("prefix:")
+        }
+        axes.plot(
+            sorted(prefixes),
+            [prefixes[size] for size in sorted(prefixes)],
+            "o-",
+            color=f"C{number}",
+            label=f"seed {seed}: first k members",
+        )
+        for arm, style, label in (("one_model", "--", "one model"), ("average", ":", "averaged weights")):
+            for row in arms.get(arm, []):
+                if row["seed"] == seed and row["what"] == "last":
+                    axes.axhline(
+                        100 * float(row["top1"]), color=f"C{number}", linestyle=style, label=f"seed {seed}: {label}"
+                    )
+    axes.set_xticks(sorted(prefixes))
+    axes.set_xlabel("members in the ensemble")
+    axes.set_ylabel("top-1, %")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    _save(plt, figure, path)
+
+
+def _draw_cycles(curves: Sequence[Dict[str, str]], path: str) -> None:
+    """Draw top-1 over epochs of recipe B's twin and of the plain poly curve, a line a seed."""
+    arms = _grouped(curves, "cycles")
+    if not arms:
+        return
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    for number, (arm, rows) in enumerate(sorted(arms.items())):
+        for run in sorted({row["run"] for row in rows}):
+            of_run = [row for row in rows if row["run"] == run]
+            label = arm if run.endswith("seed-0") else None
+            epochs, top1 = ([float(row[key]) for row in of_run] for key in ("epoch", "top1"))
+            axes.plot(epochs, [100 * value for value in top1], "o-", color=f"C{number}", markersize=3, label=label)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("top-1, %")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    _save(plt, figure, path)
+
+
 def _save(plt: Any, figure: Any, path: str) -> None:
     temporary = f"{path}.tmp.png"
     figure.savefig(temporary, dpi=110)

@@ -11,9 +11,9 @@ import tensorflow as tf
 from resnet_cpu.cluster import guard, horovod, layout
 from resnet_cpu.data import pipeline
 from resnet_cpu.errors import CheckpointError, NotFinite, StopRequested
-from resnet_cpu.recipe import schedule
+from resnet_cpu.recipe import batch_rule, schedule
 from resnet_cpu.recipe.phases import Phase
-from resnet_cpu.report import plots, profile, provenance
+from resnet_cpu.report import plots, profile, provenance, results
 from resnet_cpu.report.runlog import Progress, read_json, read_rows
 from resnet_cpu.training import checkpoint, ensemble, evaluation, state
 from resnet_cpu.training.batches import training_batches
@@ -156,7 +156,7 @@ class _Training:
         result = self._result(complete=self.state.step >= job.total_steps)
         if job.folder is not None:
             job.folder.write_json("result.json", result)
-            self._draw()
+            self._draw(result)
             if self.progress is not None:
                 self._say_result(result)
         return result
@@ -390,8 +390,30 @@ class _Training:
             "seconds_to_top1": self.seconds_to_top1,
             "seed": job.settings.recipe.seed,
             "complete": complete,
+            **self._of_mode(),
             **self._members(),
         }
+
+    def _of_mode(self) -> Dict[str, Any]:
+        """Return what the experiment's mode records besides."""
+        job = self.job
+        mode = self.run_settings.experiment
+        if mode == "lr_scaling":
+            first = job.phases[0]
+            return {
+                mode: {
+                    "rule": job.settings.recipe.lr_scaling,
+                    "optimizer": job.settings.recipe.optimizer,
+                    "peak_lr": first.lr,
+                    "peak_lr_per_256": first.lr * batch_rule.REFERENCE_BATCH / job.batch.total,
+                    "warmup_epochs": self._epoch(first.warmup_steps),
+                    "weight_decay": first.wd,
+                }
+            }
+        if mode == "scaling" and self.timed_steps:
+            rate = self.timed_steps * job.batch.total / self.timed_s
+            return {mode: {"images_per_second_per_rank": rate / job.world.size, "timed_steps": self.timed_steps}}
+        return {}
 
     def _members(self) -> Dict[str, Any]:
         """Return the scores of the members that are done, and of their ensemble; all ranks call it."""
@@ -416,8 +438,8 @@ class _Training:
         else:
             self.progress.say(f"stopped after step {result['steps']} (--max_steps); a later call goes on from here")
 
-    def _draw(self) -> None:
-        """Draw the curves; a plot that fails is told, and never ends a run."""
+    def _draw(self, result: Optional[Dict[str, Any]] = None) -> None:
+        """Draw the curves, and what there is in the result; a plot that fails is told, and never ends a run."""
         folder = self.job.folder
         if folder is None or not plots.available():
             return
@@ -425,6 +447,15 @@ class _Training:
             metrics, evaluations = read_rows(folder.file("metrics.jsonl")), read_rows(folder.file("eval.jsonl"))
             title = f"{self.job.settings.model.model} on {self.job.settings.data.dataset}, {self.job.world.size} ranks"
             plots.draw_curves(metrics, evaluations, folder.file("plots", "curves.png"), title)
+            if self.run_settings.experiment == "lr_scaling" and evaluations:
+                of_imagenet = (
+                    self.job.settings.data.dataset == "imagenet"
+                )  # accuracies of another set compare to nothing
+                published = results.read_csv(results.PUBLISHED_CURVES) if of_imagenet else []
+                plots.draw_lr_scaling(evaluations, published, folder.file("plots", "lr_scaling.png"), title)
+            if result is not None and "ensemble" in result:
+                path = folder.file("plots", "ensemble.png")
+                plots.draw_ensemble(result["members"], result["ensemble"]["prefixes"], path)
         except Exception as error:
             print(f"plots: not drawn ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
 

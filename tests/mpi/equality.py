@@ -24,7 +24,7 @@ def floatx(name):
         tf.keras.backend.set_floatx(old)
 
 
-def network(batch_norm):
+def network(batch_norm, norm_layer=tf.keras.layers.BatchNormalization):
     """Three small layers with biases, so that decay and its exclusions have something to act on."""
     layers, seeds = tf.keras.layers, iter(range(10))
 
@@ -35,11 +35,11 @@ def network(batch_norm):
     # A bias in front of batch norm has no gradient but rounding.
     x = layers.Conv2D(6, 3, 2, "same", use_bias=not batch_norm, kernel_initializer=init(), name="c1")(x)
     if batch_norm:
-        x = layers.BatchNormalization(momentum=0.8, name="bn1")(x)
+        x = norm_layer(momentum=0.8, name="bn1")(x)
     x = layers.ReLU()(x)
     x = layers.Conv2D(8, 3, 2, "same", use_bias=not batch_norm, kernel_initializer=init(), name="c2")(x)
     if batch_norm:
-        x = layers.BatchNormalization(momentum=0.8, name="bn2")(x)
+        x = norm_layer(momentum=0.8, name="bn2")(x)
     x = layers.GlobalAveragePooling2D()(layers.ReLU()(x))
     return tf.keras.Model(inputs, layers.Dense(5, kernel_initializer=init(), name="out")(x))
 
@@ -49,19 +49,20 @@ def examples(step, dtype):
     return generator.standard_normal([BATCH, 8, 8, 3]).astype(dtype), generator.integers(0, 5, BATCH)
 
 
-def train(case, part, as_variables=False):
+def train(case, part, as_variables=False, micro_batches=1, norm_layer=tf.keras.layers.BatchNormalization):
     """Return the model's arrays after five of our training steps on the slice `part` of each global batch."""
     dtype = "float64" if case == "float64" else "float32"
     with floatx(dtype):
-        model = network(case == "batch_norm")
+        model = network(case == "batch_norm", norm_layer)
         knobs = training_step.make_knobs()
         optimizer = training_step.make_optimizer(model, knobs, flags.parse([]).recipe)
         knobs.weight_decay.assign(WD)
         knobs.momentum.assign(MOMENTUM)
-        one_step = training_step.TrainStep(model, optimizer, knobs)
+        one_step = training_step.TrainStep(model, optimizer, knobs, micro_batches)
         for step in range(STEPS):
-            images, labels = examples(step, dtype)
-            one_step(tf.constant(images[part]), tf.constant(labels[part]), tf.constant(LR), tf.constant(0.0))
+            images, labels = (np.split(array[part], micro_batches) for array in examples(step, dtype))
+            batches = ((None, tf.constant(x), tf.constant(y)) for x, y in zip(images, labels))
+            one_step.take(batches, tf.constant(LR), tf.constant(0.0))
     variables = [*model.variables, *optimizer.velocities]
     if as_variables:
         return variables

@@ -126,6 +126,15 @@ def test_evaluation_is_exact_for_any_ranks_and_batches(sessions, data_sets):
         np.testing.assert_allclose([row[3] for row in rows], rows[0][3], rtol=1e-6)
 
 
+@pytest.mark.parametrize("examples", (1, 7, 50, 101))
+def test_predictions_hold_every_example_once_whatever_the_ranks(sessions, examples):
+    two, three = (arrays(sessions(ranks), f"predictions_{examples}") for ranks in (2, 3))
+    for found_here in (two, three):
+        assert found_here["ids"].tolist() == list(range(examples)) and len(found_here["probabilities"]) == examples
+    assert (two["labels"] == three["labels"]).all()
+    np.testing.assert_allclose(two["probabilities"], three["probabilities"], rtol=1e-4, atol=1e-6)
+
+
 def one_rank_evaluation(data_sets):
     import whole_runs as runs
 

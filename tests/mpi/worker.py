@@ -5,6 +5,7 @@
 Each case writes what it found to OUT_DIR/CASE.json or .npz on rank 0; the tests beside this file judge it.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -134,6 +135,9 @@ def case_evaluation():
         for batch in (1, 8, 64):
             score = evaluation.evaluate(step, settings, world, data, batch)
             found[f"{examples}/{batch}"] = [score.examples, score.correct1, score.correct5, score.loss]
+        _, predictions = evaluation.predict(step, settings, world, data, 8)
+        if world.rank == 0:
+            write_arrays(f"predictions_{examples}", dataclasses.asdict(predictions))
     write("evaluation", found)
 
 

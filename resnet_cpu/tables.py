@@ -1,0 +1,47 @@
+"""Draws tables and plots of runs beside published figures: `python -m resnet_cpu.tables [--runs=FOLDER]`."""
+
+import os
+import sys
+from typing import Dict, List
+
+from resnet_cpu import flags
+from resnet_cpu.cluster import guard
+from resnet_cpu.data.shards import write_atomically
+from resnet_cpu.report import plots, results
+
+
+def main(argv: List[str]) -> None:
+    """Collect the runs of --runs, if given; then write every table, and the documents that hold them, anew."""
+    values, _ = flags.parse_values(argv, "tables")
+    folder = values.experiments
+    runs_csv, curves_csv = (os.path.join(folder, "results", name) for name in ("runs.csv", "curves.csv"))
+    if values.runs:
+        runs, curves = results.collect(values.runs)
+        for path, rows, columns in (
+            (runs_csv, runs, results.RUN_COLUMNS),
+            (curves_csv, curves, results.CURVE_COLUMNS),
+        ):
+            old = results.read_csv(path) if os.path.exists(path) else []
+            results.write_csv(path, results.merge(old, rows), columns)
+    tables = results.lines(
+        results.read_csv(os.path.join(folder, "tables.csv")),
+        results.read_csv(os.path.join(folder, "published.csv")),
+        results.read_csv(runs_csv),
+    )
+    texts: Dict[str, str] = {name: results.markdown(table) for name, table in tables.items()}
+    for name, table in tables.items():
+        base = os.path.join(folder, "results", name)
+        results.write_csv(f"{base}.csv", *results.table_csv(table))
+        write_atomically(f"{base}.tex", results.latex(table).encode())
+    for document in values.documents:
+        with open(document, encoding="utf-8") as file:
+            before = file.read()
+        write_atomically(document, results.fill(before, texts).encode())
+    if plots.available():
+        plots.draw_results(results.read_csv(runs_csv), results.read_csv(curves_csv), os.path.join(folder, "results"))
+    print("\n\n".join(f"{name}\n\n{text}" for name, text in texts.items()))
+    print(f"tables: {', '.join(tables)} in {folder}/results", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    guard.run(main)

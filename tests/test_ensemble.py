@@ -1,0 +1,132 @@
+"""The ensemble's arithmetic against plain numpy, and what must not matter to it."""
+
+import numpy as np
+import pytest
+import whole_runs as runs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resnet_cpu import flags
+from resnet_cpu.cluster.control import World
+from resnet_cpu.data import layouts
+from resnet_cpu.errors import CheckpointError
+from resnet_cpu.training import ensemble, evaluation
+from resnet_cpu.training.ensemble import Predictions
+from resnet_cpu.training.state import build_model
+
+EXAMPLES, CLASSES = 300, 7
+
+
+def softmax(logits):
+    exponentials = np.exp(logits - logits.max(1, keepdims=True))
+    return (exponentials / exponentials.sum(1, keepdims=True)).astype(np.float32)
+
+
+def some(seed, labels_seed=0, examples=EXAMPLES, sharpness=2.0):
+    labels = np.random.Generator(np.random.Philox(labels_seed)).integers(0, CLASSES, examples)
+    logits = np.random.Generator(np.random.Philox([1, seed])).standard_normal([examples, CLASSES])
+    logits[np.arange(examples), labels] += 1
+    return Predictions(np.arange(examples), labels, softmax(sharpness * logits))
+
+
+def test_copies_of_one_model_are_that_model():
+    one = some(1)
+    report = ensemble.report({name: one for name in "abcd"})
+    alone = ensemble.score([one.probabilities], one.labels)
+    for scores in (report["ensemble"], *report["members"].values(), *report["ensemble"]["prefixes"]):
+        assert {key: scores[key] for key in alone} == pytest.approx(alone, rel=1e-12)
+    assert set(report["ensemble"]["disagreement"].values()) == {0.0}
+    assert report["ensemble"]["best_subset"]["members"] == ["a"]  # of equal ones the smallest
+
+
+def test_order_of_members_does_not_matter():
+    members = {name: some(number) for number, name in enumerate("abc")}
+    forward = ensemble.report(members)
+    backward = ensemble.report({name: members[name] for name in "cba"})
+    assert forward["members"] == backward["members"]
+    for key in ("top1", "top5", "loss", "ece"):
+        assert forward["ensemble"][key] == pytest.approx(backward["ensemble"][key], rel=1e-12)
+        assert forward["ensemble"]["best_subset"][key] == pytest.approx(backward["ensemble"]["best_subset"][key])
+
+
+def test_scores_equal_numpy():
+    members = [some(number) for number in range(3)]
+    mean = np.mean([one.probabilities.astype(np.float64) for one in members], 0)
+    labels = members[0].labels
+    scores = ensemble.report({str(number): one for number, one in enumerate(members)})["ensemble"]
+    assert scores["top1"] == (mean.argmax(1) == labels).mean()
+    order = np.argsort(-mean, axis=1, kind="stable")
+    assert scores["top5"] == (order[:, :5] == labels[:, None]).any(1).mean()
+    assert scores["loss"] == pytest.approx(-np.log(mean[np.arange(EXAMPLES), labels]).mean(), rel=1e-12)
+    assert scores["disagreement"]["0/2"] == np.mean(
+        members[0].probabilities.argmax(1) != members[2].probabilities.argmax(1)
+    )
+    expected = 0.0  # the definition, bin by bin
+    confidence, hit = mean.max(1), mean.argmax(1) == labels
+    for low in np.arange(15) / 15:
+        inside = (confidence >= low) & (confidence < low + 1 / 15)
+        if inside.any():
+            expected += inside.mean() * abs(hit[inside].mean() - confidence[inside].mean())
+    assert scores["ece"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_mean_is_of_probabilities_not_of_logits():
+    """A member that is sure outvotes one that is not: control against averaging logits of other scales."""
+    labels = np.array([0])
+    sure, unsure = np.array([[0.9, 0.1]], np.float32), np.array([[0.3, 0.7]], np.float32)
+    assert ensemble.score([sure, unsure], labels)["loss"] == pytest.approx(-np.log(0.6), rel=1e-6)
+
+
+def test_calibration_error_of_the_perfect_and_of_the_overconfident():
+    labels = np.arange(100) % 10
+    certain = np.eye(10, dtype=np.float32)
+    assert ensemble.score([certain[labels]], labels)["ece"] == 0
+    wrong = ensemble.score([certain[(labels + 1) % 10]], labels)
+    assert wrong["ece"] == 1 and wrong["top1"] == 0 and np.isfinite(wrong["loss"])
+
+
+def test_the_best_subset_is_found():
+    labels = some(0).labels
+    good = [some(number, sharpness=2.0) for number in (1, 2)]
+    spoilt = Predictions(good[0].ids, labels, softmax(-50 * np.eye(CLASSES)[labels]))
+    found = ensemble.report({"good": good[0], "spoilt": spoilt, "fine": good[1]})["ensemble"]
+    assert "spoilt" not in found["best_subset"]["members"]
+    assert found["best_subset"]["top1"] >= max(found["top1"], *(p["top1"] for p in found["prefixes"]))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 9000), st.integers(0, 5))
+def test_chunks_do_not_show(examples, seed):
+    one = some(seed, labels_seed=seed, examples=examples)
+    scores = ensemble.score([one.probabilities, some(seed + 1, seed, examples).probabilities], one.labels)
+    mean = (one.probabilities.astype(np.float64) + some(seed + 1, seed, examples).probabilities) / 2
+    assert scores["top1"] == (mean.argmax(1) == one.labels).mean()
+
+
+@pytest.mark.parametrize(
+    "foreign, part",
+    [
+        (some(1, examples=299), "299 evaluation examples, not the 300 of a"),
+        (some(1, labels_seed=9), "other labels than a"),
+        (
+            Predictions(some(1).ids, some(1).labels, np.full([EXAMPLES, 9], 1 / 9, np.float32)),
+            "9 classes, not the 7 of a",
+        ),
+    ],
+)
+def test_a_foreign_member_is_named(foreign, part):
+    with pytest.raises(CheckpointError, match=part) as caught:
+        ensemble.report({"a": some(1), "stranger": foreign})
+    assert "member stranger is foreign" in str(caught.value) and caught.value.exit_code == 66
+
+
+def test_predictions_are_those_of_the_network_in_the_order_of_the_examples(tiny_data):
+    config = flags.parse([*runs.TINY_FLAGS, "--seed=5", "--eval_batch_size=8"])
+    model, data = build_model(config), layouts.open_data(tiny_data, "digits")
+    step = evaluation.make_evaluate_step(model)
+    score, found = evaluation.predict(step, config, World(1, 0), data, 8)
+    assert found.ids.tolist() == list(range(21)) and found.probabilities.shape == (21, 10)
+    np.testing.assert_allclose(found.probabilities.sum(1), 1, rtol=1e-5)
+    again = ensemble.score([found.probabilities], found.labels)
+    assert (again["top1"], again["top5"]) == (score.top1, score.top5)
+    assert again["loss"] == pytest.approx(score.loss, rel=1e-5)
