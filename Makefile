@@ -7,12 +7,14 @@ RANKS ?= 2
 DATA := data/fashion_mnist
 RAW := $(if $(RAW_DIR),--raw_dir=$(RAW_DIR),)
 
-.PHONY: help train test smoke setup lint format docs wheelhouse lock clean
+.PHONY: help train test smoke setup lint format docs reproduce tables wheelhouse lock clean
 
 help:
 	@echo "make train   set up, prepare Fashion-MNIST, train ResNet-50 on $(RANKS) MPI ranks (about 15 minutes the first time)"
 	@echo "make test    set up and run all tests (about 10 minutes the first time)"
 	@echo "make smoke   set up and train a tiny network on synthetic data (half a minute after the set-up)"
+	@echo "make reproduce  run every experiment behind docs/results.md again (hours; call it again to go on), then make tables"
+	@echo "make tables  write the tables and plots of docs/results.md and README.md anew from experiments/results/*.csv"
 	@echo "make setup   set up only: .venv with everything built (about 3 minutes)"
 	@echo "make wheelhouse  put every package into wheelhouse/, for nodes without a network (docs/offline.md)"
 	@echo "make lint    style, types; make format mends the style; make docs writes docs/flags.md; make lock resolves anew"
@@ -30,6 +32,13 @@ $(DATA)/manifest.json: | setup
 
 smoke: setup
 	@PATH="$(abspath $(VENV))/bin:$$PATH" launch/local.sh $(RANKS) python -m resnet_cpu.train --flagfile=experiments/smoke.flags
+
+reproduce: setup $(DATA)/manifest.json
+	@PATH="$(abspath $(VENV))/bin:$$PATH" experiments/reproduce.sh
+	@$(PYTHON_ENV) -m resnet_cpu.tables --runs=$(or $(RUNS),runs/reproduce) --documents=README.md,docs/results.md >/dev/null
+
+tables: setup
+	@$(PYTHON_ENV) -m resnet_cpu.tables --documents=README.md,docs/results.md >/dev/null
 
 test: setup lint
 	@PATH="$(abspath $(VENV))/bin:$$PATH" python -m pytest -q $(PYTEST_ARGS)

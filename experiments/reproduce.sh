@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs every experiment behind docs/results.md: one process of one thread a core, hours in all. Run it again after an
-# interruption: what is finished is not run again, what was cut off goes on. RUNS=folder (runs/reproduce), SEEDS="0 1 2".
+# interruption: what is finished is not run again, what was cut off goes on.
 #
-#   make reproduce
+#   make reproduce                        RUNS=folder (runs/reproduce)  SEEDS="0 1 2"  JOBS=cores  ONLY=part-of-a-name
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs=${RUNS:-runs/reproduce}

@@ -103,6 +103,7 @@ CHANGES = {
     "experiment": "scaling",
     "accumulate_steps": "2",
     "optimizer": "lars",
+    "lars_eta": "0.01",
     "momentum_correction": "true",
     "label_smoothing": "0.1",
     "bn_stats_batch": "4",
@@ -155,7 +156,38 @@ def test_every_flag_changes_the_settings():
     values, _ = flags.parse_values([])
     ours = {name for name in values if name not in flags.OF_ONE_COMMAND}
     assert ours == set(CHANGES)
-    before = flags.parse([])
     for name, value in CHANGES.items():
-        after = flags.parse([f"--{name}={value}"])
+        needed = ["--optimizer=lars"] if name == "lars_eta" else []
+        before, after = flags.parse(needed), flags.parse([*needed, f"--{name}={value}"])
         assert dataclasses.replace(after, resolved_flags="") != dataclasses.replace(before, resolved_flags=""), name
+
+
+# What decides the bits of a trained model has to be in its signature; the rest must not bind a resumed run.
+NOT_IN_THE_SIGNATURE = {
+    "experiment",
+    "data_dir",  # data may be moved
+    "batch_size",  # only how the global batch is cut up, which is recorded as the layout of each checkpoint
+    "accumulate_steps",
+    "data_threads",
+}
+
+
+def test_every_flag_of_recipe_data_and_model_is_in_the_signature_of_a_checkpoint():
+    from resnet_cpu.settings import plan
+    from resnet_cpu.training import job
+
+    def signature(*more):
+        recipe = ["--phase=m:steps=2,lr_per_256=1", "--global_batch_size=20", "--optimizer=lars"]
+        settings = flags.parse([*recipe, *more])
+        return job._signature(settings, plan(settings, 1, 100), settings.data.train_examples or 100, None)
+
+    sections = dict(flags._define().sections)
+    deciding = [name for title in ("what is run", "data", "model") for name in sections[title]]
+    assert set(deciding) >= NOT_IN_THE_SIGNATURE
+    for name in deciding:
+        value = {"optimizer": "sgd", "wd_on_bn": "true", "batch_size": "20", "eval_crop": "0.5"}.get(
+            name, CHANGES.get(name)
+        )
+        more = [f"--{name}={value}", *(["--optimizer=sgd"] if name == "wd_on_bn" else [])]
+        base = signature(*more[1:])
+        assert (signature(*more) != base) == (name not in NOT_IN_THE_SIGNATURE), name

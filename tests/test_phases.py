@@ -125,3 +125,55 @@ def test_phases_that_do_not_fit_together(texts, parts):
     with pytest.raises(FlagError) as caught:
         plan(*texts)
     assert all(part in str(caught.value) for part in parts)
+
+
+# Every key with a change of it, on a recipe where it matters: (key, recipe without, recipe with).
+TREE = ["a:steps=6,lr=0.4", "b:steps=3,lr=0.1,branch=1"]
+BASE = "steps=8,lr=0.4,warmup_steps=2"
+KEYS = {
+    "steps": (["m:steps=8,lr=0.4"], ["m:steps=9,lr=0.4"]),
+    "epochs": (["m:epochs=1,lr=0.4"], ["m:epochs=2,lr=0.4"]),
+    "lr": (["m:steps=8,lr=0.4"], ["m:steps=8,lr=0.5"]),
+    "lr_per_256": (["m:steps=8,lr_per_256=0.4"], ["m:steps=8,lr_per_256=0.5"]),
+    "decay": ([f"m:{BASE}"], [f"m:{BASE},decay=cosine"]),
+    "power": ([f"m:{BASE}"], [f"m:{BASE},power=2"]),
+    "decay_steps": ([f"m:{BASE}"], [f"m:{BASE},decay_steps=20"]),
+    "decay_epochs": ([f"m:{BASE}"], [f"m:{BASE},decay_epochs=2"]),
+    "decay_from": ([f"m:{BASE}"], [f"m:{BASE},decay_from=start"]),
+    "boundary_steps": ([f"m:{BASE},decay=step,boundary_steps=4"], [f"m:{BASE},decay=step,boundary_steps=5"]),
+    "boundary_epochs": ([f"m:{BASE},decay=step,boundary_epochs=0.4"], [f"m:{BASE},decay=step,boundary_epochs=0.6"]),
+    "gamma": ([f"m:{BASE},decay=step,boundary_steps=4"], [f"m:{BASE},decay=step,boundary_steps=4,gamma=0.5"]),
+    "end_lr": ([f"m:{BASE}"], [f"m:{BASE},end_lr=0.01"]),
+    "warmup_steps": (["m:steps=8,lr=0.4"], ["m:steps=8,lr=0.4,warmup_steps=2"]),
+    "warmup_epochs": (["m:steps=8,lr=0.4"], ["m:steps=8,lr=0.4,warmup_epochs=0.2"]),
+    "warmup_lr": ([f"m:{BASE}"], [f"m:{BASE},warmup_lr=0.1"]),
+    "wd": ([f"m:{BASE}"], [f"m:{BASE},wd=1"]),
+    "momentum": ([f"m:{BASE}"], [f"m:{BASE},momentum=0.5"]),
+    "augment": ([f"m:{BASE}"], [f"m:{BASE},augment=none"]),
+    "image_size": ([f"m:{BASE}"], [f"m:{BASE},image_size=96"]),
+    "branch": ([*TREE, "c:steps=1,lr=1"], [TREE[0], "b:steps=3,lr=0.1", "c:steps=1,lr=1"]),
+    "from": ([*TREE, "c:steps=1,lr=1"], [*TREE, "c:steps=1,lr=1,from=b"]),
+    "velocity": (TREE, [TREE[0], f"{TREE[1]},velocity=keep"]),
+    "member": (TREE, [TREE[0], f"{TREE[1]},member=1"]),
+}
+
+
+def test_every_key_is_looked_at():
+    assert set(KEYS) == set(phases._KEYS)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_changes_what_plan_shows(key, capsys):
+    """Where it is not in the csv it is in the table, and tests/test_tree.py sees it in the weights."""
+    from resnet_cpu import plan as command
+
+    shown = []
+    for recipe in KEYS[key]:
+        shown.append([])
+        for form in ("csv", "table"):
+            flags = [f"--phase={text}" for text in recipe]
+            command.main([*flags, "--train_examples=2560", "--batch_size=256", f"--format={form}"])
+            shown[-1].append(capsys.readouterr().out)
+    (csv_without, table_without), (csv_with, table_with) = shown
+    assert table_without != table_with or csv_without != csv_with
+    assert (csv_without != csv_with) == (key not in ("branch", "from", "velocity", "member"))

@@ -222,6 +222,48 @@ def test_every_step_runs_with_the_rate_decay_and_momentum_that_plan_shows(tiny_d
     ]
 
 
+SHORT = ["--phase=main:steps=3,lr_per_256=2,warmup_steps=2,warmup_lr=0.01", "--phase=tail:steps=1,lr=0.01"]
+
+
+def weights_after(tiny_data, folder, *more):
+    train(tiny_data, folder, *SHORT, *more)
+    return {name: array for name, array in runs.final_state(str(folder)).items() if name.startswith("weights/")}
+
+
+@pytest.fixture(scope="module")
+def short(tiny_data, tmp_path_factory):
+    return weights_after(tiny_data, tmp_path_factory.mktemp("short") / "run")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--optimizer=lars"],
+        ["--momentum_correction"],
+        ["--label_smoothing=0.3"],
+        ["--lr_scaling=sqrt"],
+    ],
+)
+def test_flags_of_the_recipe_reach_the_weights(tiny_data, short, tmp_path, more):
+    assert runs.differing(weights_after(tiny_data, tmp_path / "run", *more), short)
+
+
+def test_accumulated_batches_train_like_ghost_batches_of_their_size(tiny_data, short, tmp_path):
+    """12 images as 3 x 4, or at once with statistics of 4: the same up to rounding, and not what 12 at once give."""
+    summed = weights_after(tiny_data, tmp_path / "summed", "--accumulate_steps=3")
+    ghosts = weights_after(tiny_data, tmp_path / "ghosts", "--bn_stats_batch=4")
+    for name, array in ghosts.items():
+        np.testing.assert_allclose(summed[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
+    assert max(np.abs(ghosts[name] - array).max() for name, array in short.items()) > 0.01
+
+
+def test_a_resumed_run_may_cut_its_batch_up_otherwise_and_says_so(tiny_data, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    train(tiny_data, run_dir, *SHORT, "--max_steps=2")
+    train(tiny_data, run_dir, *SHORT, "--accumulate_steps=3")
+    assert "ran on 1 ranks x 12 images x 1, these on 1 ranks x 4 images x 3" in capfd.readouterr().err
+
+
 def test_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(tiny_data, tmp_path):
     run_dir = str(tmp_path / "run")
     with pytest.raises(NotFinite, match="step 1[0-5] .phase tail") as caught:

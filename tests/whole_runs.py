@@ -53,7 +53,7 @@ TREE = [
     "--phase=cycle:steps=6,lr=0.04,warmup_steps=2,warmup_lr=0.01,velocity=reset",
     "--phase=collapse:steps=3,lr=0.01,power=2,wd=2e-4,augment=light,branch=1,member=1",
 ]
-TREE_STOPS = (4, 8, 9, 11, 16)  # in each phase, and at a border
+TREE_STOPS = (8, 11, 16)  # in a branch, in the phase that starts elsewhere, in the last branch
 
 
 def members(run_dir: str) -> Dict[str, np.ndarray]:
