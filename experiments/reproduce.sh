@@ -18,6 +18,8 @@ list() {
   for seed in $seeds; do
     echo "ensemble/cycles/seed-$seed --flagfile=$ensemble/small_ce_of_b.flags --seed=$seed"
     echo "ensemble/one_model/seed-$seed --flagfile=$ensemble/small_one_model.flags --seed=$seed"
+    echo "ensemble_full/cycles/seed-$seed --flagfile=$ensemble/small_ce_of_b_full.flags --seed=$seed"
+    echo "ensemble_full/one_model/seed-$seed --flagfile=$ensemble/small_one_model_full.flags --seed=$seed"
     echo "cycles/recipe_b/seed-$seed --flagfile=$ensemble/small_recipe_b.flags --seed=$seed"
     echo "cycles/poly/seed-$seed --flagfile=$ensemble/small_poly.flags --seed=$seed"
     for rung in 64 256 1024 2048 4096; do
@@ -30,11 +32,13 @@ list() {
 
 # Batch norm's statistics of averaged weights are not averaged statistics: a hundred steps at LR 0 set them right.
 average() {
-  local seed mean
+  local seed table mean
   for seed in $seeds; do
-    mean=$runs/ensemble/average-seed-$seed.npz
-    [[ -e $mean ]] || python -m resnet_cpu.evaluate --ensemble --run_dir="$runs/ensemble/cycles/seed-$seed" --export="$mean" >/dev/null
-    echo "ensemble/average/seed-$seed --flagfile=$ensemble/small.flags --init_from=$mean --seed=$seed --phase=statistics:steps=100,lr=0,augment=light"
+    for table in ensemble ensemble_full; do
+      mean=$runs/$table/average-seed-$seed.npz
+      [[ -e $mean ]] || python -m resnet_cpu.evaluate --ensemble --run_dir="$runs/$table/cycles/seed-$seed" --export="$mean" >/dev/null
+      echo "$table/average/seed-$seed --flagfile=$ensemble/${table/ensemble/small}.flags --init_from=$mean --seed=$seed --phase=statistics:steps=100,lr=0,augment=light"
+    done
   done
 }
 

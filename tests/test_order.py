@@ -77,3 +77,14 @@ def test_evaluation_weighs_every_example_once(examples, ranks, batch):
             assert len(ids) == batch
             np.add.at(counts, ids, weights)
     assert (counts == 1).all()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 6])
+def test_micro_batches_are_the_slices_that_as_many_ranks_would_read(parts):
+    """Two ranks with k micro-batches each read, part by part, what 2k ranks read."""
+    for step in (0, 3, 7):
+        for rank in range(2):
+            share = order.Share(3, 50, 12 // parts, step, step + 1, rank, 2, micro_batches=parts)
+            for part, number in enumerate(share.numbers):
+                alone = order.Share(3, 50, 12 // parts, 0, step + 1, rank * parts + part, 2 * parts)
+                np.testing.assert_array_equal(share.batch(number)[0], alone.batch(step)[0])

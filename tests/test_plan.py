@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, last_line
 
 from resnet_cpu import plan
-from resnet_cpu.errors import FlagError
+from resnet_cpu.errors import FlagError, UserError
 from resnet_cpu.report import plots
 
 RECIPE = [
@@ -42,7 +42,7 @@ def test_csv_has_one_row_a_step_and_floats_that_read_back(capsys):
     )
 
 
-def test_branches_are_planned_even_where_they_do_not_run_yet(capsys):
+def test_branches_are_planned_in_their_place(capsys):
     found = rows(capsys, "--phase=a:steps=2,lr=1", "--phase=b:steps=1,lr=1,branch=1,member=1", "--phase=c:steps=1,lr=1")
     assert [row["phase"] for row in found] == ["a", "a", "b", "c"]
 
@@ -53,6 +53,43 @@ def test_table_shows_phases_and_sums(capsys):
     assert "main" in text and "poly^1" in text and "cosine" in text and "160" in text
     assert "70 steps" in text  # 20 + round(0.01 * 1281167 / 256)
     assert last_line(text) == "global batch 256 = 8 ranks x 32; 1,281,167 training examples = 5004.56 steps an epoch"
+
+
+def test_table_tells_images_and_time_of_every_phase(capsys, tmp_path):
+    asked = [*RECIPE, "--global_batch_size=256", "--ranks=8"]
+    plan.main([*asked, "--images_per_second=2.56"])
+    text = capsys.readouterr().out
+    main, tail = (next(line for line in text.splitlines() if line.startswith(name)) for name in ("main", "tail"))
+    assert " 5,120 " in main and main.endswith(" 33m20s")  # 20 steps of 256 images at 2.56 a second
+    assert " 12,800 " in tail and tail.endswith(" 1h23m")
+    assert "1h56m at 2.6 images/s of all ranks" in text and "evaluations" in text
+    (tmp_path / "result.json").write_text('{"images_per_second": 0.64, "ranks": 2}')
+    plan.main([*asked, f"--past_run={tmp_path}"])
+    assert capsys.readouterr().out == text  # 0.32 a rank, eight ranks
+    plan.main(asked)
+    assert "time" not in capsys.readouterr().out
+
+
+def test_a_speed_that_cannot_be_had_is_told(tmp_path):
+    with pytest.raises(UserError, match="contradicts --images_per_second") as caught:
+        plan.main([*RECIPE, f"--past_run={tmp_path}", "--images_per_second=3"])
+    assert caught.value.exit_code == 64
+    with pytest.raises(UserError, match="no result.json") as caught:
+        plan.main([*RECIPE, f"--past_run={tmp_path}"])
+    assert caught.value.exit_code == 66
+
+
+def test_table_shows_branches_members_and_accumulation(capsys):
+    tree = ["--phase=a:steps=2,lr=1", "--phase=b:steps=1,lr=1,branch=1,member=1", "--phase=c:steps=1,lr=1"]
+    plan.main([*tree, "--global_batch_size=256", "--batch_size=8", "--accumulate_steps=0", "--ranks=4"])
+    text = capsys.readouterr().out
+    assert any(line.split()[:5] == ["b", "a", "branch", "member", "1"] for line in text.splitlines())
+    assert "global batch 256 = 4 ranks x 8 x 8 accumulated" in text and "note: batch norm sees 8 images" in text
+
+
+def test_corrected_momentum_is_in_the_csv(capsys):
+    found = rows(capsys, "--phase=m:steps=3,lr=0.4,warmup_steps=2,warmup_lr=0.1", "--momentum_correction")
+    assert [float(row["momentum"]) for row in found] == pytest.approx([0.9, 0.9 * 0.25 / 0.1, 0.9 * 0.4 / 0.25])
 
 
 def test_size_of_a_prepared_data_set_comes_from_its_facts_or_the_flag(capsys):
