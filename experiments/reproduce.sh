@@ -36,6 +36,7 @@ average() {
   for seed in $seeds; do
     for table in ensemble ensemble_full; do
       mean=$runs/$table/average-seed-$seed.npz
+      grep -qs '"complete": true' "$runs/$table/cycles/seed-$seed/result.json" || continue
       [[ -e $mean ]] || python -m resnet_cpu.evaluate --ensemble --run_dir="$runs/$table/cycles/seed-$seed" --export="$mean" >/dev/null
       echo "$table/average/seed-$seed --flagfile=$ensemble/${table/ensemble/small}.flags --init_from=$mean --seed=$seed --phase=statistics:steps=100,lr=0,augment=light"
     done
@@ -58,6 +59,6 @@ one() {
 export -f one
 export runs
 
-all() { grep -e "$only" | xargs -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
+all() { { grep -e "$only" || true; } | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
 list | all
 average | all

@@ -1,5 +1,6 @@
 """Scores a run's newest checkpoint, or an ensemble: `python -m resnet_cpu.evaluate --run_dir=D [--ensemble]`."""
 
+import functools
 import os
 from typing import Dict, List
 
@@ -50,28 +51,42 @@ def _settings_of(run_dir: str, argv: List[str]) -> Settings:
 
 
 def _ensemble(argv: List[str], given: flags.Values) -> None:
-    """Score the mean of the members' probabilities; networks run only for members that have none kept yet."""
+    """Score the mean of the members' probabilities; networks run only for members that have none kept."""
     if given.checkpoint:
         raise FlagError(f"--checkpoint={given.checkpoint}: contradicts --ensemble; name members with --members")
+    if given.members and given.run_dir:
+        raise FlagError(f"--run_dir={given.run_dir}: contradicts --members; name this run there, or leave one out")
+    named = given.members or [flags.required(given.run_dir, "run_dir", "name the run, or --members")]
     if given.export and not given.export.endswith(".npz"):
         raise FlagError(f"--export={given.export}: the mean of the members' weights goes to an .npz file; name one")
-    from resnet_cpu.training import ensemble, job
-
     world = control.connect(given.ranks)
-    runs = [] if given.members else [flags.required(given.run_dir, "run_dir", "name the run, or --members")]
-    with control.everyone_alike():
-        paths = ensemble.paths_of(given.members or runs)
-        settings: Dict[str, Settings] = {path: _settings_of(ensemble.run_of(path), argv) for path in paths.values()}
-    missing = world.on_rank0(lambda: [path for path in paths.values() if not ensemble.is_cached(path, settings[path])])
+    from resnet_cpu.training import checkpoint, ensemble, job
+
+    def check() -> List[List[str]]:
+        if given.export is not None:
+            checkpoint.check_export(given.export)
+        found = ensemble.paths_of(named)
+        for path in found.values():
+            job.check_model(_settings_of(ensemble.run_of(path), argv), path, ensemble.signature_of(path))
+        return [list(pair) for pair in found.items()]
+
+    paths = dict(world.on_rank0(check))
+    settings: Dict[str, Settings] = {path: _settings_of(ensemble.run_of(path), argv) for path in paths.values()}
+    wherever = not given["data_dir"].present
+    missing = world.on_rank0(
+        lambda: [path for path in paths.values() if not ensemble.is_kept(path, settings[path], wherever)]
+    )
     if missing:
         layout.apply(settings[missing[0]].system.threads, world.cores)
+        from resnet_cpu.training import evaluation
+
+        members = []
         for path in missing:
             data = job.open_data(settings[path], world)
             assert data is not None  # synthetic was refused above
-            data = job.as_trained(settings[path], data, ensemble.signature_of(path))
-            from resnet_cpu.training import evaluation
-
-            evaluation.evaluate_member(settings[path], world, data, path)
+            signature = world.on_rank0(functools.partial(ensemble.signature_of, path))
+            members.append((path, settings[path], job.as_trained(settings[path], data, signature)))
+        evaluation.evaluate_members(members, world)
     result = world.on_rank0(lambda: ensemble.evaluate(paths, given.export))
     if world.rank == 0:
         print(runlog.json_line(result), flush=True)

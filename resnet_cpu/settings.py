@@ -111,12 +111,7 @@ def plan(settings: Settings, ranks: int, train_examples: int) -> Plan:
     """Return the recipe in steps; raise FlagError for what does not fit together."""
     recipe = settings.recipe
     batch = batch_rule.resolve_batch(recipe.batch_size, recipe.global_batch_size, ranks, recipe.accumulate_steps)
-    statistics = settings.model.bn_stats_batch
-    if statistics is not None and batch.per_rank % statistics:
-        raise FlagError(
-            f"--bn_stats_batch={statistics}: does not divide the {batch.per_rank} images that a rank holds; use a "
-            "divisor of it or another --batch_size"
-        )
+    batch_rule.check_statistics(settings.model.bn_stats_batch, batch)
     planned = phases.plan(
         recipe.phases,
         train_examples=train_examples,

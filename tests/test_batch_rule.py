@@ -33,8 +33,9 @@ def test_batches(arguments, expected):
         ((None, 10, 4), "not divisible by 4 ranks"),
         ((None, 12, 2, 4), "not divisible by 2 ranks x 4 accumulated"),
         ((32, 4096, 2), "--accumulate_steps=0"),
-        ((48, 4096, 2, 0), "no multiple of 2 ranks x 48"),
-        ((None, 3, 2, 0), "no multiple of 2 ranks"),
+        ((48, 4096, 2, 0), "cannot be made of 2 ranks x 48 images"),
+        ((None, 3, 2, 0), "cannot be made of 2 ranks"),
+        ((None, 74, 2, 0), "2 ranks x 8 to 32 images at a time; give another --batch_size"),  # 37 is prime
     ],
 )
 def test_what_does_not_fit_is_told_with_the_remedy(arguments, part):

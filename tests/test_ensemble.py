@@ -124,7 +124,7 @@ def test_predictions_are_those_of_the_network_in_the_order_of_the_examples(tiny_
     config = flags.parse([*runs.TINY_FLAGS, "--seed=5", "--eval_batch_size=8"])
     model, data = build_model(config), layouts.open_data(tiny_data, "digits")
     step = evaluation.make_evaluate_step(model)
-    score, found = evaluation.predict(step, config, World(1, 0), data, 8)
+    score, found = evaluation.predict(step, config, World(1, 0), data, 8, lambda: None)
     assert found.ids.tolist() == list(range(21)) and found.probabilities.shape == (21, 10)
     np.testing.assert_allclose(found.probabilities.sum(1), 1, rtol=1e-5)
     again = ensemble.score([found.probabilities], found.labels)

@@ -54,6 +54,21 @@ def test_ghost_batch_norm_of_the_whole_batch_is_batch_norm(whole):
     assert worst(equality.train("batch_norm", slice(None), norm_layer=layer), whole["batch_norm"]) == 0
 
 
+def test_every_micro_batch_beats_the_watchdog():
+    class Counted(training_step.TrainStep):
+        def gather(self, images, labels):
+            pass
+
+        def __call__(self, *arguments):
+            return "outcome"
+
+    beats = []
+    model = tf.keras.Sequential([tf.keras.layers.Dense(2, input_shape=[3])])
+    step = Counted(model, None, training_step.make_knobs(), accumulate_steps=5)
+    batches = ((None, number, number) for number in range(5))
+    assert step.take(batches, 0.1, 0.0, lambda: beats.append(1))[0] == "outcome" and len(beats) == 4
+
+
 def linear(label_smoothing):
     """One step of a linear softmax regression at LR 1; return (inputs, labels, logits before, update, told loss)."""
     generator = np.random.Generator(np.random.Philox(5))

@@ -114,6 +114,9 @@ def test_a_folder_of_runs_becomes_tables_and_collecting_again_changes_nothing(fo
     values = [100 * result["ensemble"]["top1"] for result in scored]
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    rows = {row["what"]: row for row in results.read_csv(str(place / "results" / "runs.csv"))}
+    assert rows["ensemble"]["steps"] == str(scored[0]["steps"]) and rows["member:tail"]["steps"] == ""
+    assert rows["end_of:tail"]["steps"] == str(scored[0]["steps"] // 2) and rows["last"]["cores"] == "1"
     assert f"| the ensemble | 76.278 % | {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} | 2 |" in text
     assert "| never run |  | not run | 0 |" in text and "sara-nl/caffe" in text
     assert r"76.278 \% & " in (place / "results" / "t.tex").read_text()

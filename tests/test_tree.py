@@ -74,6 +74,20 @@ def test_end_states_are_kept_until_no_later_phase_needs_them(tiny_data, tmp_path
     shutil.rmtree(checkpoint.folder(run_dir, 11))
 
 
+def test_predictions_that_are_gone_or_of_another_view_are_made_again_at_the_end(tiny_data, tree, tmp_path):
+    run_dir = str(tmp_path / "run")
+    runs.train(ALONE, tiny_data, run_dir, *runs.TREE, "--max_steps=9")
+    path = str(tmp_path / "run" / "members" / "tail" / "predictions")
+    kept = checkpoint.load(path, "predictions")
+    info = {key: value for key, value in checkpoint.read_manifest(path).items() if key != "files"}
+    info["evaluated"]["eval_crop"] = 0.5
+    checkpoint.save(path, {"predictions": {**kept, "probabilities": kept["probabilities"][::-1]}}, info)
+    result = runs.train(ALONE, tiny_data, run_dir, *runs.TREE)
+    expected = json.loads((tree / "result.json").read_text())
+    assert result["members"]["tail"] == pytest.approx(expected["members"]["tail"], rel=1e-6)
+    assert result["ensemble"]["top1"] == expected["ensemble"]["top1"]
+
+
 def test_a_missing_end_state_is_told(tiny_data, tmp_path):
     run_dir = str(tmp_path / "run")
     runs.train(ALONE, tiny_data, run_dir, *runs.TREE, "--max_steps=9")
@@ -105,7 +119,7 @@ def test_ensemble_is_scored_from_what_was_kept_without_tensorflow(tree, run_comm
 def test_members_are_scored_again_where_nothing_was_kept(tree, tmp_path, run_command):
     copy = tmp_path / "copy"
     shutil.copytree(tree, copy)
-    shutil.rmtree(copy / "members" / "tail" / "predictions")
+    (copy / "members" / "tail" / "predictions" / "predictions.npz").write_bytes(b"damaged")
     more = [f"--members={copy},{tree}/members/collapse", f"--export={tmp_path}/mean.npz"]
     process = run_command("evaluate", "--ensemble", *more)
     assert process.returncode == 0, process.stderr
@@ -126,6 +140,9 @@ def test_members_are_scored_again_where_nothing_was_kept(tree, tmp_path, run_com
         (["--members={tree}/members/nobody"], 66, "neither a member nor a run"),
         (["--members={tree},{tree}/members/tail"], 64, "named twice"),
         (["--members={tree},{foreign}"], 66, "foreign/tail is foreign"),
+        (["--run_dir={tree}", "--padding=same"], 66, "padding symmetric there, same here"),
+        (["--run_dir={tree}", "--members={tree}"], 64, "contradicts --members"),
+        (["--run_dir={tree}", "--export=/no/such/x.npz"], 64, "no folder /no/such"),
         (["--run_dir={tree}", "--checkpoint=x"], 64, "contradicts --ensemble"),
         (["--run_dir={tree}", "--export=folder"], 64, ".npz"),
         ([], 64, "--run_dir is missing"),

@@ -7,6 +7,7 @@ from resnet_cpu.errors import FlagError
 
 REFERENCE_BATCH = 256  # images; the batch that `lr_per_256` speaks of (Goyal et al., arXiv 1706.02677)
 DEFAULT_BATCH_PER_RANK = 32  # images; what the authors used on a socket in their recipe B
+LEAST_FITTED = 8  # images at a time that --accumulate_steps=0 chooses by itself
 SCALINGS = ("linear", "sqrt", "none")
 
 
@@ -60,15 +61,26 @@ def resolve_batch(
 def _fitting(batch_size: Optional[int], global_batch_size: int, ranks: int) -> int:
     """Return how many micro-batches make up a rank's part of the global batch."""
     part, left = divmod(global_batch_size, ranks)
-    most = batch_size or DEFAULT_BATCH_PER_RANK
-    if batch_size is None:
-        most = next((size for size in range(min(most, part), 0, -1) if part % size == 0), 0)
-    if left or not most or part % most:
+    if batch_size is None and not left:
+        least = min(LEAST_FITTED, part)  # batch norm over fewer images is a choice for --batch_size to make
+        sizes = range(min(DEFAULT_BATCH_PER_RANK, part), least - 1, -1)
+        batch_size = next((size for size in sizes if part % size == 0), None)
+    if left or batch_size is None or part % batch_size:
         raise FlagError(
-            f"--global_batch_size={global_batch_size}: no multiple of {ranks} ranks x {most or 1} images; use "
-            "another --batch_size or another number of ranks"
+            f"--global_batch_size={global_batch_size}: cannot be made of {ranks} ranks x "
+            f"{batch_size or f'{LEAST_FITTED} to {DEFAULT_BATCH_PER_RANK}'} images at a time; give another "
+            "--batch_size or use another number of ranks"
         )
-    return part // most
+    return part // batch_size
+
+
+def check_statistics(bn_stats_batch: Optional[int], batch: Batch) -> None:
+    """Raise FlagError if batch norm cannot take its statistics of `bn_stats_batch` images at a time."""
+    if bn_stats_batch is not None and batch.per_rank % bn_stats_batch:
+        raise FlagError(
+            f"--bn_stats_batch={bn_stats_batch}: does not divide the {batch.per_rank} images that a rank holds; use a "
+            "divisor of it or another --batch_size"
+        )
 
 
 def epochs_to_steps(epochs: float, train_examples: int, global_batch_size: int) -> int:

@@ -117,7 +117,7 @@ def _grouped(rows: Sequence[Dict[str, str]], prefix: str) -> Dict[str, List[Dict
     groups: Dict[str, List[Dict[str, str]]] = {}
     for row in rows:
         table, _, rest = row["run"].partition("/")
-        if table == prefix:
+        if table == prefix and row["top1"]:
             groups.setdefault(rest.split("/")[0], []).append(row)
     return groups
 
@@ -128,6 +128,8 @@ def _draw_ladder(runs: Sequence[Dict[str, str]], path: str) -> None:
     rules: Dict[str, Dict[int, List[float]]] = {}
     for arm, rows in arms.items():
         rule, _, rung = arm.rpartition("-")
+        if not rung.isdigit():
+            continue  # a run of somebody's own
         rules.setdefault(rule, {})[int(rung)] = [100 * float(row["top1"]) for row in rows]
     if not rules:
         return

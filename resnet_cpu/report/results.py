@@ -73,17 +73,28 @@ def _scored(result: Mapping[str, Any], evaluations: Iterable[Mapping[str, Any]])
 
 
 def _row(name: str, what: str, scores: Mapping, result: Mapping, record: Mapping) -> Row:
+    rate, per_core = result.get("images_per_second"), result.get("images_per_second_per_core")
     values = {
         **{key: result.get(key) for key in RUN_COLUMNS},
         **{key: scores.get(key) for key in SCORES},
+        **_budget(what, scores, result),
         "run": name,
         "what": what,
-        "cores": sum(len(row["cores"]) for row in record["per_rank"]),
+        "cores": round(rate / per_core) if rate and per_core else None,
         "cpu": "; ".join(sorted({row["cpu"] for row in record["per_rank"]})),
         "tensorflow": record["versions"]["tensorflow"],
         "code": record["code"],
     }
     return {key: _text(values[key]) for key in RUN_COLUMNS}
+
+
+def _budget(what: str, scores: Mapping, result: Mapping) -> Dict[str, Any]:
+    """Return the epochs, steps and seconds that this thing took; None where the run does not tell them apart."""
+    if what in ("last", "ensemble"):
+        return {key: result.get(key) for key in ("epochs", "steps", "wall_seconds")}
+    if what.startswith("end_of:"):
+        return {"epochs": scores["epoch"], "steps": scores["step"] + 1, "wall_seconds": scores["wall_seconds"]}
+    return {"epochs": None, "steps": None, "wall_seconds": None}
 
 
 def _text(value: Any) -> str:
@@ -183,13 +194,19 @@ def markdown(table: List[Line]) -> str:
     measured = [row for line in table for row in line.measured]
     if not measured:
         return text
-    machines = sorted({f"{row['cpu']} ({row['ranks']} rank of {row['cores']} core)" for row in measured})
+    machines = sorted(
+        {f"{row['cpu']}, {_count(row['ranks'], 'rank')}, {_count(row['cores'], 'core')}" for row in measured}
+    )
     stacks = sorted({f"TensorFlow {row['tensorflow']}" for row in measured})
     codes = sorted({row["code"] for row in measured})
     return (
         f"{text}\n\nMean ± standard deviation over n seeds. {'; '.join(machines)}; {', '.join(stacks)}; "
         f"digest of the code: {', '.join(codes)}."
     )
+
+
+def _count(number: str, what: str) -> str:
+    return f"{number} {what}" + ("" if number == "1" else "s")
 
 
 def table_csv(table: List[Line]) -> Tuple[List[Row], List[str]]:
@@ -202,7 +219,7 @@ def table_csv(table: List[Line]) -> Tuple[List[Row], List[str]]:
         means = {f"{key}_mean": _mean(line.numbers(key)) for key in SCORES}
         rows.append(
             {
-                "what": line.label,
+                "what": line.label.replace("**", ""),
                 "published": line.published["value"] if line.published else "",
                 "unit": line.published["unit"] if line.published else "",
                 "source": line.published["source"] if line.published else "",
@@ -230,7 +247,8 @@ def latex(table: List[Line]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([%&_#])", r"\\\1", text).replace("±", r"$\pm$").replace("≈", r"$\approx$")
+    text = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", re.sub(r"([%&_#])", r"\\\1", text))
+    return text.replace("±", r"$\pm$").replace("≈", r"$\approx$")
 
 
 def fill(document: str, tables: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple
 import numpy as np
 
 from resnet_cpu.data.shards import write_atomically
-from resnet_cpu.errors import CheckpointError, NotFinite, OutputError
+from resnet_cpu.errors import CheckpointError, FlagError, NotFinite, OutputError
 
 Arrays = Dict[str, np.ndarray]
 MANIFEST = "manifest.json"
@@ -151,6 +151,17 @@ def read_weights(path: str) -> Arrays:
             return {key: arrays[key] for key in arrays.files}
     except Exception as error:  # a damaged zip raises many kinds
         raise CheckpointError(f"{weights}: unreadable as .npz ({error}); export the weights again") from None
+
+
+def check_export(path: str) -> None:
+    """Raise FlagError if something lies at `path` already, or its folder does not exist."""
+    if not path:
+        raise FlagError("--export=: is empty; name a file.npz or a folder")
+    if os.path.lexists(path):
+        raise FlagError(f"--export={path}: is there already; choose another name or remove it")
+    parent = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(parent):
+        raise FlagError(f"--export={path}: no folder {parent}; make it first")
 
 
 def write_weights(path: str, arrays: Arrays) -> None:

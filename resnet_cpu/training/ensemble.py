@@ -7,7 +7,7 @@ members/NAME/predictions/  predictions.npz        ids, labels and probabilities 
 import dataclasses
 import itertools
 import os
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -57,15 +57,22 @@ def save(path: str, predictions: Optional[Predictions], settings: Settings) -> N
     checkpoint.save(os.path.join(path, "predictions"), {"predictions": dataclasses.asdict(predictions)}, info)
 
 
-def is_cached(path: str, settings: Settings) -> bool:
-    """Return whether the member at `path` has predictions of these very weights on what the settings evaluate."""
+def is_kept(path: str, settings: Settings, wherever: bool = True) -> bool:
+    """Return whether the member at `path` has whole predictions of these very weights on what the settings evaluate.
+
+    `wherever`: the same data set may lie in another folder than it did.
+    """
     manifest = checkpoint.read_manifest(path)
+    folder = os.path.join(path, "predictions")
     try:
-        about = checkpoint.read_manifest(os.path.join(path, "predictions"))
+        about = checkpoint.read_manifest(folder)
+        checkpoint.load(folder, "predictions")
     except CheckpointError:
         return False
-    digest = manifest["files"]["weights.npz"]["sha256"]
-    return about.get("weights_sha256") == digest and about.get("evaluated") == evaluated(settings)
+    then, now = dict(about.get("evaluated", {})), evaluated(settings)
+    if wherever:
+        then["data_dir"] = now["data_dir"]
+    return about.get("weights_sha256") == manifest["files"]["weights.npz"]["sha256"] and then == now
 
 
 def load(path: str) -> Predictions:
@@ -74,34 +81,40 @@ def load(path: str) -> Predictions:
     return Predictions(arrays["ids"], arrays["labels"], arrays["probabilities"])
 
 
-def report(members: Mapping[str, Predictions]) -> Dict[str, Any]:
+def report(members: Mapping[str, Predictions], beat: Callable[[], None] = lambda: None) -> Dict[str, Any]:
     """Return the scores of every member, every prefix and the ensemble, the best subset, and who disagrees with whom.
 
-    The best subset is chosen on the very examples it is scored on, so its score flatters.
+    The best subset is chosen on the very examples it is scored on, so its score flatters. `beat` follows each score.
     """
     check_alike(members)
     names, everyone = list(members), list(members.values())
     labels = everyone[0].labels
-    prefixes: List[Dict[str, Any]] = [
-        {"members": names[:count], **score([one.probabilities for one in everyone[:count]], labels)}
-        for count in range(1, len(names) + 1)
-    ]
-    subsets = [prefix["members"] for prefix in prefixes]
+    scores: Dict[Tuple[str, ...], Dict[str, float]] = {}
+
+    def of(*chosen: str) -> Dict[str, float]:
+        if chosen not in scores:
+            scores[chosen] = score([members[name].probabilities for name in chosen], labels)
+            beat()
+        return scores[chosen]
+
+    singles = {name: of(name) for name in names}
+    prefixes = [tuple(names[:count]) for count in range(1, len(names) + 1)]
+    subsets = prefixes
     if len(names) <= MOST_FOR_SUBSETS:
-        counts = range(1, len(names) + 1)
-        subsets = [list(chosen) for count in counts for chosen in itertools.combinations(names, count)]
-    best = max(
-        ({"members": chosen, **score([members[name].probabilities for name in chosen], labels)} for chosen in subsets),
-        key=lambda found: (found["top1"], -len(found["members"])),
-    )
+        subsets = [chosen for prefix in prefixes for chosen in itertools.combinations(names, len(prefix))]
+    best = max(subsets, key=lambda chosen: (of(*chosen)["top1"], -len(chosen)))
     said = {name: np.argmax(one.probabilities, 1) for name, one in members.items()}
+
+    def told(chosen: Tuple[str, ...]) -> Dict[str, Any]:
+        return {"members": list(chosen), **of(*chosen)}
+
     return {
-        "members": {name: score([one.probabilities], labels) for name, one in members.items()},
+        "members": singles,
         "ensemble": {
-            **prefixes[-1],
+            **told(prefixes[-1]),
             "examples": len(labels),
-            "prefixes": prefixes,
-            "best_subset": best,
+            "prefixes": [told(prefix) for prefix in prefixes],
+            "best_subset": told(best),
             "disagreement": {
                 f"{one}/{other}": float(np.mean(said[one] != said[other]))
                 for one, other in itertools.combinations(names, 2)
@@ -233,8 +246,6 @@ def evaluate(paths: Mapping[str, str], export_to: Optional[str]) -> Dict[str, An
     """Return the report on the members `paths` (name -> folder); write the mean of their weights where asked for."""
     found = report({name: load(path) for name, path in paths.items()})
     if export_to:
-        if os.path.lexists(export_to):
-            raise FlagError(f"--export={export_to}: is there already; choose another name or remove it")
         checkpoint.write_weights(export_to, average_weights(list(paths.values())))
     whole = found["ensemble"]
     return {**{key: whole[key] for key in ("examples", "top1", "top5", "loss", "ece")}, **found}

@@ -1,7 +1,7 @@
 """Evaluation that counts every example exactly once, for any number of ranks and any batch size."""
 
 import dataclasses
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -13,7 +13,7 @@ from resnet_cpu.data.layouts import ShardedData
 from resnet_cpu.errors import UserError
 from resnet_cpu.recipe import batch_rule
 from resnet_cpu.settings import Settings
-from resnet_cpu.training import ensemble, export, state
+from resnet_cpu.training import checkpoint, ensemble, export, state
 from resnet_cpu.training.ensemble import Predictions
 
 
@@ -62,6 +62,10 @@ def make_evaluate_step(model: tf.keras.Model) -> Callable:
     return evaluate_step
 
 
+# What was said of a batch: ids int64, labels int64, probabilities float32 [batch, classes].
+Said = Tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
 def evaluate(
     evaluate_step: Callable,
     settings: Settings,
@@ -69,44 +73,13 @@ def evaluate(
     data: ShardedData,
     batch_size: int,
     beat: Callable[[], None] = lambda: None,
+    said: Optional[List[Said]] = None,
 ) -> Score:
     """Evaluate the whole validation split over all ranks, `--eval_batch_size` or `batch_size` images each at a time.
 
-    Calls `beat` after each batch. Raises UserError if the examples counted are not exactly those of the split.
+    Calls `beat` after each batch, and adds what was said of its examples, without padding, to `said` if given. Raises
+    UserError if the examples counted are not exactly those of the split.
     """
-    return _evaluate(evaluate_step, settings, world, data, batch_size, beat, None)
-
-
-def predict(
-    evaluate_step: Callable,
-    settings: Settings,
-    world: World,
-    data: ShardedData,
-    batch_size: int,
-    beat: Callable[[], None] = lambda: None,
-) -> Tuple[Score, Optional[Predictions]]:
-    """Evaluate as `evaluate` does; on rank 0, return as well what was said of each example, in their order."""
-    rows: List[Tuple[np.ndarray, ...]] = []
-    score = _evaluate(evaluate_step, settings, world, data, batch_size, beat, rows)
-    classes = settings.model.num_classes
-    rows.append((np.empty([0], np.int64), np.empty([0], np.int64), np.empty([0, classes], np.float32)))
-    ids, labels, probabilities = (world.collect(np.concatenate(column)) for column in zip(*rows))
-    if ids is None or labels is None or probabilities is None:
-        return score, None
-    order_of_ids = np.argsort(ids)
-    return score, Predictions(ids[order_of_ids], labels[order_of_ids], probabilities[order_of_ids])
-
-
-def _evaluate(
-    evaluate_step: Callable,
-    settings: Settings,
-    world: World,
-    data: ShardedData,
-    batch_size: int,
-    beat: Callable[[], None],
-    rows: Optional[List[Tuple[np.ndarray, ...]]],
-) -> Score:
-    """Score the split; add (ids, labels, probabilities) of each batch, without its padding, to `rows` if given."""
     batch_size = settings.run.eval_batch_size or batch_size
     batches = pipeline.evaluation_batches(
         data,
@@ -124,9 +97,9 @@ def _evaluate(
         batch_counts, batch_loss, probabilities = evaluate_step(images, labels, tf.constant(weights))
         counts += batch_counts.numpy()
         loss += float(batch_loss)
-        if rows is not None:
+        if said is not None:
             real = weights > 0
-            rows.append((ids[real], labels.numpy()[real], probabilities.numpy()[real]))
+            said.append((ids[real], labels.numpy()[real], probabilities.numpy()[real]))
         beat()
     counts = horovod.total(tf.constant(counts), "evaluation_counts").numpy()
     loss = float(horovod.total(tf.constant(loss, tf.float64), "evaluation_loss"))
@@ -135,14 +108,33 @@ def _evaluate(
     return Score(int(counts[0]), int(counts[1]), int(counts[2]), loss / examples)
 
 
-def evaluate_member(settings: Settings, world: World, data: ShardedData, path: str) -> None:
-    """Evaluate an ensemble's member and keep what it says beside its weights."""
-    with guard.Watchdog(settings.system.stall_timeout) as watchdog:
+def predict(
+    evaluate_step: Callable, settings: Settings, world: World, data: ShardedData, batch_size: int, beat: Callable
+) -> Tuple[Score, Optional[Predictions]]:
+    """Evaluate as `evaluate` does; on rank 0, return as well what was said of each example, in their order."""
+    nothing = np.empty([0, settings.model.num_classes], np.float32)  # a rank may have had padding alone
+    said: List[Said] = [(np.empty([0], np.int64), np.empty([0], np.int64), nothing)]
+    score = evaluate(evaluate_step, settings, world, data, batch_size, beat, said)
+    ids, labels, probabilities = (world.collect(np.concatenate(column)) for column in zip(*said))
+    if ids is None or labels is None or probabilities is None:
+        return score, None
+    places = np.argsort(ids)
+    return score, Predictions(ids[places], labels[places], probabilities[places])
+
+
+def evaluate_members(members: Sequence[Tuple[str, Settings, ShardedData]], world: World) -> None:
+    """Evaluate members (path, their settings, their data) in a job of its own; keep what they say."""
+    with guard.Watchdog(members[0][1].system.stall_timeout) as watchdog:
         horovod.start(world)
-        model = _loaded(settings, world, data, path)
-        step = make_evaluate_step(model)
-        _, predictions = predict(step, settings, world, data, batch_rule.DEFAULT_BATCH_PER_RANK, watchdog.beat)
-        world.on_rank0(lambda: ensemble.save(path, predictions, settings))
+        for path, settings, data in members:
+            evaluate_member(path, settings, world, data, watchdog.beat)
+
+
+def evaluate_member(path: str, settings: Settings, world: World, data: ShardedData, beat: Callable[[], None]) -> None:
+    """Evaluate the ensemble's member at `path` and keep what it says beside its weights."""
+    step = make_evaluate_step(_loaded(settings, world, data, path))
+    _, predictions = predict(step, settings, world, data, batch_rule.DEFAULT_BATCH_PER_RANK, beat)
+    world.on_rank0(lambda: ensemble.save(path, predictions, settings))
 
 
 def _loaded(settings: Settings, world: World, data: ShardedData, path: str) -> tf.keras.Model:
@@ -161,7 +153,7 @@ def evaluate_checkpoint(
     with guard.Watchdog(settings.system.stall_timeout) as watchdog:
         horovod.start(world)
         if export_to is not None:
-            world.on_rank0(lambda: export.check(export_to))
+            world.on_rank0(lambda: checkpoint.check_export(export_to))
         model = _loaded(settings, world, data, path)
         step = make_evaluate_step(model)
         score = evaluate(step, settings, world, data, batch_rule.DEFAULT_BATCH_PER_RANK, watchdog.beat)

@@ -6,19 +6,8 @@ import shutil
 import tensorflow as tf
 
 from resnet_cpu.data import preprocess
-from resnet_cpu.errors import FlagError, OutputError
+from resnet_cpu.errors import OutputError
 from resnet_cpu.training import checkpoint
-
-
-def check(path: str) -> None:
-    """Raise FlagError if something lies at `path` already, or its folder does not exist."""
-    if not path:
-        raise FlagError("--export=: is empty; name a file.npz or a folder")
-    if os.path.lexists(path):
-        raise FlagError(f"--export={path}: is there already; choose another name or remove it")
-    parent = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(parent):
-        raise FlagError(f"--export={path}: no folder {parent}; make it first")
 
 
 def write(model: tf.keras.Model, view: preprocess.View, path: str) -> None:

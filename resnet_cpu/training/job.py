@@ -237,13 +237,18 @@ def find_checkpoint(
                 raise CheckpointError(f"--run_dir={settings.run.run_dir}: no checkpoint in it yet; train first")
             found = newest
         signature = found[1]["signature"]
-        # Weights are float32 in either precision, so a run may be scored in the other.
-        model = {**dataclasses.asdict(settings.model), "precision": signature["model"].get("precision")}
-        checkpoint.check_signature(found[0], signature["model"], model)
+        check_model(settings, found[0], signature)
         return [found[0], found[1]["step"], signature]
 
     folder, step, signature = world.on_rank0(find)
     return folder, step, as_trained(settings, data, signature)
+
+
+def check_model(settings: Settings, path: str, signature: Dict[str, Any]) -> None:
+    """Raise CheckpointError if the checkpoint at `path` holds another model than the flags describe."""
+    # Weights are float32 in either precision, so a run may be scored in the other.
+    model = {**dataclasses.asdict(settings.model), "precision": signature["model"].get("precision")}
+    checkpoint.check_signature(path, signature["model"], model)
 
 
 def as_trained(settings: Settings, data: layouts.ShardedData, signature: Dict[str, Any]) -> layouts.ShardedData:

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -151,7 +151,7 @@ class _Training:
                 self._run_phase(phase, first_of_phase, begin, end)
             before = phase
         if self.score is None:
-            self._evaluate()
+            self._evaluate(self._leaf_ending_at(self.state.step))
         self._save()
         result = self._result(complete=self.state.step >= job.total_steps)
         if job.folder is not None:
@@ -196,7 +196,9 @@ class _Training:
             )
             started = time.perf_counter()
             stop = tf.constant(float(guard.stop_requested()))
-            (loss, stopping, update_s), waited = self.train_step.take(batches, tf.constant(rate), stop)
+            (loss, stopping, update_s), waited = self.train_step.take(
+                batches, tf.constant(rate), stop, self.watchdog.beat
+            )
             taken = time.perf_counter() - started
             self.recorder.after(step, last_of_phase=step + 1 == end)
             self.state.step = step + 1
@@ -233,7 +235,7 @@ class _Training:
         end_of_phase = step + 1 == self.ends[phase.name]
         if end_of_phase and phase.member:
             self._keep_member(phase.name)
-        elif end_of_phase and self._is_leaf(phase) and not last_of_all:
+        elif self._leaf_ending_at(step + 1) and not last_of_all:
             self._evaluate(phase.name)
         elif every and (self._epoch(step + 1) // every > self._epoch(step) // every) and not last_of_all:
             self._evaluate()
@@ -242,9 +244,10 @@ class _Training:
         if due and not last_of_all:  # that one is saved with its score
             self._save()
 
-    def _is_leaf(self, phase: Phase) -> bool:
-        """Return whether no later phase goes on from the end of this one."""
-        return all(other.parent != phase.name for other in self.job.phases)
+    def _leaf_ending_at(self, step: int) -> Optional[str]:
+        """Return the phase that ends after `step` steps, if no later phase goes on from its end."""
+        parents = {phase.parent for phase in self.job.phases}
+        return next((name for name, end in self.ends.items() if end == step and name not in parents), None)
 
     def _keep_member(self, name: str) -> None:
         """Publish weights and predictions of an ensemble's member, before the checkpoint that lies behind them.
@@ -421,10 +424,17 @@ class _Training:
         done = [phase.name for phase in job.phases if phase.member and self.ends[phase.name] <= self.state.step]
         if job.data is None or not done:
             return {}
+        paths = dict(zip(done, job.world.on_rank0(lambda: ensemble.find(job.run_dir, done))))
+
+        def without() -> List[str]:
+            return [path for path in paths.values() if not ensemble.is_kept(path, job.settings)]
+
+        # Somebody may have removed predictions, or scored a member on another view of the images meanwhile.
+        for again in job.world.on_rank0(without):
+            evaluation.evaluate_member(again, job.settings, job.world, job.data, self.watchdog.beat)
 
         def report() -> Dict[str, Any]:
-            paths = ensemble.find(job.run_dir, done)
-            return ensemble.report({name: ensemble.load(path) for name, path in zip(done, paths)})
+            return ensemble.report({name: ensemble.load(path) for name, path in paths.items()}, self.watchdog.beat)
 
         return job.world.on_rank0(report)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 import tensorflow as tf
 
@@ -95,9 +95,16 @@ class TrainStep:
         self._loss_sum: Optional[tf.Variable] = tf.Variable(0.0, trainable=False) if gathers else None
 
     def take(
-        self, batches: Iterator[pipeline.Batch], learning_rate: tf.Tensor, stop: tf.Tensor
+        self,
+        batches: Iterator[pipeline.Batch],
+        learning_rate: tf.Tensor,
+        stop: tf.Tensor,
+        beat: Callable[[], None] = lambda: None,
     ) -> Tuple[Outcome, float]:
-        """Do a step with the next micro-batches; return its outcome and the seconds spent waiting for them."""
+        """Do a step with the next micro-batches; return its outcome and the seconds spent waiting for them.
+
+        Calls `beat` after each micro-batch: a step of hundreds of them may take longer than a stall is allowed to.
+        """
         waited = 0.0
         for left in reversed(range(self._micro_batches)):
             started = time.perf_counter()
@@ -105,6 +112,7 @@ class TrainStep:
             waited += time.perf_counter() - started
             if left:
                 self.gather(images, labels)
+                beat()
         return self(images, labels, learning_rate, stop), waited
 
     def __call__(self, images: tf.Tensor, labels: tf.Tensor, learning_rate: tf.Tensor, stop: tf.Tensor) -> Outcome:

@@ -59,6 +59,7 @@ def run(
     """Return the times of `timed_steps` steps after `warmup_steps` that are not counted."""
     recipe = settings.recipe
     batch = batch_rule.resolve_batch(recipe.batch_size, recipe.global_batch_size, world.size, recipe.accumulate_steps)
+    batch_rule.check_statistics(settings.model.bn_stats_batch, batch)
     steps = warmup_steps + timed_steps
     with guard.Watchdog(settings.system.stall_timeout) as watchdog:
         horovod.start(world)

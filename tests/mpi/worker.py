@@ -135,7 +135,7 @@ def case_evaluation():
         for batch in (1, 8, 64):
             score = evaluation.evaluate(step, settings, world, data, batch)
             found[f"{examples}/{batch}"] = [score.examples, score.correct1, score.correct5, score.loss]
-        _, predictions = evaluation.predict(step, settings, world, data, 8)
+        _, predictions = evaluation.predict(step, settings, world, data, 8, lambda: None)
         if world.rank == 0:
             write_arrays(f"predictions_{examples}", dataclasses.asdict(predictions))
     write("evaluation", found)
