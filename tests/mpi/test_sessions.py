@@ -4,11 +4,13 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import equality
 import numpy as np
+import psutil
 import pytest
-from conftest import OUTSIDE, ROOT, write_tiny_data
+from conftest import OUTSIDE, ROOT, TINY_FLAGS, write_tiny_data
 
 pytestmark = pytest.mark.mpi
 SIZES = (2, 3, 4)
@@ -161,6 +163,34 @@ def test_resume_on_two_ranks_is_bit_identical(sessions):
 
 def test_an_ensemble_that_was_cut_off_has_the_same_members_on_two_ranks(sessions):
     assert found(sessions(2), "tree")["ok"]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_costs_an_ensemble_nothing_but_time(sessions, data_sets, tmp_path):
+    """SIGKILL to one rank while a branch runs, then the same command again: the same members, bit for bit."""
+    import whole_runs as runs
+
+    run_dir = tmp_path / "run"
+    flags = [*TINY_FLAGS, *runs.TREE, f"--data_dir={data_sets}/train", f"--run_dir={run_dir}", "--threads=1"]
+    command = ["launch/local.sh", "2", sys.executable, "-m", "resnet_cpu.train", *flags]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=OUTSIDE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    metrics = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"tail"' in metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    ranks = [
+        child for child in psutil.Process(process.pid).children(recursive=True) if "resnet_cpu.train" in child.cmdline()
+    ]
+    ranks[-1].kill()
+    process.communicate(timeout=60)
+    assert process.returncode == 137 and not (run_dir / "result.json").exists()
+    again = subprocess.run(command, cwd=ROOT, env=OUTSIDE, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    whole = sessions(2) / "tree" / "whole"
+    assert not runs.differing(runs.members(str(run_dir)), runs.members(str(whole)))
+    assert json.loads(again.stdout)["ensemble"] == json.loads((whole / "result.json").read_text())["ensemble"]
 
 
 def test_two_ranks_run_like_one_up_to_rounding_of_batch_norm(sessions, data_sets, tmp_path):
