@@ -106,9 +106,10 @@ def draw_ensemble(members: Dict[str, Dict[str, float]], prefixes: Sequence[Dict[
 
 
 def draw_results(runs: Sequence[Dict[str, str]], curves: Sequence[Dict[str, str]], folder: str) -> None:
-    """Draw the repository's own experiments from rows of runs.csv and curves.csv: ladder, ensemble and cycles.png."""
+    """Draw the repository's own experiments from rows of runs.csv and curves.csv."""
     _draw_ladder(runs, os.path.join(folder, "ladder.png"))
-    _draw_ensemble(runs, os.path.join(folder, "ensemble.png"))
+    for table in ("ensemble", "ensemble_full"):
+        _draw_ensembles(_grouped(runs, table), os.path.join(folder, f"{table}.png"))
     _draw_cycles(curves, os.path.join(folder, "cycles.png"))
 
 
@@ -148,9 +149,8 @@ def _draw_ladder(runs: Sequence[Dict[str, str]], path: str) -> None:
     _save(plt, figure, path)
 
 
-def _draw_ensemble(runs: Sequence[Dict[str, str]], path: str) -> None:
+def _draw_ensembles(arms: Dict[str, List[Dict[str, str]]], path: str) -> None:
     """Draw top-1 over the number of members, a line a seed, beside one model and averaged weights."""
-    arms = _grouped(runs, "ensemble")
     if "cycles" not in arms:
         return
     plt = _pyplot()
