@@ -48,7 +48,7 @@ def test_random_logits_equal_numpy_with_ties_and_padding():
     generator = np.random.Generator(np.random.Philox(4))
     logits = generator.integers(0, 6, [400, 12]).astype(np.float32)  # many ties
     labels, weights = generator.integers(0, 12, 400), generator.integers(0, 2, 400)
-    counts, loss = identity_step(12)(tf.constant(logits), tf.constant(labels), tf.constant(weights))
+    counts, loss, _ = identity_step(12)(tf.constant(logits), tf.constant(labels), tf.constant(weights))
     top1, top5, mean = numpy_scores(logits[weights > 0], labels[weights > 0])
     assert counts.numpy().tolist() == [weights.sum(), top1, top5]
     assert float(loss) == pytest.approx(mean * weights.sum(), rel=1e-6)
@@ -57,14 +57,14 @@ def test_random_logits_equal_numpy_with_ties_and_padding():
 def test_the_same_logit_for_every_class_is_guessing_and_not_a_number_is_wrong():
     labels = tf.constant(np.arange(10))
     ones = tf.constant(np.ones(10, np.int64))
-    counts, loss = identity_step(10)(tf.zeros([10, 10]), labels, ones)
+    counts, loss, _ = identity_step(10)(tf.zeros([10, 10]), labels, ones)
     assert counts.numpy().tolist() == [10, 1, 5]
     assert float(loss) == pytest.approx(10 * np.log(10))
-    counts, _ = identity_step(10)(tf.fill([10, 10], np.nan), labels, ones)
+    counts, *_ = identity_step(10)(tf.fill([10, 10], np.nan), labels, ones)
     assert counts.numpy().tolist() == [10, 0, 0]
 
 
 def test_padding_that_blows_up_does_not_reach_the_loss():
     logits = tf.constant([[0.0, 0.0], [np.inf, -np.inf]])
-    counts, loss = identity_step(2)(logits, tf.constant([0, 1], tf.int64), tf.constant([1, 0], tf.int64))
+    counts, loss, _ = identity_step(2)(logits, tf.constant([0, 1], tf.int64), tf.constant([1, 0], tf.int64))
     assert counts.numpy().tolist() == [1, 1, 1] and float(loss) == pytest.approx(np.log(2))
