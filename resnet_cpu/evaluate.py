@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 from typing import Dict, List
 
 from resnet_cpu import flags
@@ -82,6 +83,12 @@ def _ensemble(argv: List[str], given: flags.Values) -> None:
 
         members = []
         for path in missing:
+            if world.rank == 0:
+                print(
+                    f"{path}: no predictions kept of these weights on this view; making them",
+                    file=sys.stderr,
+                    flush=True,
+                )
             data = job.open_data(settings[path], world)
             assert data is not None  # synthetic was refused above
             signature = world.on_rank0(functools.partial(ensemble.signature_of, path))

@@ -235,7 +235,7 @@ def _define() -> _Definer:
     d.integer("timed_steps", 20, "benchmark: steps that are timed.", lower_bound=2)
     d.enum("format", "table", ["table", "csv", "png"], "plan: what is printed; png goes to the file --output.")
     d.float("images_per_second", None, "plan: speed of all ranks together, to tell the time.", lower_bound=1e-6)
-    d.string("past_run", None, "plan: take the speed from this run's folder, per rank, to tell the time.")
+    d.string("past_run", None, "plan: take the speed from this run of the same network, per rank, to tell the time.")
     d.string("output", "plan.png", "plan: file of --format=png.")
     d.string("runs", None, "tables: collect every finished run below this folder first.")
     d.string("experiments", "experiments", "tables: folder of tables.csv, published.csv and results/.")
@@ -358,7 +358,7 @@ def make_settings(v: flags.FlagValues) -> settings.Settings:
     if v.batch_size and v.global_batch_size and v.global_batch_size % v.batch_size:
         raise FlagError(
             f"--batch_size={v.batch_size} (per rank) contradicts --global_batch_size={v.global_batch_size}, which is "
-            "no multiple of it; leave one of the two out"
+            "no multiple of it; leave one of the two out or give another"
         )
     if v.optimizer == "lars" and v.wd_on_bn:
         raise FlagError("--wd_on_bn: contradicts --optimizer=lars, whose skip list holds gamma and beta; leave it out")

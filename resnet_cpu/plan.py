@@ -1,8 +1,9 @@
 """What a flagfile would do, without data, training or TensorFlow: `python -m resnet_cpu.plan --flagfile=F`."""
 
+import dataclasses
 import os
 import sys
-from typing import Callable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 from resnet_cpu import flags
 from resnet_cpu.cluster import guard
@@ -12,6 +13,7 @@ from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.phases import Phase
 from resnet_cpu.report.runlog import duration, read_json
 from resnet_cpu.settings import Plan, Settings, plan
+from resnet_cpu.training import checkpoint
 
 CSV_HEADER = "step,phase,step_in_phase,epoch,lr,weight_decay,momentum,augment,image_size"
 
@@ -30,11 +32,13 @@ def main(argv: List[str]) -> None:
         _draw(planned.phases, planned.batch.total / train_examples, values.output)
         print(values.output)
     else:
-        speed = _speed(values.images_per_second, values.past_run, ranks)
+        speed = _speed(settings, planned, values.images_per_second, values.past_run, ranks)
         print("\n".join([*table(planned, ranks, train_examples, speed), *notes(settings, planned)]))
 
 
-def _speed(images_per_second: Optional[float], past_run: Optional[str], ranks: int) -> Optional[float]:
+def _speed(
+    settings: Settings, planned: Plan, images_per_second: Optional[float], past_run: Optional[str], ranks: int
+) -> Optional[float]:
     """Return the images/s that all ranks are taken to reach together, if anything is known of it."""
     if past_run is None:
         return images_per_second
@@ -43,7 +47,20 @@ def _speed(images_per_second: Optional[float], past_run: Optional[str], ranks: i
     result = read_json(os.path.join(past_run, "result.json"))
     if not result or not result.get("images_per_second"):
         raise CheckpointError(f"--past_run={past_run}: no result.json with a speed in it; name a run that has ended")
+    signature = (read_json(os.path.join(past_run, "run.json")) or {}).get("signature", {})
+    there = {**signature.get("model", {}), "pixels": _pixels(signature.get("phases", {}).values())}
+    here = {**dataclasses.asdict(settings.model), "pixels": _pixels(map(dataclasses.asdict, planned.phases))}
+    other = checkpoint.differences(there, {**here, "num_classes": there.get("num_classes")})
+    if other:
+        raise CheckpointError(
+            f"--past_run={past_run}: its speed is of another network: {'; '.join(other[:4])}; name a run of this one, "
+            "or give --images_per_second"
+        )
     return result["images_per_second"] / result["ranks"] * ranks
+
+
+def _pixels(phases: Iterable[Mapping[str, Any]]) -> List[int]:
+    return sorted({phase["image_size"] for phase in phases})
 
 
 def _train_examples(settings: Settings) -> int:

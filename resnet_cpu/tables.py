@@ -23,11 +23,8 @@ def main(argv: List[str]) -> None:
         ):
             old = results.read_csv(path) if os.path.exists(path) else []
             results.write_csv(path, results.merge(old, rows), columns)
-    tables = results.lines(
-        results.read_csv(os.path.join(folder, "tables.csv")),
-        results.read_csv(os.path.join(folder, "published.csv")),
-        results.read_csv(runs_csv),
-    )
+    spec, measured = results.read_csv(os.path.join(folder, "tables.csv")), results.read_csv(runs_csv)
+    tables = results.lines(spec, results.read_csv(os.path.join(folder, "published.csv")), measured)
     texts: Dict[str, str] = {name: results.markdown(table) for name, table in tables.items()}
     for name, table in tables.items():
         base = os.path.join(folder, "results", name)
@@ -41,6 +38,13 @@ def main(argv: List[str]) -> None:
         plots.draw_results(results.read_csv(runs_csv), results.read_csv(curves_csv), os.path.join(folder, "results"))
     print("\n\n".join(f"{name}\n\n{text}" for name, text in texts.items()))
     print(f"tables: {', '.join(tables)} in {folder}/results", file=sys.stderr)
+    unplaced = results.unplaced(spec, measured)
+    if unplaced:
+        print(
+            f"tables: {len(unplaced)} runs are in {runs_csv} but in no table: {', '.join(unplaced[:6])}; the column "
+            f"`runs` of {folder}/tables.csv says which folders make up which line",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_scores_equal_numpy():
     order = np.argsort(-mean, axis=1, kind="stable")
     assert scores["top5"] == (order[:, :5] == labels[:, None]).any(1).mean()
     assert scores["loss"] == pytest.approx(-np.log(mean[np.arange(EXAMPLES), labels]).mean(), rel=1e-12)
-    assert scores["disagreement"]["0/2"] == np.mean(
+    assert scores["disagreement"]["0 vs 2"] == np.mean(
         members[0].probabilities.argmax(1) != members[2].probabilities.argmax(1)
     )
     expected = 0.0  # the definition, bin by bin

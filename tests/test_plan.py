@@ -1,7 +1,9 @@
 """`plan`: the table and the csv of what a flagfile would do."""
 
 import csv
+import dataclasses
 import io
+import json
 import math
 import shlex
 import subprocess
@@ -10,7 +12,7 @@ import sys
 import pytest
 from conftest import ROOT, last_line
 
-from resnet_cpu import plan
+from resnet_cpu import flags, plan
 from resnet_cpu.errors import FlagError, UserError
 from resnet_cpu.report import plots
 
@@ -64,10 +66,16 @@ def test_table_tells_images_and_time_of_every_phase(capsys, tmp_path):
     assert " 12,800 " in tail and tail.endswith(" 1h23m")
     assert "1h56m at 2.6 images/s of all ranks" in text and "evaluations" in text
     (tmp_path / "result.json").write_text('{"images_per_second": 0.64, "ranks": 2}')
+    model = dataclasses.asdict(flags.parse([]).model)
+    signature = {"model": model, "phases": {"a": {"image_size": 160}, "b": {"image_size": 224}}}
+    (tmp_path / "run.json").write_text(json.dumps({"signature": signature}))
     plan.main([*asked, f"--past_run={tmp_path}"])
     assert capsys.readouterr().out == text  # 0.32 a rank, eight ranks
     plan.main(asked)
     assert "time" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="another network: width 1.0 there, 0.5 here") as caught:
+        plan.main([*asked, f"--past_run={tmp_path}", "--width=0.5"])
+    assert caught.value.exit_code == 66
 
 
 def test_a_speed_that_cannot_be_had_is_told(tmp_path):

@@ -125,6 +125,21 @@ def test_a_folder_of_runs_becomes_tables_and_collecting_again_changes_nothing(fo
     assert first == {path.name: path.read_bytes() for path in (place / "results").glob("*.csv")}
 
 
+def row_of(run, seed="0", recipe="same"):
+    return {"run": run, "what": "last", "seed": seed, "recipe": recipe, "top1": "0.5"}
+
+
+def test_a_line_never_mixes_recipes_or_counts_a_seed_twice():
+    spec = [{"table": "t", "label": "x", "runs": "a/*", "what": "last", "flagfile": "f", "published": ""}]
+    alike = [row_of("a/0"), row_of("a/1", "1"), row_of("b/0", "0", "other")]
+    assert len(results.lines(spec, [], alike)["t"][0].measured) == 2
+    assert results.unplaced(spec, alike) == ["b/0"]
+    with pytest.raises(DataError, match="a/0, a/2 have different recipes"):
+        results.lines(spec, [], [row_of("a/0"), row_of("a/2", "2", "other")])
+    with pytest.raises(DataError, match="a/0, a/again have a seed in common"):
+        results.lines(spec, [], [row_of("a/0"), row_of("a/again")])
+
+
 @pytest.mark.parametrize(
     "arguments, part",
     [

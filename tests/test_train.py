@@ -248,6 +248,16 @@ def test_flags_of_the_recipe_reach_the_weights(tiny_data, short, tmp_path, more)
     assert runs.differing(weights_after(tiny_data, tmp_path / "run", *more), short)
 
 
+def test_modes_record_what_they_are_for(tiny_data, tmp_path):
+    more = [*SHORT, "--eval_every_epochs=1", "--experiment=lr_scaling"]
+    found = train(tiny_data, tmp_path / "lr", *more, "--lr_scaling=sqrt", "--optimizer=lars")["lr_scaling"]
+    peak = 2 * (12 / 256) ** 0.5
+    assert found["peak_lr"] == pytest.approx(peak) and found["peak_lr_per_256"] == pytest.approx(peak * 256 / 12)
+    assert (found["rule"], found["optimizer"], found["warmup_epochs"]) == ("sqrt", "lars", 2 * 12 / 50)
+    scaling = train(tiny_data, tmp_path / "scaling", *SHORT, "--experiment=scaling")
+    assert scaling["scaling"]["images_per_second_per_rank"] == scaling["images_per_second"] > 0
+
+
 def test_accumulated_batches_train_like_ghost_batches_of_their_size(tiny_data, short, tmp_path):
     """12 images as 3 x 4, or at once with statistics of 4: the same up to rounding, and not what 12 at once give."""
     summed = weights_after(tiny_data, tmp_path / "summed", "--accumulate_steps=3")

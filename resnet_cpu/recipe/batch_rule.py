@@ -53,7 +53,7 @@ def resolve_batch(
     if batch_size is not None and batch_size != per_rank:
         raise FlagError(
             f"--batch_size={batch_size} (per rank) contradicts {told} on {ranks} ranks, which is {per_rank} per rank; "
-            "leave one of the two out, or let --accumulate_steps=0 sum up as many batches as it takes"
+            "leave one of the two out, give another, or let --accumulate_steps=0 sum up as many batches as it takes"
         )
     return Batch(per_rank, accumulate_steps, global_batch_size)
 

@@ -37,7 +37,11 @@ def draw_curves(
     figure.suptitle(title)
     epochs = [row["epoch"] for row in metrics]
     evaluated = [row["epoch"] for row in evaluations]
-    loss.plot(epochs, [row["loss"] for row in metrics], color=_TRAIN, linewidth=1, label="training batch")
+    mark = "." if len(metrics) < 3 else None
+    losses = [row["loss"] for row in [*metrics, *evaluations] if row["loss"]]
+    if losses and max(losses) > 100 * min(losses):
+        loss.set_yscale("log")  # one bad evaluation would flatten the rest
+    loss.plot(epochs, [row["loss"] for row in metrics], color=_TRAIN, marker=mark, linewidth=1, label="training batch")
     loss.plot(evaluated, [row["loss"] for row in evaluations], "o-", color=_EVAL, label="evaluation")
     loss.set_ylabel("cross-entropy")
     loss.legend()
@@ -45,7 +49,12 @@ def draw_curves(
     if evaluations:
         accuracy.set_title(f"last {100 * evaluations[-1]['top1']:.2f} %", loc="right", fontsize=10)
     accuracy.set_ylabel("top-1, %")
-    rate.plot(epochs, [row["lr"] for row in metrics], color=_LR)
+    rate.plot(epochs, [row["lr"] for row in metrics], color=_LR, marker=mark)
+    begins = {row.get("phase"): row["epoch"] for row in reversed(metrics)}
+    for name, begin in begins.items() if len(begins) > 1 else ():
+        for axes in (loss, accuracy, rate):
+            axes.axvline(begin, color="grey", linewidth=0.8, linestyle=":")
+        rate.text(begin, 1.01, name, transform=rate.get_xaxis_transform(), rotation=30, fontsize=8)
     rate.set_ylabel("learning rate")
     rate.set_xlabel("epoch")
     for axes in (loss, accuracy, rate):

@@ -10,7 +10,9 @@ experiments/tables.csv           which rows of those make up which table
 import csv
 import dataclasses
 import fnmatch
+import hashlib
 import io
+import json
 import os
 import re
 import statistics
@@ -24,7 +26,7 @@ from resnet_cpu.report.runlog import read_json, read_rows
 Row = Dict[str, str]
 SCORES = ("top1", "top5", "loss", "ece")
 RUN_COLUMNS = (
-    *("run", "what", "seed", *SCORES, "epochs", "steps", "global_batch_size", "ranks", "cores"),
+    *("run", "what", "seed", "recipe", *SCORES, "epochs", "steps", "global_batch_size", "ranks", "cores"),
     *("images_per_second", "wall_seconds", "cpu", "tensorflow", "code"),
 )
 CURVE_COLUMNS = ("run", "epoch", "phase", "top1", "loss")
@@ -80,12 +82,20 @@ def _row(name: str, what: str, scores: Mapping, result: Mapping, record: Mapping
         **_budget(what, scores, result),
         "run": name,
         "what": what,
+        "recipe": _digest(
+            {key: value for key, value in record["signature"].items() if key not in ("seed", "init_from")}
+        ),
         "cores": round(rate / per_core) if rate and per_core else None,
         "cpu": "; ".join(sorted({row["cpu"] for row in record["per_rank"]})),
         "tensorflow": record["versions"]["tensorflow"],
         "code": record["code"],
     }
     return {key: _text(values[key]) for key in RUN_COLUMNS}
+
+
+def _digest(content: Mapping) -> str:
+    """Return what two runs of the same recipe, model and data have in common, whatever their seeds."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _budget(what: str, scores: Mapping, result: Mapping) -> Dict[str, Any]:
@@ -157,10 +167,29 @@ def lines(spec: Iterable[Row], published: Iterable[Row], runs: Iterable[Row]) ->
         if row["published"] and row["published"] not in by_id:
             raise DataError(f"tables.csv: {row['label']}: published id {row['published']} is not in published.csv")
         found = [one for one in measured if fnmatch.fnmatchcase(one["run"], row["runs"]) and one["what"] == row["what"]]
+        _check_alike(row, found)
         tables.setdefault(row["table"], []).append(
             Line(row["label"], row["flagfile"], by_id.get(row["published"]), found if row["runs"] else [])
         )
     return tables
+
+
+def _check_alike(row: Row, found: List[Row]) -> None:
+    """Raise DataError if a line would take the mean over runs of several recipes, or count a seed twice."""
+    recipes, seeds = {one["recipe"] for one in found}, [one["seed"] for one in found]
+    if len(recipes) > 1 or len(set(seeds)) < len(seeds):
+        what = "have different recipes" if len(recipes) > 1 else "have a seed in common"
+        raise DataError(
+            f"tables.csv: {row['label']}: the runs {', '.join(one['run'] for one in found)} {what}; keep others in "
+            f"folders that do not match {row['runs']}, and take their rows out of runs.csv"
+        )
+
+
+def unplaced(spec: Iterable[Row], runs: Iterable[Row]) -> List[str]:
+    """Return the runs that no table holds."""
+    patterns = [row["runs"] for row in spec if row["runs"]]
+    names = dict.fromkeys(row["run"] for row in runs)
+    return [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _columns(table: List[Line]) -> List[Tuple[str, List[str]]]:

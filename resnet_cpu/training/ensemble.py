@@ -7,6 +7,7 @@ members/NAME/predictions/  predictions.npz        ids, labels and probabilities 
 import dataclasses
 import itertools
 import os
+import sys
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -116,7 +117,7 @@ def report(members: Mapping[str, Predictions], beat: Callable[[], None] = lambda
             "prefixes": [told(prefix) for prefix in prefixes],
             "best_subset": told(best),
             "disagreement": {
-                f"{one}/{other}": float(np.mean(said[one] != said[other]))
+                f"{one} vs {other}": float(np.mean(said[one] != said[other]))
                 for one, other in itertools.combinations(names, 2)
             },
         },
@@ -195,8 +196,8 @@ def find(run_dir: str, names: Sequence[str]) -> List[str]:
         path = checkpoint.member_folder(run_dir, name)
         if not os.path.exists(os.path.join(path, checkpoint.MANIFEST)):
             raise CheckpointError(
-                f"{run_dir}: member {name} is missing; run the training to the end of its phase, or name those that "
-                "are there with --members"
+                f"{run_dir}: member {name} is missing; run the training to the end of its phase or, if it has ended, "
+                "name those that are there with --members"
             )
         paths.append(path)
     return paths
@@ -247,5 +248,15 @@ def evaluate(paths: Mapping[str, str], export_to: Optional[str]) -> Dict[str, An
     found = report({name: load(path) for name, path in paths.items()})
     if export_to:
         checkpoint.write_weights(export_to, average_weights(list(paths.values())))
+        print(
+            f"--export={export_to}: the mean of {len(paths)} members' weights; batch norm's statistics still have to "
+            "be taken anew (docs/ensemble.md)",
+            file=sys.stderr,
+        )
+        if len({run_of(path) for path in paths.values()}) > 1:
+            print(
+                "--export: the members are of several runs; weights that were initialised apart have no useful mean",
+                file=sys.stderr,
+            )
     whole = found["ensemble"]
     return {**{key: whole[key] for key in ("examples", "top1", "top5", "loss", "ece")}, **found}

@@ -403,9 +403,10 @@ class _Training:
         mode = self.run_settings.experiment
         if mode == "lr_scaling":
             first = job.phases[0]
+            scaled = "lr_per_256" in job.settings.recipe.phases[0].values
             return {
                 mode: {
-                    "rule": job.settings.recipe.lr_scaling,
+                    "rule": job.settings.recipe.lr_scaling if scaled else "absolute",
                     "optimizer": job.settings.recipe.optimizer,
                     "peak_lr": first.lr,
                     "peak_lr_per_256": first.lr * batch_rule.REFERENCE_BATCH / job.batch.total,
@@ -462,6 +463,10 @@ class _Training:
                     self.job.settings.data.dataset == "imagenet"
                 )  # accuracies of another set compare to nothing
                 published = results.read_csv(results.PUBLISHED_CURVES) if of_imagenet else []
+                rule = self._of_mode()["lr_scaling"]
+                title += (
+                    f", batch {self.job.batch.total:,}, {rule['optimizer']}, LR {rule['peak_lr']:.4g} ({rule['rule']})"
+                )
                 plots.draw_lr_scaling(evaluations, published, folder.file("plots", "lr_scaling.png"), title)
             if result is not None and "ensemble" in result:
                 path = folder.file("plots", "ensemble.png")
