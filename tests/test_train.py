@@ -37,7 +37,7 @@ def train(tiny_data, run_dir, *more):
 def finished(tiny_data, tmp_path_factory):
     """The folder of a finished run, not to be changed."""
     folder = str(tmp_path_factory.mktemp("finished") / "run")
-    runs.train(ALONE, tiny_data, folder, "--eval_every_epochs=1")
+    runs.train(ALONE, tiny_data, folder, "--eval_every_epochs=1", draw=True)
     return folder
 
 

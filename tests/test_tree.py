@@ -1,7 +1,6 @@
 """Runs with branches and members: the tree is walked as planned, and survives being cut off anywhere."""
 
 import json
-import pathlib
 import shutil
 
 import numpy as np
@@ -21,7 +20,7 @@ ALONE = control.World(1, 0)
 def tree(tiny_data, tmp_path_factory):
     """The folder of a finished ensemble's run, not to be changed."""
     folder = tmp_path_factory.mktemp("tree") / "run"
-    runs.train(ALONE, tiny_data, str(folder), *runs.TREE)
+    runs.train(ALONE, tiny_data, str(folder), *runs.TREE, draw=True)
     return folder
 
 
@@ -46,21 +45,16 @@ def test_negative_control_on_the_main_line_it_leaves_one(tiny_data, tree, tmp_pa
     assert any(name.startswith("collapse/") for name in runs.differing(runs.members(run_dir), runs.members(str(tree))))
 
 
-def test_from_names_the_phase_to_start_from(tiny_data, tree, tmp_path):
-    """A third phase that starts from the first, over two others: its weights are those of a run without them."""
-    last = "--phase=late:steps=2,lr=0.01,from=main,velocity=reset"
-    run_dir, other = str(tmp_path / "run"), str(tmp_path / "other")
-    runs.train(ALONE, tiny_data, run_dir, *runs.TREE, last, "--keep_checkpoints=2")
-    early = json.loads(pathlib.Path(run_dir, "run.json").read_text())["signature"]["phases"]["late"]
-    assert early["parent"] == "main"
-    start = checkpoint.load(checkpoint.folder(run_dir, 20), "weights")
-    # The same two steps of images (18 and 19) after a main line that stood still meanwhile.
-    still = "lr=0,wd=0,momentum=0"
-    rest = [f"--phase=tail:steps=3,{still}", f"--phase=cycle:steps=6,{still}", f"--phase=collapse:steps=3,{still}"]
-    runs.train(ALONE, tiny_data, other, "--phase=main:steps=6,lr=0.05,warmup_steps=2,decay_steps=8", *rest, last)
-    found = checkpoint.load(checkpoint.folder(other, 20), "weights")
-    trained = [name for name in start if "moving" not in name]  # statistics move even where weights stand still
-    assert all(start[name].tobytes() == found[name].tobytes() for name in trained)
+def test_from_names_the_phase_to_start_from(tiny_data, tmp_path):
+    """A phase that starts over another: its weights are those of a main line that stood still meanwhile."""
+    main, late = "--phase=main:steps=3,lr=0.05", "--phase=late:steps=2,lr=0.01,from=main,velocity=reset"
+    found = []
+    for name, between in (("over", "lr=0.05"), ("still", "lr=0,wd=0,momentum=0")):
+        run_dir = str(tmp_path / name)
+        runs.train(ALONE, tiny_data, run_dir, main, f"--phase=tail:steps=2,{between}", late)
+        found.append(checkpoint.load(checkpoint.folder(run_dir, 7), "weights"))
+    trained = [name for name in found[0] if "moving" not in name]  # statistics move even where weights stand still
+    assert all(found[0][name].tobytes() == found[1][name].tobytes() for name in trained)
 
 
 def test_end_states_are_kept_until_no_later_phase_needs_them(tiny_data, tmp_path):
@@ -98,6 +92,7 @@ def test_a_missing_end_state_is_told(tiny_data, tmp_path):
 
 def test_result_and_rows_tell_members_ensemble_and_phases(tree):
     result = json.loads((tree / "result.json").read_text())
+    assert (tree / "plots" / "ensemble.png").read_bytes().startswith(b"\x89PNG")
     assert result["experiment"] == "collapsed_ensemble" and result["ensemble"]["members"] == ["tail", "collapse"]
     for scores in (*result["members"].values(), result["ensemble"], result["ensemble"]["best_subset"]):
         assert 0 <= scores["top1"] <= scores["top5"] <= 1 and scores["loss"] > 0 and 0 <= scores["ece"] <= 1
