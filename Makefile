@@ -11,7 +11,7 @@ RAW := $(if $(RAW_DIR),--raw_dir=$(RAW_DIR),)
 
 help:
 	@echo "make train   set up, prepare Fashion-MNIST, train ResNet-50 on $(RANKS) MPI ranks (about 15 minutes the first time)"
-	@echo "make test    set up and run all tests (about 10 minutes the first time)"
+	@echo "make test    set up and run all tests (about 15 minutes the first time)"
 	@echo "make smoke   set up and train a tiny network on synthetic data (half a minute after the set-up)"
 	@echo "make reproduce  run every experiment behind docs/results.md again (hours; call it again to go on), then make tables"
 	@echo "make tables  write the tables and plots of docs/results.md and README.md anew from experiments/results/*.csv"

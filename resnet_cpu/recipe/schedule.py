@@ -34,10 +34,8 @@ def momentum(phases: Sequence[Phase], phase: Phase, step: int, corrected: bool) 
     The LR lies inside the velocity, so after a change of the LR what is on its way has the old one. Corrected, it is
     scaled to the new one: momentum * LR / LR of the step before (Goyal et al., arXiv 1706.02677, section 3).
     """
-    before = _rate_before(phases, phase, step)
-    if not corrected or not before:
-        return phase.momentum
-    return phase.momentum * learning_rate(phase, step) / before
+    before = _rate_before(phases, phase, step) if corrected else 0.0
+    return phase.momentum * learning_rate(phase, step) / before if before else phase.momentum
 
 
 def _rate_before(phases: Sequence[Phase], phase: Phase, step: int) -> float:
