@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs every experiment behind docs/results.md: one process of one thread a core, hours in all. Run it again after an
-# interruption: what is finished is not run again, what was cut off goes on.
+# Runs every experiment behind docs/results.md: one process of one thread a core, hours in all; and before them the ladders
+# of docs/scaling.md, minutes, a run at a time. Run it again after an interruption: what is finished is not run again, what
+# was cut off goes on.
 #
 #   make reproduce                        RUNS=folder (runs/reproduce)  SEEDS="0 1 2"  JOBS=cores  ONLY=part-of-a-name
 set -euo pipefail
@@ -11,6 +12,28 @@ jobs=${JOBS:-$(nproc)}
 only=${ONLY:-}  # a part of a run's name, to run those alone
 ensemble=experiments/collapsed_ensemble
 ladder=experiments/lr_scaling
+
+# The ladders: nothing else may run. In turns, so that a machine that drifts drifts for all rungs; a repetition is a batch.
+# Every rank has a core of its own and one thread, on all rungs.
+scaling() {
+  local repetition kind ranks folder
+  for repetition in 0 1 2; do
+    for kind in weak strong; do
+      for ((ranks = 1; ranks <= $(nproc); ranks *= 2)); do
+        folder=scaling/$kind/rep-$repetition/ranks-$ranks
+        if ! [[ $folder =~ $only ]] || [[ -e $runs/$folder/scaling.json ]]; then continue; fi
+        mkdir -p "$runs/$folder"
+        if taskset -c "0-$((ranks - 1))" launch/local.sh "$ranks" python -m resnet_cpu.train \
+          --flagfile="experiments/scaling/small_$kind.flags" --run_dir="$runs/$folder" --threads=1 --data_threads=1 \
+          >"$runs/$folder/out" 2>>"$runs/$folder/log"; then
+          echo "$(date +%T) done   $folder"
+        else
+          echo "$(date +%T) ended with $?: $folder (see $runs/$folder/log)"
+        fi
+      done
+    done
+  done
+}
 
 # One line a run: its folder below $runs, its flags.
 list() {
@@ -59,6 +82,7 @@ one() {
 export -f one
 export runs
 
-all() { { grep -e "$only" || true; } | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
+all() { { grep -E "^[^ ]*$only" || true; } | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
+scaling
 list | all
 average | all

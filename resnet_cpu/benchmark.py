@@ -1,24 +1,36 @@
-"""Times training, reading or the forward pass: `python -m resnet_cpu.benchmark --flagfile=F`."""
+"""Times training, reading, the forward pass or messages: `python -m resnet_cpu.benchmark --flagfile=F`."""
 
 import sys
-from typing import List
+from typing import List, Union
 
 from resnet_cpu import flags
-from resnet_cpu.cluster import control, guard, layout
+from resnet_cpu.cluster import guard, layout
 
 
 def main(argv: List[str]) -> None:
-    """Time the chosen part; the last line on standard output is `total images/sec: X`, over all ranks."""
+    """Time the chosen part; the last line on standard output is `total images/sec: X`, over all ranks.
+
+    Of allreduce it is what the messages alone would allow (`messages.Timed.images_per_second`).
+    """
     values, _ = flags.parse_values(argv, "benchmark")
     settings = flags.make_settings(values)
-    world = control.connect(settings.system.ranks)
+    world = guard.connect(settings.system.ranks, settings.system.stall_timeout)
     layout.apply(settings.system.threads, world.cores)
     from resnet_cpu.training import job
 
     data = job.open_data(settings, world) if values.benchmark == "pipeline" else None
-    from resnet_cpu.training import timing
+    from resnet_cpu.training import messages, timing
 
-    timed = timing.run(settings, world, data, values.benchmark, values.warmup_steps, values.timed_steps)
+    timed: Union[messages.Timed, timing.Timed]
+    steps = values.warmup_steps, values.timed_steps
+    if values.benchmark == "allreduce":
+        sent = messages.run(settings, world, values.most_bytes, values.timed_seconds or 10.0, *steps)
+        folder = settings.run.run_dir
+        if folder is not None:
+            world.on_rank0(lambda: sent.write(folder))
+        timed = sent
+    else:
+        timed = timing.run(settings, world, data, values.benchmark, *steps, values.timed_seconds)
     if world.rank == 0:
         print("\n".join(timed.lines()), file=sys.stderr)
         print(f"total images/sec: {timed.images_per_second:.3f}", flush=True)

@@ -6,7 +6,7 @@ import sys
 from typing import Dict, List
 
 from resnet_cpu import flags
-from resnet_cpu.cluster import control, guard, layout
+from resnet_cpu.cluster import guard, layout
 from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.report import runlog
 from resnet_cpu.settings import Settings
@@ -25,7 +25,7 @@ def main(argv: List[str]) -> None:
     )
     run_dir = flags.required(run_dir, "run_dir", "name the folder of the run to evaluate")
     settings = _settings_of(run_dir, argv)
-    world = control.connect(given.ranks)
+    world = guard.connect(given.ranks, given.stall_timeout)
     layout.apply(settings.system.threads, world.cores)
     from resnet_cpu.training import job
 
@@ -60,7 +60,7 @@ def _ensemble(argv: List[str], given: flags.Values) -> None:
     named = given.members or [flags.required(given.run_dir, "run_dir", "name the run, or --members")]
     if given.export and not given.export.endswith(".npz"):
         raise FlagError(f"--export={given.export}: the mean of the members' weights goes to an .npz file; name one")
-    world = control.connect(given.ranks)
+    world = guard.connect(given.ranks, given.stall_timeout)
     from resnet_cpu.training import checkpoint, ensemble, job
 
     def check() -> List[List[str]]:

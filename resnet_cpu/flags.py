@@ -24,16 +24,17 @@ MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 CROPS = ("inception", "authors")
 NORMALIZATIONS = ("auto", "dataset", "authors", "torch", "tf")
 SOURCES = ("fashion_mnist", "digits", "verify")
-BENCHMARKS = ("synthetic", "pipeline", "evaluation")
+MPIS = ("auto", "openmpi", "intel", "mpich", "ibrun", "srun")
+BENCHMARKS = ("synthetic", "pipeline", "evaluation", "allreduce")
 OF_ONE_COMMAND = {
     "checkpoint": "evaluate",
     "export": "evaluate",
     "ensemble": "evaluate",
     "members": "evaluate",
-    "format": "plan",
-    "output": "plan",
-    "images_per_second": "plan",
-    "past_run": "plan",
+    "format": "plan simulate",
+    "output": "plan simulate",
+    "images_per_second": "plan simulate",
+    "past_run": "plan simulate",
     "runs": "tables",
     "experiments": "tables",
     "documents": "tables",
@@ -41,9 +42,23 @@ OF_ONE_COMMAND = {
     "benchmark": "benchmark",
     "warmup_steps": "benchmark",
     "timed_steps": "benchmark",
+    "most_bytes": "benchmark",
+    "timed_seconds": "benchmark",
+    "ranks_per_node": "launch simulate",
+    "nodes": "simulate",
+    "network": "simulate",
+    "validate": "simulate",
+    "hosts": "launch",
+    "mpi": "launch",
+    "interface": "launch",
+    "launch_agent": "launch",
+    "oversubscribe": "launch",
+    "dry_run": "launch",
+    "tune": "launch",
 }
 
-_POSITIONAL = {"prepare": f" {'|'.join(SOURCES)}"}
+_BEFORE_FLAGS = {"prepare": f" {'|'.join(SOURCES)}"}
+_AFTER_FLAGS = {"launch": " -- COMMAND [ARGUMENT ...]"}
 
 Section = Tuple[str, List[str]]
 Values = flags.FlagValues
@@ -194,6 +209,12 @@ def _define() -> _Definer:
     )
     d.integer("keep_checkpoints", 2, "Newest checkpoints that are kept.", lower_bound=2)
     d.integer("log_every_steps", 20, "Steps between rows of metrics.jsonl.", lower_bound=1)
+    d.integer(
+        "untimed_steps",
+        10,
+        "--experiment=scaling: steps of an attempt that are not timed. The first of a phase never is: it traces.",
+        lower_bound=1,
+    )
     d.string(
         "profile_steps",
         None,
@@ -229,17 +250,57 @@ def _define() -> _Definer:
         "benchmark",
         "synthetic",
         BENCHMARKS,
-        "benchmark: training steps on synthetic images, reading and decoding alone (--data_dir), or the forward pass.",
+        "benchmark: training steps on synthetic images, reading and decoding alone (--data_dir), the forward pass, or "
+        "messages between ranks by their size.",
     )
-    d.integer("warmup_steps", 3, "benchmark: steps that are not timed; the first traces the graph.", lower_bound=1)
-    d.integer("timed_steps", 20, "benchmark: steps that are timed.", lower_bound=2)
-    d.enum("format", "table", ["table", "csv", "png"], "plan: what is printed; png goes to the file --output.")
-    d.float("images_per_second", None, "plan: speed of all ranks together, to tell the time.", lower_bound=1e-6)
-    d.string("past_run", None, "plan: take the speed from this run of the same network, per rank, to tell the time.")
-    d.string("output", "plan.png", "plan: file of --format=png.")
+    d.integer("warmup_steps", 3, "benchmark: steps (messages) that are not timed; the first traces.", lower_bound=1)
+    d.integer("timed_steps", 20, "benchmark: steps that are timed; allreduce: messages of each size.", lower_bound=2)
+    d.integer("most_bytes", 2**28, "--benchmark=allreduce: largest message, bytes.", lower_bound=1024)
+    d.float(
+        "timed_seconds",
+        None,
+        "benchmark: end after so many timed seconds, with fewer than --timed_steps (allreduce: of each size, default "
+        "10).",
+        lower_bound=1e-3,
+    )
+    d.enum("format", "table", ["table", "csv", "png"], "plan, simulate: what is printed; png goes to --output.")
+    d.float(
+        "images_per_second",
+        None,
+        "plan: speed of all ranks together, to tell the time. simulate: of one node that computes by itself.",
+        lower_bound=1e-6,
+    )
+    d.string("past_run", None, "plan, simulate: take the speed, per rank, from this run of the same network.")
+    d.string("output", None, "plan, simulate: file of --format=png (default: plan.png, simulate.png).")
+    d.integer("nodes", 1536, "simulate: the most nodes of the curve; training is timed on so many.", lower_bound=1)
+    d.string(
+        "network",
+        "omnipath",
+        "simulate: omnipath, infiniband_hdr, ena25, ethernet25, ethernet10, ethernet1, or a JSON file of measured "
+        "constants (docs/simulate.md).",
+    )
+    d.string("validate", None, "simulate: fit latency to some rows of this replay's CSV and predict the others.")
     d.string("runs", None, "tables: collect every finished run below this folder first.")
     d.string("experiments", "experiments", "tables: folder of tables.csv, published.csv and results/.")
     d.list("documents", [], "tables: Markdown files whose marked tables are written anew, separated by commas.")
+    d.string(
+        "ranks_per_node",
+        "auto",
+        "launch: ranks a host; auto: as the batch job asks, else what --tune found best, else one a NUMA domain. "
+        "simulate: a number; auto is 2.",
+    )
+    d.list("hosts", [], "launch: NAME or NAME:SLOTS, separated by commas (default: the batch job's, or this one).")
+    d.enum("mpi", "auto", MPIS, "launch: the launcher; auto: ibrun in a batch job that has it, else that of mpirun.")
+    d.string("interface", None, "launch: network interface for TCP, as in eth1 (default: any that leads elsewhere).")
+    d.string("launch_agent", None, "launch: what starts commands on other hosts (default: ssh): PROGRAM HOST COMMAND.")
+    d.boolean("oversubscribe", False, "launch: let more ranks than cores share them: right for tests, slow.")
+    d.boolean("dry_run", False, "launch: only print the line.")
+    d.boolean(
+        "tune",
+        False,
+        "launch: time a few layouts of this host, a minute each, with python -m resnet_cpu.benchmark and the flags "
+        "after --, and remember the best one for hosts of this type.",
+    )
     d.string("raw_dir", None, "prepare: folder of the raw files (fashion_mnist: default is the Debian package's).")
     return d
 
@@ -252,7 +313,8 @@ def help_text() -> str:
     definer = _define()
     command = os.path.splitext(os.path.basename(sys.argv[0]))[0]
     lines = [
-        f"usage: python -m resnet_cpu.{command}{_POSITIONAL.get(command, '')} [--flagfile=FILE] [--flag=value ...]",
+        f"usage: python -m resnet_cpu.{command}{_BEFORE_FLAGS.get(command, '')} [--flagfile=FILE] [--flag=value ...]"
+        + _AFTER_FLAGS.get(command, ""),
         "Later flags win, so overrides go after --flagfile. Switches are --name and --noname.",
     ]
     for title, names in definer.sections:
@@ -325,9 +387,11 @@ def parse_values(
             f"'{rest[positional]}' is no flag; write flags as --name=value, and in flagfiles comments from column 0 on"
         )
     for name, owner in OF_ONE_COMMAND.items():
-        if values[name].present and command != owner:
+        owners = owner.split()
+        if values[name].present and command not in owners:
             raise FlagError(
-                f"--{name}={values[name].value}: belongs to python -m resnet_cpu.{owner}; leave it out here"
+                f"--{name}={values[name].value}: belongs to python -m resnet_cpu.{' and resnet_cpu.'.join(owners)}; "
+                "leave it out here"
             )
     for name in values:
         for value in values[name].value if isinstance(values[name].value, list) else [values[name].value]:
@@ -362,6 +426,10 @@ def make_settings(v: flags.FlagValues) -> settings.Settings:
         )
     if v.optimizer == "lars" and v.wd_on_bn:
         raise FlagError("--wd_on_bn: contradicts --optimizer=lars, whose skip list holds gamma and beta; leave it out")
+    if v.experiment != "scaling" and v.untimed_steps != v["untimed_steps"].default:
+        raise FlagError(
+            f"--untimed_steps={v.untimed_steps}: has no meaning for --experiment={v.experiment}; leave it out"
+        )
     if v.optimizer != "lars" and v.lars_eta != v["lars_eta"].default:
         raise FlagError(f"--lars_eta={v.lars_eta}: has no meaning for --optimizer={v.optimizer}; leave it out")
     return settings.Settings(
@@ -417,6 +485,7 @@ def make_settings(v: flags.FlagValues) -> settings.Settings:
             checkpoint_every_steps=v.checkpoint_every_steps,
             keep_checkpoints=v.keep_checkpoints,
             log_every_steps=v.log_every_steps,
+            untimed_steps=v.untimed_steps,
             profile_steps=_steps("profile_steps", v.profile_steps),
         ),
         system=settings.System(ranks=v.ranks, threads=v.threads, stall_timeout=v.stall_timeout),

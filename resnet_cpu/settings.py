@@ -1,6 +1,7 @@
 """What a run is made of, as frozen dataclasses: `flags.py` fills them, everything below reads them."""
 
 import dataclasses
+import sys
 from typing import Optional, Tuple
 
 from resnet_cpu.errors import FlagError
@@ -75,6 +76,7 @@ class Run:
     checkpoint_every_steps: int
     keep_checkpoints: int
     log_every_steps: int
+    untimed_steps: int  # of an attempt, in mode scaling
     profile_steps: Optional[Tuple[int, int]]  # first and last, counted from 0
 
 
@@ -129,6 +131,12 @@ def _check_mode(settings: Settings, planned: Tuple[Phase, ...]) -> None:
     if mode == "collapsed_ensemble" and len(members) < 2:
         raise FlagError(
             f"--experiment={mode}: needs two members at least, the recipe has {len(members)}; mark phases with member=1"
+        )
+    steps = min(sum(phase.steps for phase in planned), settings.run.max_steps or sys.maxsize)
+    if mode == "scaling" and steps < settings.run.untimed_steps + 2:
+        raise FlagError(
+            f"--experiment={mode}: times the steps after the first --untimed_steps={settings.run.untimed_steps}, but "
+            f"there are only {steps} in all; lower it, or train longer"
         )
     if mode == "lr_scaling" and not settings.run.eval_every_epochs:
         raise FlagError(f"--experiment={mode}: records top-1 over epochs; set --eval_every_epochs above 0")

@@ -3,7 +3,7 @@
 from typing import List
 
 from resnet_cpu import flags
-from resnet_cpu.cluster import control, guard, layout
+from resnet_cpu.cluster import guard, layout
 from resnet_cpu.report import runlog
 
 
@@ -11,7 +11,7 @@ def main(argv: List[str]) -> None:
     """Train; the last line on standard output is the result as JSON (rank 0)."""
     settings = flags.parse(argv)
     guard.catch_stop_signals()  # before the slow imports: a batch system's signal may come at any time
-    world = control.connect(settings.system.ranks)
+    world = guard.connect(settings.system.ranks, settings.system.stall_timeout)
     threads = layout.apply(settings.system.threads, world.cores)
     from resnet_cpu.training import job
 

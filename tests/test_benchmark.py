@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, told
 
+from resnet_cpu.training import messages
 from resnet_cpu.training.timing import Timed
 
 TOTAL = re.compile(r"total images/sec: (\d+\.\d+)")
@@ -18,6 +19,26 @@ def test_the_rate_is_that_of_the_slowest_rank():
     timed = Timed("synthetic", np.array([[1.0, 1.0], [2.0, 2.0]]), 8, 2)
     assert timed.images_per_second == 2 * 2 * 8 / 4.0
     assert "slowest rank 2.000 times the fastest" in timed.lines()[1]
+
+
+def test_bandwidths_of_messages_are_those_of_nccl_tests():
+    """B = S/t * 2 (n-1) / n (nccl-tests, doc/PERFORMANCE.md); the rate is a step's images over the gradients' time."""
+    sent = [
+        messages.Message(library, size, 4, np.array([size / 2e9] * 3))
+        for library in ("mpi4py", "horovod")
+        for size in (1024, 2_000_000)
+    ]
+    assert sent[1].algorithm_bandwidth == pytest.approx(2e9) and sent[1].bus_bandwidth == pytest.approx(3e9)
+    timed = messages.Timed(sent, 2_000_000, 64)
+    assert timed.images_per_second == pytest.approx(64 / 1e-3)
+    assert "nothing was trained" in timed.lines()[-1] and "2,000,000 bytes" in timed.lines()[-1]
+    assert messages.sizes(5000, 100) == [100, 1024, 4096]
+    assert messages.sizes(2**28, 4096)[-1] == 2**28 and len(messages.sizes(2**28, 4096)) == 10
+
+
+def test_one_rank_has_no_messages(run_command):
+    process = run_command("benchmark", *TINY_FLAGS, *QUICK, "--benchmark=allreduce")
+    assert process.returncode == 64 and "nothing to measure" in told(process)[0]
 
 
 @pytest.mark.parametrize("what", ["synthetic", "evaluation", "pipeline"])
@@ -36,7 +57,7 @@ def test_last_line_on_two_ranks():
         env=OUTSIDE,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert process.returncode == 0, process.stderr
     assert TOTAL.fullmatch(last_line(process.stdout)) and process.stdout.count("\n") == 1

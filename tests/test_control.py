@@ -66,6 +66,26 @@ def test_rank_0_alone_answers_for_itself():
         world.on_rank0(full)
 
 
+def test_what_all_ranks_do_fails_on_all_with_the_first_ones_error(monkeypatch):
+    world = control.World(1, 0)
+    assert world.on_all(lambda: 3) == 3
+    with pytest.raises(OutputError, match="^/data: No such") as caught:
+        world.on_all(lambda: (_ for _ in ()).throw(FileNotFoundError(2, "No such file", "/data")))
+    assert caught.value.collective
+    told = {"code": 65, "message": "torn"}
+    rows = [["one", None], ["two", told], ["three", told], ["four", told]]
+    monkeypatch.setattr(control.World, "gather", lambda self, message: rows)
+    with pytest.raises(DataError, match=r"^rank 1 on two: torn \(and 2 more ranks\)$"):
+        control.World(4, 0).on_all(lambda: None)
+
+
+def test_several_hosts():
+    job = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
+    assert control.several_hosts({**job, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
+    assert not control.several_hosts({**job, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"})
+    assert not control.several_hosts({})
+
+
 def test_another_world_than_expected_is_refused():
     with pytest.raises(FlagError, match="--ranks=3: the launcher started 1"):
         control.connect(3)
@@ -75,3 +95,15 @@ def test_errors_of_what_all_ranks_share_are_collective():
     with pytest.raises(FlagError) as caught, control.everyone_alike():
         raise FlagError("the same everywhere")
     assert caught.value.collective
+
+
+@pytest.mark.parametrize("asked, announced, message", [("2", {}, "2 ranks were asked for, this process is one of 1")])
+def test_a_world_of_another_size_than_was_asked_for_is_refused(asked, announced, message, monkeypatch):
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RESNET_CPU_RANKS": asked, **announced}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(FlagError, match=message):
+        control.connect(None)
+    monkeypatch.setenv("RESNET_CPU_RANKS", "1")
+    assert control.connect(None).size == 1

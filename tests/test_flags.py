@@ -38,8 +38,11 @@ PHASE = "--phase=main:steps=1,lr=1"
         (["--crop_aspect=2,1"], ["--crop_aspect=2,1", "more than"]),
         (["--profile_steps=-1,2"], ["--profile_steps=-1,2", "from 0"]),
         (["--profile_steps=a,b"], ["--profile_steps=a,b", "first and last"]),
+        (["--untimed_steps=3"], ["--untimed_steps=3", "--experiment=train"]),
         (["--export=x"], ["--export=x", "resnet_cpu.evaluate"]),
-        (["--format=csv"], ["--format=csv", "resnet_cpu.plan"]),
+        (["--format=csv"], ["--format=csv", "resnet_cpu.plan and resnet_cpu.simulate"]),
+        (["--network=omnipath"], ["--network=omnipath", "resnet_cpu.simulate"]),
+        (["--mpi=srun"], ["--mpi=srun", "resnet_cpu.launch"]),
     ],
 )
 def test_bad_flags_are_told_in_one_line(arguments, parts):
@@ -143,6 +146,7 @@ CHANGES = {
     "max_steps": "3",
     "eval_every_epochs": "2",
     "eval_batch_size": "7",
+    "untimed_steps": "5",
     "checkpoint_every_steps": "3",
     "keep_checkpoints": "5",
     "log_every_steps": "2",
@@ -157,7 +161,7 @@ def test_every_flag_changes_the_settings():
     ours = {name for name in values if name not in flags.OF_ONE_COMMAND}
     assert ours == set(CHANGES)
     for name, value in CHANGES.items():
-        needed = ["--optimizer=lars"] if name == "lars_eta" else []
+        needed = {"lars_eta": ["--optimizer=lars"], "untimed_steps": ["--experiment=scaling"]}.get(name, [])
         before, after = flags.parse(needed), flags.parse([*needed, f"--{name}={value}"])
         assert dataclasses.replace(after, resolved_flags="") != dataclasses.replace(before, resolved_flags=""), name
 
@@ -185,9 +189,13 @@ def test_every_flag_of_recipe_data_and_model_is_in_the_signature_of_a_checkpoint
     deciding = [name for title in ("what is run", "data", "model") for name in sections[title]]
     assert set(deciding) >= NOT_IN_THE_SIGNATURE
     for name in deciding:
-        value = {"optimizer": "sgd", "wd_on_bn": "true", "batch_size": "20", "eval_crop": "0.5"}.get(
-            name, CHANGES.get(name)
-        )
+        value = {
+            "experiment": "lr_scaling",
+            "optimizer": "sgd",
+            "wd_on_bn": "true",
+            "batch_size": "20",
+            "eval_crop": "0.5",
+        }.get(name, CHANGES.get(name))
         more = [f"--{name}={value}", *(["--optimizer=sgd"] if name == "wd_on_bn" else [])]
         base = signature(*more[1:])
         assert (signature(*more) != base) == (name not in NOT_IN_THE_SIGNATURE), name

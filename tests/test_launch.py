@@ -1,10 +1,17 @@
-"""The shell parts: what they run and what they say where something is missing, with stand-ins for the machine."""
+"""Installing and starting: what is run and what is said where something is missing, with stand-ins for the machine."""
 
+import os
+import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
-from conftest import ROOT
+from conftest import OUTSIDE, ROOT
+
+from resnet_cpu import launch
+from resnet_cpu.cluster import topology
+from resnet_cpu.errors import FlagError, OutputError, PeerLost
 
 NEEDED = ["bash", "dirname", "head", "sed", "cat", "sha256sum", "sort", "wc", "grep", "env"]
 
@@ -58,24 +65,127 @@ def test_local_says_how_it_is_used(machine, arguments):
     assert process.returncode == 64 and "usage:" in process.stderr
 
 
+def test_local_hands_everything_on_as_it_is(machine):
+    put, run = machine
+    put("python", 'printf "<%s>" "$@"')
+    process = run("launch/local.sh", "3", "python", "a b", "$(touch x)", "--", "-n")
+    assert process.returncode == 0, process.stderr
+    given = ["-m", "resnet_cpu.launch", "--ranks=3", "--oversubscribe", "--", "python", "a b", "$(touch x)", "--", "-n"]
+    assert process.stdout == "".join(f"<{word}>" for word in given)
+
+
+@pytest.fixture
+def starts(machine, monkeypatch, tmp_path):
+    """Call `launch` on two cores with stand-ins in PATH; return the line that it became."""
+    put, _ = machine
+    put("mpirun", "echo 'mpirun (Open MPI) 4.1.4'")
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMP_", "TF_", "KMP_", "LD_PRELOAD"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(launch.topology, "read", lambda: TWO_CORES)
+    monkeypatch.setattr(launch.tuning, "remembered", lambda machine: None)
+    lines = []
+    monkeypatch.setattr(launch.os, "execvp", lambda name, line: lines.append(line))
+    monkeypatch.setattr(launch, "_follow", lines.append)
+
+    def start(*arguments):
+        launch.main(list(arguments))
+        return lines[-1] if lines else None
+
+    return start
+
+
+CORES = tuple(topology.Cpu(id=n, core=n, socket=0, node=0, cache=0, siblings=(n,)) for n in range(2))
+TWO_CORES = topology.Topology("", "", False, (), CORES, (topology.Node(0, (0, 1), 0),), (0, 1), root="/nowhere")
+
+
+def test_launch_becomes_the_launcher_and_says_why(starts, capsys):
+    line = starts("--ranks=2", "--", "cat", "$(touch x)", "--ranks=9")
+    assert line[:7] == ["mpirun", "--quiet", "-np", "2", "--map-by", "slot:PE=1", "--bind-to"]
+    assert line[-3:] == ["cat", "$(touch x)", "--ranks=9"] and "RESNET_CPU_RANKS=2" in line
+    said = capsys.readouterr().err
+    assert "launch: ranks: 2 (" in said and "launch: threads: 1 (" in said and "'$(touch x)'" in said
+
+
+def test_a_dry_run_prints_the_line_and_starts_nothing(starts, capsys):
+    assert starts("--ranks=2", "--dry_run", "--", "no-such-command") is None
+    assert shlex.split(capsys.readouterr().out)[:4] == ["mpirun", "--quiet", "-np", "2"]
+
+
+def test_what_the_user_exported_stands(starts, monkeypatch):
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "7")
+    assert not any(word.startswith("TF_NUM_INTRAOP_THREADS") for word in starts("--ranks=1", "--", "cat"))
+    assert "TF_NUM_INTRAOP_THREADS=5" in starts("--ranks=1", "--threads=5", "--", "cat")  # but for the flag
+
+
 @pytest.mark.parametrize(
-    "cores, ranks, user, expected",
+    "arguments, parts",
     [
-        (8, 2, 0, ["--map-by slot:PE=4 --bind-to core", "--allow-run-as-root", "mpi_yield_when_idle 1"]),
-        (4, 4, 1000, ["--map-by slot:PE=1 --bind-to core"]),
-        (2, 3, 1000, ["--oversubscribe --bind-to none"]),
+        (["--ranks=2"], ["no command", "--"]),
+        (["--ranks=3", "--", "cat"], ["3", "2 cores"]),
+        (["--ranks_per_node=many", "--", "cat"], ["--ranks_per_node=many", "auto"]),
+        (["--ranks_per_node=0", "--", "cat"], ["--ranks_per_node=0"]),
+        (["--model=resnet18", "--", "cat"], ["--model", "after --"]),
+        (["--", "no-such-command"], ["no-such-command", "PATH"]),
+        (["--mpi=srun", "--", "cat"], ["--mpi=srun", "batch job"]),
+        (["--hosts=-x", "--", "cat"], ["'-x'", "host"]),
+        (["--dryrun", "--", "cat"], ["--dryrun", "--dry_run"]),
     ],
 )
-def test_local_places_ranks_on_cores(machine, cores, ranks, user, expected):
-    put, run = machine
-    put("mpirun", 'echo "$@"')
-    put("id", f"echo {user}")
-    put("nproc", f"echo {cores}")
-    put("lscpu", "echo '# a comment'; for c in $(seq 0 63); do echo $c,0; echo $c,0; done")
-    put("seq", "for ((i = $1; i <= $2; i++)); do echo $i; done")
-    process = run("launch/local.sh", str(ranks), "python", "a b", "$(touch x)")
-    assert process.returncode == 0, process.stderr
-    assert f"-np {ranks}" in process.stdout and process.stdout.endswith("python a b $(touch x)\n")
-    for part in expected:
-        assert part in process.stdout
-    assert ("--allow-run-as-root" in process.stdout) == (user == 0)
+def test_what_cannot_be_started_is_told_in_one_line(starts, arguments, parts):
+    with pytest.raises(FlagError) as caught:
+        starts(*arguments)
+    assert all(part in str(caught.value) for part in parts), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_oversubscribed_ranks_are_bound_nowhere(starts):
+    line = starts("--ranks=3", "--oversubscribe", "--", "cat")
+    assert line[4:7] == ["--oversubscribe", "--bind-to", "none"] and "OMP_NUM_THREADS=1" in line
+    assert "--oversubscribe" not in starts("--ranks=2", "--oversubscribe", "--", "cat")  # they need not
+
+
+def test_hosts_that_do_not_answer_are_named_before_anything_starts(starts, machine, monkeypatch):
+    put, _ = machine
+    put(
+        "enter",
+        'case $1 in good*) exec "${@:2}" ;; slow) while :; do :; done ;; *) echo "no way there" >&2; exit 9 ;; esac',
+    )
+    put("true", "")
+    assert "good1:1,good2:1" in starts("--hosts=good1:1,good2:1", "--launch_agent=enter", "--", "cat")
+    monkeypatch.setattr(launch, "_ANSWER_S", 0.5)
+    with pytest.raises(PeerLost) as caught:
+        starts("--hosts=good1,bad,slow", "--ranks_per_node=1", "--launch_agent=enter", "--", "cat")
+    assert "bad (no way there)" in str(caught.value) and "slow (no answer in" in str(caught.value)
+    assert "good1" not in str(caught.value)
+
+
+def test_full_shared_memory_is_told(monkeypatch, tmp_path):
+    class Full:
+        f_bavail, f_frsize = 10, 4096
+
+    launch._check_shared_memory(2, str(tmp_path))  # a folder with room
+    monkeypatch.setattr(launch.os, "statvfs", lambda path: Full)
+    with pytest.raises(OutputError, match="dead jobs"):
+        launch._check_shared_memory(2, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "script, expected, message",
+    [
+        ("exit 0", 0, ""),
+        ("exit 75", 75, ""),
+        ("exit 205", 76, "a host was lost"),
+        ("exit 255", 76, "a host was lost"),
+        ("kill -9 $$", 137, ""),
+        ("trap 'exit 75' USR1; kill -USR1 $PPID; while :; do sleep 0.01; done", 75, ""),
+    ],
+)
+def test_over_several_hosts_signals_are_handed_on_and_a_lost_host_is_told(script, expected, message):
+    program = (
+        f"import sys; from resnet_cpu import launch; from resnet_cpu.cluster import guard; "
+        f"guard.run(lambda _: launch._follow(['bash', '-c', {script!r}]))"
+    )
+    process = subprocess.run([sys.executable, "-c", program], env=OUTSIDE, capture_output=True, text=True, timeout=60)
+    assert process.returncode == expected and message in process.stderr
+    assert bool(process.stderr) == bool(message)

@@ -1,8 +1,10 @@
 """Every plot is drawn from rows as they are written, and nothing is left beside it."""
 
+import numpy as np
 import pytest
 
 from resnet_cpu.report import plots, results
+from resnet_cpu.scaling import throughput
 
 EVALUATIONS = [{"epoch": 1.0, "top1": 0.5, "loss": 1.0}, {"epoch": 2.0, "top1": 0.75, "loss": 0.5}]
 METRICS = [{"epoch": 0.5, "loss": 2.0, "lr": 0.1}, {"epoch": 1.5, "loss": 1.0, "lr": 0.05}]
@@ -26,6 +28,18 @@ def test_plots_of_a_run(draw, arguments, tmp_path):
     draw(*arguments, str(tmp_path / "plot.png"), *title)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_plots_of_step_times_and_of_ladders(tmp_path):
+    times = np.random.default_rng(0).uniform(0.1, 0.2, [3, 10, 4])
+    plots.draw_scaling(throughput.per_rank(times, ["a", "a", "b"]), str(tmp_path / "scaling.png"), "a title")
+    rungs = [
+        throughput.Rung(1, 1, 32, 1, 30.0, None, 1.0, 1.0, None, {}),
+        throughput.Rung(2, 1, 64, 1, 57.0, 1.0, 1.9, 0.95, (0.9, 0.96), {}),
+    ]
+    published = [("64 nodes", 64, 0.945)]
+    plots.draw_efficiency({"weak": rungs, "alone": rungs[:1]}, published, str(tmp_path / "efficiency.png"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["efficiency.png", "scaling.png"]
 
 
 def test_plots_of_all_runs_and_runs_of_somebodys_own_do_not_disturb(tmp_path):

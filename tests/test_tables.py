@@ -7,6 +7,7 @@ import re
 import shutil
 import statistics
 
+import numpy as np
 import pytest
 import whole_runs as runs
 from conftest import ROOT
@@ -14,7 +15,8 @@ from conftest import ROOT
 from resnet_cpu import tables
 from resnet_cpu.cluster.control import World
 from resnet_cpu.errors import DataError
-from resnet_cpu.report import results
+from resnet_cpu.report import efficiency, results
+from resnet_cpu.scaling import throughput
 
 EXPERIMENTS = ROOT / "experiments"
 
@@ -27,10 +29,20 @@ def committed():
     )
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/results.md"])
+def committed_ladders():
+    runs_of = EXPERIMENTS / "results" / "scaling_runs.csv"
+    return efficiency.tables(
+        results.read_csv(str(EXPERIMENTS / "tables.csv")),
+        results.read_csv(str(EXPERIMENTS / "published.csv")),
+        results.read_csv(str(runs_of)) if runs_of.exists() else [],
+    )
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/results.md", "docs/scaling.md"])
 def test_documents_hold_what_make_tables_writes(document):
     text = (ROOT / document).read_text()
     texts = {name: results.markdown(table) for name, table in committed().items()}
+    texts.update({name: efficiency.markdown(table) for name, table in committed_ladders().items()})
     assert "<!-- table: " in text and results.fill(text, texts) == text
     # Negative control: a figure that somebody touched by hand is seen.
     changed = re.sub(r"(<!-- table: ensemble -->\n.*?)\d\d\.\d\d", r"\g<1>99.99", text, count=1, flags=re.S)
@@ -42,6 +54,10 @@ def test_committed_csv_and_latex_are_what_make_tables_writes(tmp_path):
         results.write_csv(str(tmp_path / "table.csv"), *results.table_csv(table))
         assert (tmp_path / "table.csv").read_text() == (EXPERIMENTS / "results" / f"{name}.csv").read_text(), name
         assert results.latex(table) == (EXPERIMENTS / "results" / f"{name}.tex").read_text(), name
+    for name, table in committed_ladders().items():
+        results.write_csv(str(tmp_path / "table.csv"), *efficiency.table_csv(table))
+        assert (tmp_path / "table.csv").read_text() == (EXPERIMENTS / "results" / f"{name}.csv").read_text(), name
+        assert efficiency.latex(table) == (EXPERIMENTS / "results" / f"{name}.tex").read_text(), name
 
 
 def test_every_measured_figure_is_the_mean_of_its_runs():
@@ -166,3 +182,69 @@ def test_published_curves_are_whole():
         4096: pytest.approx(76.148, abs=0.001),
     }
     assert pathlib.Path(results.PUBLISHED_CURVES).is_file() and len(rows) == 166
+
+
+def write_scaling_run(folder, ranks, step_s, *, batch_size=32, code="c", flags="--batch_size=32\n"):
+    """Leave what a run of --experiment=scaling leaves, of steps that all took `step_s`."""
+    folder.mkdir(parents=True)
+    times = np.full([ranks, 20, 4], step_s / 4)
+    found = throughput.summary(times, batch_size * ranks, ["h"] * ranks)
+    rate = found["images_per_second"]
+    result = {"experiment": "scaling", "ranks": ranks, "global_batch_size": batch_size * ranks, "complete": False}
+    result.update(images_per_second=rate, images_per_second_per_core=rate / ranks)
+    record = {"per_rank": [{"cpu": "a processor"}] * ranks, "versions": {"tensorflow": "2.15.1"}, "code": code}
+    for name, content in (("scaling.json", found), ("result.json", result), ("run.json", record)):
+        (folder / name).write_text(json.dumps(content))
+    (folder / "resolved.flags").write_text(f"# what is run\n--seed={ranks}\n--run_dir={folder}\n{flags}")
+
+
+@pytest.fixture
+def ladder_place(tmp_path):
+    place = tmp_path / "experiments"
+    (place / "results").mkdir(parents=True)
+    shutil.copy(EXPERIMENTS / "published.csv", place)
+    (place / "results" / "runs.csv").write_text(",".join(results.RUN_COLUMNS) + "\n")
+    (place / "tables.csv").write_text(
+        "table,label,runs,what,flagfile,published\n"
+        "l,mine,weak/*,efficiency,x.flags,\n"
+        "l,never,strong/*,efficiency,y.flags,\n"
+        "p,recipe B,,efficiency,z.flags,b_speed\n"
+        "p,over one node,,efficiency,z.flags,intel_64_nodes\n"
+    )
+    (place / "results" / "curves.csv").write_text(",".join(results.CURVE_COLUMNS) + "\n")
+    for batch, slower in (("a", 1.0), ("b", 2.0)):
+        for ranks, step_s in ((1, 0.5), (2, 0.625)):
+            write_scaling_run(tmp_path / "runs" / "weak" / batch / f"ranks-{ranks}", ranks, slower * step_s)
+    return place
+
+
+def test_ladders_become_tables_of_efficiency_with_published_figures_apart(ladder_place, tmp_path):
+    tables.main([f"--runs={tmp_path}/runs", f"--experiments={ladder_place}"])
+    rows = results.read_csv(str(ladder_place / "results" / "l.csv"))
+    assert [(row["what"], row["ranks"], row["runs"], row["efficiency"]) for row in rows] == [
+        ("mine", "1", "2", "1"),
+        ("mine", "2", "2", "0.8"),  # of each batch's own base, though one batch ran on a machine half as fast
+        ("never", "", "", ""),
+    ]
+    assert (rows[1]["scaling"], rows[1]["efficiency_low"], rows[1]["times_base"]) == ("weak", "0.8", "1.6")
+    published = results.read_csv(str(ladder_place / "results" / "p.csv"))
+    assert [(row["nodes"], row["efficiency"]) for row in published] == [("64", ""), ("64", "0.945312")]
+    assert (ladder_place / "results" / "l.png").exists() and not (ladder_place / "results" / "p.png").exists()
+    assert r"80.0 (80.0 ... 80.0)" in (ladder_place / "results" / "l.tex").read_text()
+    kept = results.read_csv(str(ladder_place / "results" / "scaling_runs.csv"))
+    assert len(kept) == 4 and {row["cores_per_rank"] for row in kept} == {"1"}
+    assert results.read_csv(str(ladder_place / "results" / "runs.csv")) == []
+
+
+@pytest.mark.parametrize(
+    "unlike, part",
+    [
+        ({"code": "other"}, "tables.csv: mine: the runs of a ladder differ in code"),
+        ({"flags": "--width=2\n"}, "differ in flags"),
+        ({"batch_size": 16}, "neither images a rank"),
+    ],
+)
+def test_unlike_runs_make_no_ladder(ladder_place, tmp_path, unlike, part):
+    write_scaling_run(tmp_path / "runs" / "weak" / "a" / "ranks-4", 4, 0.5, **unlike)
+    with pytest.raises(DataError, match=part):
+        tables.main([f"--runs={tmp_path}/runs", f"--experiments={ladder_place}"])

@@ -10,10 +10,12 @@ import os
 import socket
 import sys
 import traceback
-from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple
 
 import numpy as np
 
+from resnet_cpu.cluster.launchers import EXPECTED_RANKS
+from resnet_cpu.cluster.topology import physical_cores, quota
 from resnet_cpu.errors import BY_CODE, FlagError, OutputError, UserError
 
 # (ranks in all, my rank), as launchers announce them.
@@ -33,16 +35,10 @@ def announced(environ: Mapping[str, str] = os.environ) -> Tuple[int, int]:
     return 1, 0
 
 
-def physical_cores(logical: Iterable[int]) -> int:
-    """Return how many cores the logical CPUs are on: two hyper-threads of a core do the work of one."""
-    cores = set()
-    for cpu in logical:
-        try:
-            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", encoding="ascii") as file:
-                cores.add(file.read().strip())
-        except OSError:
-            cores.add(str(cpu))
-    return len(cores)
+def several_hosts(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether Open MPI started ranks on other hosts than this one, too."""
+    local = environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    return local is not None and int(local) < announced(environ)[0]
 
 
 @contextlib.contextmanager
@@ -125,6 +121,30 @@ class World:
             raise BY_CODE[outcome["code"]](outcome["message"], collective=True)
         return outcome["result"]
 
+    def on_all(self, work: Callable[[], Any]) -> Any:
+        """Do `work` on every rank; return its own result, or raise the first rank's error, on every rank alike.
+
+        The error names the rank and its host, and how many more have one: a thousand nodes tell it once.
+        """
+        result, failure = None, None
+        try:
+            result = work()
+        except UserError as error:
+            failure = {"code": error.exit_code, "message": str(error)}
+        except OSError as error:
+            failure = {"code": OutputError.exit_code, "message": told_of_file(error)}
+        failures = [
+            (rank, host, failure)
+            for rank, (host, failure) in enumerate(self.gather([socket.gethostname(), failure]))
+            if failure
+        ]
+        if failures:
+            rank, host, first = failures[0]
+            where = f"rank {rank} on {host}: " if self.size > 1 else ""
+            others = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
+            raise BY_CODE[first["code"]](f"{where}{first['message']}{others}", collective=True)
+        return result
+
 
 def told_of_file(error: OSError) -> str:
     """Return one line on an error of the file system."""
@@ -137,8 +157,14 @@ def connect(expected: Optional[int]) -> World:
     mask = sorted(os.sched_getaffinity(0))
     if expected is not None and expected != size:
         raise FlagError(f"--ranks={expected}: the launcher started {size}; start as many, or leave --ranks out")
+    asked = os.environ.get(EXPECTED_RANKS)
+    if asked is not None and asked != str(size):
+        raise FlagError(
+            f"{asked} ranks were asked for, this process is one of {size}: the launcher belongs to another MPI, or not "
+            "all were started; choose with python -m resnet_cpu.launch --mpi=..., and see BUILD_NOTES.md"
+        )
     if size == 1:
-        return World(1, 0, None, physical_cores(mask))
+        return World(1, 0, None, share_of_cores(mask, [mask], quota()))
     try:
         from mpi4py import MPI
     except ImportError as error:
@@ -154,15 +180,17 @@ def connect(expected: Optional[int]) -> World:
     comm = MPI.COMM_WORLD.Dup()
     host = socket.gethostname()
     masks = [other for name, other in World(size, rank, comm).gather([host, mask]) if name == host]
-    return World(size, rank, comm, share_of_cores(mask, masks))
+    return World(size, rank, comm, share_of_cores(mask, masks, quota()))
 
 
-def share_of_cores(mask: List[int], masks: List[List[int]]) -> int:
+def share_of_cores(mask: List[int], masks: List[List[int]], granted: Optional[float] = None) -> int:
     """Return the cores of a rank with affinity `mask` among all ranks' `masks` on its host.
 
     Ranks that the launcher bound have masks of their own; where masks overlap the ranks share their cores evenly.
+    `granted`: CPUs' worth of time that a cgroup leaves to all of them, None: no limit.
     """
     sharing = [other for other in masks if set(other) & set(mask)]
-    if len(sharing) <= 1:
-        return physical_cores(mask)
-    return max(1, physical_cores(set().union(*sharing)) // len(sharing))
+    share = physical_cores(mask if len(sharing) <= 1 else set().union(*sharing)) // max(1, len(sharing))
+    if granted is not None:
+        share = min(share, int(granted / len(masks)))
+    return max(1, share)

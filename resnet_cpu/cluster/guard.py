@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -19,7 +20,11 @@ from resnet_cpu.cluster import control
 from resnet_cpu.errors import OutputError, PeerLost, UserError
 
 _PEER_GRACE_S = 3.0  # what a rank that only heard of a failure waits for the rank that knows more
+# Within it mpirun notices that a host is gone (cluster/launchers.py sets how) and ends the job. If it is told to abort
+# before, it waits a quarter of an hour for that host's answer.
+LOST_HOST_S = 30.0
 _FIRST_STEP_GRACE_S = 300.0  # for tracing the graph and creating kernels, on top of the stall timeout
+_CONNECT_S = (10.0, 120.0)  # what the ranks are given to find each other, at least and at most
 _stop_signal: Optional[int] = None
 
 
@@ -65,7 +70,8 @@ def _rank() -> int:
 
 def _tell(message: str) -> None:
     size, rank = control.announced()
-    where = f" rank {rank}" if size > 1 and rank else ""
+    host = f" on {socket.gethostname()}" if control.several_hosts() else ""
+    where = f" rank {rank}{host}" if size > 1 and rank else ""
     printable = "".join(
         c if c.isprintable() else repr(c)[1:-1] for c in message
     )  # no control characters of a file name
@@ -111,6 +117,37 @@ def abort(code: int) -> NoReturn:
     os._exit(code)
 
 
+def connect(expected: Optional[int], patience: float) -> control.World:
+    """Return `control.connect`'s world; end the job if the ranks do not reach each other within `patience` seconds.
+
+    Through a network interface that leads nowhere the first message waits for ever, and no watchdog runs yet. However
+    patient the caller, ten seconds are not too much and two minutes are enough.
+    """
+    answered = threading.Event()
+    patience = min(max(patience, _CONNECT_S[0]), _CONNECT_S[1])
+    threading.Thread(target=_await_answer, args=[answered, patience], daemon=True).start()
+    try:
+        return control.connect(expected)
+    finally:
+        answered.set()
+
+
+def _await_answer(answered: threading.Event, patience: float) -> None:
+    # Counted from when MPI is up on all ranks, which may take long where Python is read from a busy file system.
+    while not hasattr(sys.modules.get("mpi4py.MPI"), "Is_finalized") or _mpi() is None:
+        if answered.wait(0.2):
+            return
+    if answered.wait(patience):
+        return
+    if _rank() != 0:
+        time.sleep(_PEER_GRACE_S)  # rank 0 tells it, and ends the job
+    _tell(
+        f"the ranks did not reach each other in {patience:g} s, perhaps by a network interface that leads nowhere; "
+        "name the right one: python -m resnet_cpu.launch --interface=NAME"
+    )
+    abort(PeerLost.exit_code)
+
+
 def catch_stop_signals() -> None:
     """Let USR1 (and Ctrl-C, the first time) ask for a clean stop instead of ending the process."""
 
@@ -130,7 +167,10 @@ def stop_requested() -> bool:
 
 
 class Watchdog:
-    """Ends the job when no step was finished for too long: nothing else notices a rank that hangs."""
+    """Ends the job when no step was finished for too long: nothing else notices a rank that hangs.
+
+    On several hosts 30 s later, since what hangs may be a host that the launcher is about to miss.
+    """
 
     def __init__(self, timeout: float) -> None:
         """`timeout` in seconds; the first `beat` may take five minutes longer."""
@@ -156,4 +196,6 @@ class Watchdog:
             if time.monotonic() - self._last > self.timeout:
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 _tell(f"no step finished for {self.timeout:g} s; where the threads are is above. Run the command again")
+                if control.several_hosts():
+                    time.sleep(LOST_HOST_S)
                 abort(PeerLost.exit_code)

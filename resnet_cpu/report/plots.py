@@ -3,9 +3,16 @@
 import functools
 import os
 import sys
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 _TRAIN, _EVAL, _LR = "#4c72b0", "#c44e52", "#55a868"
+_PARTS = {  # of a step, as resnet_cpu.scaling.throughput names them
+    "between": "#8c8c8c",
+    "data": "#ccb974",
+    "compute": _TRAIN,
+    "peers": _EVAL,
+    "messages": "#8172b3",
+}
 
 
 def _pyplot() -> Any:
@@ -77,6 +84,49 @@ def draw_plan(epochs: Sequence[float], rates: Sequence[float], borders: Dict[str
     _save(plt, figure, path)
 
 
+def draw_prediction(
+    curves: Dict[str, Tuple[Sequence[int], Sequence[float]]], points: Sequence[Dict[str, Any]], path: str, title: str
+) -> None:
+    """Draw efficiency over nodes: predicted curves by name, and points (`nodes`, `share`, `label`, `fitted`)."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(9, 5), constrained_layout=True)
+    for number, (label, (nodes, shares)) in enumerate(curves.items()):
+        axes.plot(nodes, [100 * share for share in shares], ".-", color=f"C{number}", linewidth=1, label=label)
+    for number, point in enumerate(points, len(curves)):
+        marker, kind = ("s", "fitted to") if point["fitted"] else ("o", "held out")
+        axes.plot(point["nodes"], 100 * point["share"], marker, color=f"C{number}", label=f"{point['label']} ({kind})")
+    axes.axhline(90, color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel("nodes")
+    axes.set_ylabel("efficiency, % of one node")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    _save(plt, figure, path)
+
+
+def draw_validation(points: Sequence[Dict[str, Any]], path: str, title: str) -> None:
+    """Draw predicted against measured seconds (`measured`, `predicted`, `fitted`), with lines 5 % off."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(6, 6), constrained_layout=True)
+    for fitted, marker, label in ((True, "s", "fitted to"), (False, "o", "held out")):
+        chosen = [point for point in points if point["fitted"] is fitted]
+        measured, predicted = ([point[key] for point in chosen] for key in ("measured", "predicted"))
+        axes.plot(measured, predicted, marker, fillstyle="none", label=f"{label}, n = {len(chosen)}")
+    ends = [min(point["measured"] for point in points), max(point["measured"] for point in points)]
+    for factor, style in ((1.0, "-"), (0.95, ":"), (1.05, ":")):
+        axes.plot(ends, [factor * end for end in ends], color="grey", linewidth=0.8, linestyle=style)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("measured, s")
+    axes.set_ylabel("predicted, s")
+    axes.set_title(title, fontsize=10)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    _save(plt, figure, path)
+
+
 def draw_lr_scaling(
     evaluations: Sequence[Dict[str, Any]], published: Sequence[Dict[str, str]], path: str, title: str
 ) -> None:
@@ -111,6 +161,86 @@ def draw_ensemble(members: Dict[str, Dict[str, float]], prefixes: Sequence[Dict[
     axes.set_ylabel("top-1, %")
     axes.legend()
     axes.grid(alpha=0.3, axis="y")
+    _save(plt, figure, path)
+
+
+def draw_scaling(found: Dict[str, Any], path: str, title: str) -> None:
+    """Draw a scaling.json: histograms of each rank's time to its last gradient, and what its steps consist of."""
+    plt = _pyplot()
+    ranks = found["ranks"]
+    numbers = [row["rank"] for row in ranks]
+    height = min(3 + 0.3 * len(ranks), 12)
+    figure, (histogram, parts) = plt.subplots(
+        1, 2, figsize=(11, height), sharey=True, constrained_layout=True, width_ratios=(3, 2)
+    )
+    figure.suptitle(title)
+    milliseconds = [1000 * edge for edge in found["edges_s"]]
+    borders = [number - 0.5 for number in [*numbers, len(ranks)]]
+    drawn = histogram.pcolormesh(milliseconds, borders, [row["histogram"] for row in ranks], cmap="Blues")
+    figure.colorbar(drawn, ax=histogram, label="steps")
+    for name, mark in (("median", "o"), ("p95", "|")):
+        times = [1000 * row["own_work_s"][name] for row in ranks]
+        histogram.plot(times, numbers, mark, color=_EVAL, markersize=4, linestyle="none", label=name)
+    histogram.set_xlabel("from the end of the step before to the rank's last gradient, ms")
+    histogram.set_ylabel("rank")
+    histogram.legend(fontsize=8)
+    left = [0.0] * len(ranks)
+    for name, colour in _PARTS.items():
+        widths = [1000 * row["split_s"][name] for row in ranks]
+        parts.barh(numbers, widths, 0.8 if len(ranks) < 64 else 1.0, left, color=colour, label=name)
+        left = [begin + width for begin, width in zip(left, widths)]
+    parts.set_xlabel("a step, ms")
+    parts.legend(fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, columnspacing=1)
+    if len(ranks) < 20:
+        histogram.set_yticks(numbers, [f"{row['rank']} ({row['host']})" for row in ranks])
+    histogram.invert_yaxis()
+    _save(plt, figure, path)
+
+
+def draw_efficiency(
+    ladders: Mapping[str, Sequence[Any]], published: Sequence[Tuple[str, int, float]], path: str
+) -> None:
+    """Draw rates and efficiencies of ladders (rungs of resnet_cpu.scaling.throughput) over ranks.
+
+    `published` are (label, nodes, efficiency as a fraction) of others: kept apart as hollow marks, over nodes.
+    """
+    plt = _pyplot()
+    figure, (rate, efficiency) = plt.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
+    for number, (label, rungs) in enumerate(ladders.items()):
+        ranks, rates = [rung.ranks for rung in rungs], [rung.rate for rung in rungs]
+        rate.errorbar(
+            ranks, rates, [rung.rate_sd or 0 for rung in rungs], fmt="o-", color=f"C{number}", capsize=3, label=label
+        )
+        ideal = [rates[0] * count / ranks[0] for count in ranks]
+        rate.plot(ranks, ideal, "--", color=f"C{number}", linewidth=1)
+        values = [100 * rung.efficiency for rung in rungs]
+        reach = [[0.0] * len(rungs), [0.0] * len(rungs)]
+        for position, rung in enumerate(rungs):
+            if rung.interval is not None:
+                low, high = (100 * end for end in rung.interval)
+                reach[0][position] = max(values[position] - low, 0.0)
+                reach[1][position] = max(high - values[position], 0.0)
+        efficiency.errorbar(ranks, values, reach, fmt="o-", color=f"C{number}", capsize=3, label=label)
+    for number, (label, nodes, value) in enumerate(published):
+        mark = "sD^v<>"[number % 6]
+        efficiency.plot(
+            [nodes],
+            [100 * value],
+            mark,
+            color="grey",
+            markerfacecolor="none",
+            label=f"published, nodes for ranks: {label}",
+        )
+    for axes, what in ((rate, "images/s; dashed: ideal"), (efficiency, "efficiency, %")):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set_xlabel("ranks")
+        axes.set_ylabel(what)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
+    rate.set_yscale("log", base=2)
+    rate.yaxis.set_major_formatter("{x:.0f}")
+    efficiency.axhline(100, color="grey", linestyle="--", linewidth=1)
     _save(plt, figure, path)
 
 

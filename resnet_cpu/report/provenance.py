@@ -12,9 +12,9 @@ from typing import Any, Dict, List, Optional
 
 import psutil
 
+from resnet_cpu.cluster import topology
+
 _PACKAGES = ("tensorflow", "intel-extension-for-tensorflow", "horovod", "mpi4py", "numpy", "keras")
-CPUINFO = "/proc/cpuinfo"
-_INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what oneDNN chooses its kernels by
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
@@ -25,10 +25,17 @@ def of_job() -> Dict[str, Any]:
 
 def of_rank(threads: Dict[str, str]) -> Dict[str, Any]:
     """Return where this rank sits; `threads` is the environment that the layout set."""
+    machine = topology.read()
     return {
         "host": socket.gethostname(),
         "cpu": cpu_name(),
-        "instruction_sets": instruction_sets(),
+        "instruction_sets": list(machine.instruction_sets),
+        "topology": {
+            "sockets": machine.sockets,
+            "numa_domains": sum(bool(node.cpus) for node in machine.nodes),
+            "threads_per_core": max(len(cpu.siblings) for cpu in machine.cpus),
+            "quota": machine.quota,
+        },
         "cores": sorted(os.sched_getaffinity(0)),
         "host_cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
@@ -85,25 +92,12 @@ def git_id() -> Optional[str]:
 
 def cpu_name() -> str:
     """Return the processor's name as the kernel gives it."""
-    return _cpuinfo("model name", CPUINFO) or platform.machine()
+    return topology.processor()[0] or platform.machine()
 
 
-def instruction_sets(cpuinfo: str = CPUINFO) -> List[str]:
+def instruction_sets() -> List[str]:
     """Return those of this processor that decide which kernels run, as the kernel names them."""
-    present = _cpuinfo("flags", cpuinfo).split()
-    return [name for name in _INSTRUCTION_SETS if name in present]
-
-
-def _cpuinfo(key: str, path: str) -> str:
-    """Return what the kernel says of the first processor under `key`, empty where it says nothing."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.startswith(key):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return ""
+    return topology.processor()[1]
 
 
 def peak_memory_gib() -> float:

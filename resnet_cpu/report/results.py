@@ -31,30 +31,38 @@ RUN_COLUMNS = (
 )
 CURVE_COLUMNS = ("run", "epoch", "phase", "top1", "loss")
 PUBLISHED_CURVES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "published_curves.csv")
-_NOT_RUN = "not run"
+NOT_RUN = "not run"
+Column = Tuple[str, List[str]]  # title, cells
 
 
 def collect(folder: str) -> Tuple[List[Row], List[Row]]:
-    """Return (rows of runs.csv, rows of curves.csv) of every finished run below `folder`; say what is left out."""
+    """Return (rows of runs.csv, rows of curves.csv) of every finished run below `folder`; say what is left out.
+
+    Runs of --experiment=scaling are not trained to an end: `efficiency.collect` takes them.
+    """
     runs: List[Row] = []
     curves: List[Row] = []
-    for path, folders, names in os.walk(folder):
-        folders.sort()
-        if "run.json" not in names:
-            continue
-        folders.clear()
-        name = os.path.relpath(path, folder)
+    for name, path in run_folders(folder):
         result, record = (read_json(os.path.join(path, file)) for file in ("result.json", "run.json"))
+        if result and result.get("experiment") == "scaling":
+            continue
         if not result or not record or not result.get("complete"):
             print(f"tables: {path}: has not finished; left out", file=sys.stderr)
             continue
         evaluations = read_rows(os.path.join(path, "eval.jsonl"))
         runs += [_row(name, what, scores, result, record) for what, scores in _scored(result, evaluations)]
         for row in evaluations:
-            curves.append({key: _text(value) for key, value in {"run": name, **row}.items() if key in CURVE_COLUMNS})
-    if not runs:
-        raise DataError(f"--runs={folder}: no finished run in it; name the folder that the runs lie in")
+            curves.append({key: text(value) for key, value in {"run": name, **row}.items() if key in CURVE_COLUMNS})
     return runs, curves
+
+
+def run_folders(folder: str) -> Iterator[Tuple[str, str]]:
+    """Yield (name, path) of every run folder below `folder`, in their order; a name is the path as seen from there."""
+    for path, folders, names in os.walk(folder):
+        folders.sort()
+        if "run.json" in names:
+            folders.clear()
+            yield os.path.relpath(path, folder), path
 
 
 def _scored(result: Mapping[str, Any], evaluations: Iterable[Mapping[str, Any]]) -> Iterator[Tuple[str, Mapping]]:
@@ -90,7 +98,7 @@ def _row(name: str, what: str, scores: Mapping, result: Mapping, record: Mapping
         "tensorflow": record["versions"]["tensorflow"],
         "code": record["code"],
     }
-    return {key: _text(values[key]) for key in RUN_COLUMNS}
+    return {key: text(values[key]) for key in RUN_COLUMNS}
 
 
 def _digest(content: Mapping) -> str:
@@ -107,7 +115,8 @@ def _budget(what: str, scores: Mapping, result: Mapping) -> Dict[str, Any]:
     return {"epochs": None, "steps": None, "wall_seconds": None}
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """Return a figure as it stands in a CSV file: six digits, nothing for None."""
     if value is None:
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -130,11 +139,11 @@ def read_csv(path: str) -> List[Row]:
 
 def write_csv(path: str, rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> None:
     """Write rows as a CSV file, atomically."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    content = io.StringIO()
+    writer = csv.DictWriter(content, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+    write_atomically(path, content.getvalue().encode())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +173,8 @@ def lines(spec: Iterable[Row], published: Iterable[Row], runs: Iterable[Row]) ->
     measured = list(runs)
     tables: Dict[str, List[Line]] = {}
     for row in spec:
+        if row["what"] == "efficiency":  # report/efficiency.py
+            continue
         if row["published"] and row["published"] not in by_id:
             raise DataError(f"tables.csv: {row['label']}: published id {row['published']} is not in published.csv")
         found = [one for one in measured if fnmatch.fnmatchcase(one["run"], row["runs"]) and one["what"] == row["what"]]
@@ -192,7 +203,7 @@ def unplaced(spec: Iterable[Row], runs: Iterable[Row]) -> List[str]:
     return [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def _columns(table: List[Line]) -> List[Tuple[str, List[str]]]:
+def _columns(table: List[Line]) -> List[Column]:
     """Return the columns (title, cells) of a table; those that no line fills are left out."""
 
     def of_published(line: Line) -> str:
@@ -201,7 +212,7 @@ def _columns(table: List[Line]) -> List[Tuple[str, List[str]]]:
     columns = [
         ("what", [line.label for line in table]),
         ("published", [of_published(line) for line in table]),
-        ("top-1, %", [line.spread("top1", 100, 2) or _NOT_RUN for line in table]),
+        ("top-1, %", [line.spread("top1", 100, 2) or NOT_RUN for line in table]),
         ("n", [str(len(line.measured)) for line in table]),
         ("top-5, %", [line.spread("top5", 100, 2) for line in table]),
         ("loss", [line.spread("loss", 1, 4) for line in table]),
@@ -217,24 +228,29 @@ def _columns(table: List[Line]) -> List[Tuple[str, List[str]]]:
 
 def markdown(table: List[Line]) -> str:
     """Return a table as Markdown, with what it was measured on below."""
-    columns = _columns(table)
-    rows = [[title for title, _ in columns], ["---"] * len(columns), *zip(*(cells for _, cells in columns))]
-    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    shown = markdown_of(_columns(table))
     measured = [row for line in table for row in line.measured]
     if not measured:
-        return text
+        return shown
     machines = sorted(
-        {f"{row['cpu']}, {_count(row['ranks'], 'rank')}, {_count(row['cores'], 'core')}" for row in measured}
+        {f"{row['cpu']}, {count(row['ranks'], 'rank')}, {count(row['cores'], 'core')}" for row in measured}
     )
     stacks = sorted({f"TensorFlow {row['tensorflow']}" for row in measured})
     codes = sorted({row["code"] for row in measured})
     return (
-        f"{text}\n\nMean ± standard deviation over n seeds. {'; '.join(machines)}; {', '.join(stacks)}; "
+        f"{shown}\n\nMean ± standard deviation over n seeds. {'; '.join(machines)}; {', '.join(stacks)}; "
         f"digest of the code: {', '.join(codes)}."
     )
 
 
-def _count(number: str, what: str) -> str:
+def markdown_of(columns: Sequence[Column]) -> str:
+    """Return columns as a Markdown table."""
+    rows = [[title for title, _ in columns], ["---"] * len(columns), *zip(*(cells for _, cells in columns))]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def count(number: str, what: str) -> str:
+    """Return a number with its noun, as in `2 ranks`."""
     return f"{number} {what}" + ("" if number == "1" else "s")
 
 
@@ -254,7 +270,7 @@ def table_csv(table: List[Line]) -> Tuple[List[Row], List[str]]:
                 "source": line.published["source"] if line.published else "",
                 "n": str(len(line.measured)),
                 **means,
-                "top1_sd": _text(statistics.stdev(top1)) if len(top1) > 1 else "",
+                "top1_sd": text(statistics.stdev(top1)) if len(top1) > 1 else "",
                 "flagfile": line.flagfile,
             }
         )
@@ -262,12 +278,16 @@ def table_csv(table: List[Line]) -> Tuple[List[Row], List[str]]:
 
 
 def _mean(values: List[float]) -> str:
-    return _text(statistics.mean(values)) if values else ""
+    return text(statistics.mean(values)) if values else ""
 
 
 def latex(table: List[Line]) -> str:
     """Return a table as LaTeX, for the package booktabs."""
-    columns = [column for column in _columns(table) if column[0] not in ("flagfile", "source")]
+    return latex_of([column for column in _columns(table) if column[0] not in ("flagfile", "source")])
+
+
+def latex_of(columns: Sequence[Column]) -> str:
+    """Return columns as a LaTeX table, for the package booktabs."""
     rows = [" & ".join(_escaped(cell) for cell in row) + r" \\" for row in zip(*(cells for _, cells in columns))]
     head = " & ".join(_escaped(title) for title, _ in columns) + r" \\"
     aligned = "l" + "r" * (len(columns) - 1)

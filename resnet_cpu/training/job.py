@@ -6,10 +6,11 @@ Every user error that can be found early is found here, in about a second.
 import dataclasses
 import hashlib
 import os
+import socket
 import sys
 from typing import Any, Dict, List, Optional, Tuple
 
-from resnet_cpu.cluster import control
+from resnet_cpu.cluster import control, layout
 from resnet_cpu.cluster.control import World
 from resnet_cpu.data import layouts
 from resnet_cpu.data.datasets import DATASETS
@@ -49,7 +50,10 @@ class Job:
 
 
 def open_data(settings: Settings, world: World) -> Optional[layouts.ShardedData]:
-    """Open the data set on every rank, rank 0 first so that its errors are told once; None for synthetic data."""
+    """Open the data set on every rank, rank 0 first so that its errors are told once; None for synthetic data.
+
+    Each host may have a copy of its own: one that is missing or another is an error that names the host.
+    """
     if settings.data.dataset == "synthetic":
         return None
     folder = settings.data.data_dir
@@ -79,7 +83,31 @@ def open_data(settings: Settings, world: World) -> Optional[layouts.ShardedData]
             )
 
     world.on_rank0(check)
-    return opened or layouts.open_data(folder, dataset)
+
+    def open_copy() -> Tuple[layouts.ShardedData, str]:
+        data = opened or layouts.open_data(folder, dataset)
+        return data, _contents(data)
+
+    data, contents = world.on_all(open_copy)
+    rows = world.gather([socket.gethostname(), contents])
+    for rank, (host, other) in enumerate(rows):
+        if other != rows[0][1]:
+            raise DataError(
+                f"--data_dir={folder}: rank {rank} on {host} finds other data there than rank 0 on {rows[0][0]}; copy "
+                "the data set again, the same to all hosts",
+                collective=True,
+            )
+    return data
+
+
+def _contents(data: layouts.ShardedData) -> str:
+    """Return a digest of all that is known of the data without reading a payload: counts, record lengths, pixels."""
+    digest = hashlib.sha256(repr((data.num_classes, data.label_base, data.pixel_mean, data.pixel_std)).encode())
+    for split in (data.train, data.validation):
+        digest.update(split.first.tobytes())
+        for path, starts in zip(split.paths, split.starts):
+            digest.update(os.path.basename(path).encode() + b"\0" + starts.tobytes())
+    return digest.hexdigest()
 
 
 def examples(settings: Settings, data: Optional[layouts.ShardedData]) -> Tuple[int, int]:
@@ -154,8 +182,9 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
         }
 
     agreed = world.on_rank0(hold)
-    rows = world.gather(provenance.of_rank(threads))
+    rows = world.gather({**provenance.of_rank(threads), "own_cores": world.cores})
     if folder is not None and agreed["finished"] is None:
+        _tell_places(world, rows)
         folder.write_text("resolved.flags", settings.resolved_flags)
         folder.write_json(
             "run.json",
@@ -187,6 +216,22 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
         finished=agreed["finished"],
         clock=clock,
     )
+
+
+def _tell_places(world: World, rows: List[Dict[str, Any]]) -> None:
+    """Say on standard error where every rank sits, and what looks wrong about it."""
+    places = [
+        {
+            "host": row["host"],
+            "cpus": row["cores"],
+            "cores": row["own_cores"],
+            "threads": int(row["environment"]["TF_NUM_INTRAOP_THREADS"]),
+            "host_cpus": row["host_cores"],
+        }
+        for row in rows
+    ]
+    for line in [*layout.describe(places), *(f"warning: {doubt}" for doubt in layout.doubts(places))]:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _init_from(settings: Settings, record: Optional[Dict[str, Any]]) -> Optional[Dict[str, str]]:
@@ -299,13 +344,14 @@ def _check_same_everywhere(settings: Settings, world: World) -> None:
         "flags": hashlib.sha256(settings.resolved_flags.encode()).hexdigest()[:12],
         "Python": sys.version.split()[0],
         "code": provenance.code_digest(),
+        **provenance.versions(),
     }
-    rows = world.gather(facts)
+    rows = world.gather({"host": socket.gethostname(), **facts})
     for rank, row in enumerate(rows):
         for key in facts:
             if row[key] != rows[0][key]:
                 raise FlagError(
-                    f"rank {rank} runs with other {key} ({row[key]}) than rank 0 ({rows[0][key]}); "
-                    "start all ranks alike",
+                    f"rank {rank} on {row['host']} runs with other {key} ({row[key]}) than rank 0 on {rows[0]['host']} "
+                    f"({rows[0][key]}); start all ranks alike, from one environment",
                     collective=True,
                 )

@@ -1,6 +1,7 @@
 """The training loop: phases in their order, a step at a time, in the open."""
 
 import os
+import socket
 import sys
 import time
 from typing import Any, Dict, List, Optional
@@ -15,6 +16,7 @@ from resnet_cpu.recipe import batch_rule, schedule
 from resnet_cpu.recipe.phases import Phase
 from resnet_cpu.report import plots, profile, provenance, results
 from resnet_cpu.report.runlog import Progress, read_json, read_rows
+from resnet_cpu.scaling import throughput
 from resnet_cpu.training import checkpoint, ensemble, evaluation, state
 from resnet_cpu.training.batches import training_batches
 from resnet_cpu.training.job import Job
@@ -51,6 +53,7 @@ class _Training:
         )
         self.evaluate_step = evaluation.make_evaluate_step(self.model)
         self.timed_steps, self.timed_s = 0, 0.0
+        self.step_times = throughput.StepTimes(job.settings.run.untimed_steps)
         self.recorder = profile.Recorder(job.run_dir, job.settings.run.profile_steps if job.folder else None)
         self.seconds_to_top1: Dict[str, float] = {}
         self.score: Optional[evaluation.Score] = None
@@ -188,6 +191,7 @@ class _Training:
             image_size=phase.image_size,
         )
         window = _Window()
+        self.step_times.pause()
         for step in range(begin, end):
             self.recorder.before(step)
             rate = schedule.learning_rate(phase, step - first_of_phase)
@@ -212,6 +216,7 @@ class _Training:
                     "--run_dir with a lower LR or a longer warm-up",
                     collective=True,
                 )
+            self.step_times.add(step, started, waited, update_s, taken)
             if step > begin:  # the first step of a phase traces the graph and is never timed
                 window.add(waited, update_s, taken)
                 self.timed_steps, self.timed_s = self.timed_steps + 1, self.timed_s + taken
@@ -281,6 +286,7 @@ class _Training:
         job = self.job
         if job.data is None:
             return None
+        self.step_times.pause()
         started = time.perf_counter()
         everything = self.evaluate_step, job.settings, job.world, job.data, job.batch.per_rank, self.watchdog.beat
         predictions: Optional[ensemble.Predictions] = None
@@ -329,6 +335,7 @@ class _Training:
         job, step = self.job, self.state.step
         if step == self.saved_step:
             return  # nothing was trained since; what is whole is never written again
+        self.step_times.pause()
 
         def save() -> None:
             info = {
@@ -398,7 +405,7 @@ class _Training:
         }
 
     def _of_mode(self) -> Dict[str, Any]:
-        """Return what the experiment's mode records besides."""
+        """Return what the experiment's mode records besides; in mode scaling all ranks call it."""
         job = self.job
         mode = self.run_settings.experiment
         if mode == "lr_scaling":
@@ -414,10 +421,24 @@ class _Training:
                     "weight_decay": first.wd,
                 }
             }
-        if mode == "scaling" and self.timed_steps:
-            rate = self.timed_steps * job.batch.total / self.timed_s
-            return {mode: {"images_per_second_per_rank": rate / job.world.size, "timed_steps": self.timed_steps}}
-        return {}
+        return self._scaling() if mode == "scaling" else {}
+
+    def _scaling(self) -> Dict[str, Any]:
+        """Gather the step times of all ranks; return what they say, which is also left as scaling.json and .npz."""
+        world, folder = self.job.world, self.job.folder
+        steps, mine = self.step_times.kept()
+        if not len(steps):  # so it is on all ranks
+            return {}
+        hosts, everyone = world.gather(socket.gethostname()), world.collect(mine[None])
+
+        def report() -> Dict[str, Any]:
+            assert everyone is not None and folder is not None
+            found = throughput.summary(everyone, self.job.batch.total, hosts)
+            np.savez(folder.file("step_times.npz"), steps=steps, seconds=everyone, hosts=np.array(hosts))
+            folder.write_json("scaling.json", {**found, **throughput.per_rank(everyone, hosts)})
+            return {key: value for key, value in found.items() if key != "block_s"}
+
+        return {"scaling": world.on_rank0(report)}
 
     def _members(self) -> Dict[str, Any]:
         """Return the scores of the members that are done, and of their ensemble; all ranks call it."""
@@ -443,6 +464,8 @@ class _Training:
         assert self.progress is not None
         if self.recorder.steps is not None and not self.recorder.done:
             self.progress.say("profile: none of --profile_steps was done to its end in this attempt; nothing recorded")
+        for line in throughput.lines(result["scaling"]) if "scaling" in result else ():
+            self.progress.say(line)
         if result["complete"]:
             curves = f", curves in {self.job.run_dir}/plots" if plots.available() else ""
             self.progress.say(f"done: result in {self.job.run_dir}/result.json{curves}")
@@ -468,6 +491,9 @@ class _Training:
                     f", batch {self.job.batch.total:,}, {rule['optimizer']}, LR {rule['peak_lr']:.4g} ({rule['rule']})"
                 )
                 plots.draw_lr_scaling(evaluations, published, folder.file("plots", "lr_scaling.png"), title)
+            if result is not None and "scaling" in result:
+                path = folder.file("plots", "scaling.png")
+                plots.draw_scaling(read_json(folder.file("scaling.json")) or {}, path, title)
             if result is not None and "ensemble" in result:
                 path = folder.file("plots", "ensemble.png")
                 plots.draw_ensemble(result["members"], result["ensemble"]["prefixes"], path)

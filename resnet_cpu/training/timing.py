@@ -54,9 +54,18 @@ class Timed:
 
 
 def run(
-    settings: Settings, world: World, data: Optional[ShardedData], what: str, warmup_steps: int, timed_steps: int
+    settings: Settings,
+    world: World,
+    data: Optional[ShardedData],
+    what: str,
+    warmup_steps: int,
+    timed_steps: int,
+    timed_seconds: Optional[float] = None,
 ) -> Timed:
-    """Return the times of `timed_steps` steps after `warmup_steps` that are not counted."""
+    """Return the times of `timed_steps` steps after `warmup_steps` that are not counted.
+
+    Past `timed_seconds` timing ends with fewer steps, two at least, after the same one on all ranks.
+    """
     recipe = settings.recipe
     batch = batch_rule.resolve_batch(recipe.batch_size, recipe.global_batch_size, world.size, recipe.accumulate_steps)
     batch_rule.check_statistics(settings.model.bn_stats_batch, batch)
@@ -77,6 +86,8 @@ def run(
                 seconds.append(time.perf_counter() - started)
                 updates.append(update_s)
             watchdog.beat()
+            if timed_seconds is not None and len(seconds) >= 2 and world.broadcast(sum(seconds) > timed_seconds):
+                break
     return Timed(
         what,
         np.array(world.gather(seconds)),

@@ -1,0 +1,325 @@
+"""What this machine is: cores, sockets, NUMA nodes, limits and instruction sets, as the kernel tells them.
+
+Read from /proc and /sys, the only readers of them in the package. Nothing is required: where a file is missing the
+machine has one socket and one node, and each logical CPU is a core of its own.
+"""
+
+import dataclasses
+import os
+import re
+from typing import Dict, FrozenSet, Iterable, List, Optional, Sequence, Set, Tuple
+
+# What decides which kernels oneDNN takes, as the kernel names it in the flags of /proc/cpuinfo.
+_INSTRUCTION_SETS = (
+    "avx2",
+    "avx512f",
+    "avx512bw",  # not in Knights Landing: oneDNN's AVX-512 kernels need it
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+)
+_CPUS = "sys/devices/system/cpu"
+_NODES = "sys/devices/system/node"
+_MOST_CPUS = 2**16  # beyond the kernel's own 8,192; a damaged list must not fill the memory
+_UNLIMITED_BYTES = 2**60  # cgroup v1 writes 2^63 less a page for no limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Cpu:
+    """A logical CPU."""
+
+    id: int
+    core: int  # the lowest of its `siblings`
+    socket: int  # 0, 1, ... in the order of their first CPUs
+    node: int
+    cache: int  # the lowest CPU that shares its last-level cache
+    siblings: Tuple[int, ...]  # all hyper-threads of its core, itself included
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A NUMA node; one without `cpus` is memory only, as MCDRAM in flat mode."""
+
+    id: int
+    cpus: Tuple[int, ...]
+    memory_bytes: int  # 0: unknown
+    distances: Tuple[int, ...] = ()  # to the nodes, in their order; 10 is its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A machine and the part of it that this process may use."""
+
+    vendor: str
+    model: str
+    virtual: bool  # under a hypervisor
+    instruction_sets: Tuple[str, ...]
+    cpus: Tuple[Cpu, ...]  # online ones, by id
+    nodes: Tuple[Node, ...]
+    allowed: Tuple[int, ...]  # ids of `cpus` by affinity and cpuset, never empty
+    quota: Optional[float] = None  # CPUs' worth of time that a cgroup grants, None: no limit
+    memory_bytes: int = 0  # of the machine, or what a cgroup leaves of it; 0: unknown
+    root: str = "/"
+
+    @property
+    def sockets(self) -> int:
+        """Return how many sockets have CPUs."""
+        return len({cpu.socket for cpu in self.cpus})
+
+    @property
+    def offered(self) -> int:
+        """Return how many cores there are to compute on: the allowed ones, or what a cgroup grants of their time."""
+        cores = len(self.cores())
+        return cores if self.quota is None else max(1, min(cores, int(self.quota)))
+
+    def cores(self) -> Tuple[Tuple[Cpu, ...], ...]:
+        """Return the allowed CPUs core by core, neighbours beside each other: by socket, node, shared cache."""
+        grouped: Dict[int, List[Cpu]] = {}
+        permitted = set(self.allowed)
+        for cpu in self.cpus:
+            if cpu.id in permitted:
+                grouped.setdefault(cpu.core, []).append(cpu)
+        return tuple(
+            tuple(cpus)
+            for cpus in sorted(grouped.values(), key=lambda c: (c[0].socket, c[0].node, c[0].cache, c[0].core))
+        )
+
+
+def read(root: str = "/", allowed: Optional[Iterable[int]] = None) -> Topology:
+    """Return the machine whose /proc and /sys lie below `root`, as far as a process may use it.
+
+    `allowed` are the logical CPUs it may run on; by default this process' affinity mask, below another root the
+    cpuset of its cgroup.
+    """
+    about = _first_processor(root)
+    flags = set(about.get("flags", "").split())
+    cgroup = _Cgroup(root)
+    if allowed is None:
+        allowed = os.sched_getaffinity(0) if root == "/" else cgroup.cpuset()
+    wanted = set(allowed)
+    online = cpu_list(_text(root, f"{_CPUS}/online")) or _processors(root) or wanted or {0}
+    usable = (wanted & online) or wanted or online
+    known = online | usable
+    nodes = _nodes(root, known)
+    machine = _meminfo(_text(root, "proc/meminfo"))
+    limits = [limit for limit in (machine, cgroup.memory_bytes()) if limit]
+    return Topology(
+        vendor=about.get("vendor_id", ""),
+        model=about.get("model name", ""),
+        virtual="hypervisor" in flags,
+        instruction_sets=tuple(name for name in _INSTRUCTION_SETS if name in flags),
+        cpus=_cpus(root, known, nodes),
+        nodes=nodes,
+        allowed=tuple(sorted(usable)),
+        quota=cgroup.quota(),
+        memory_bytes=min(limits, default=0),
+        root=root,
+    )
+
+
+def physical_cores(logical: Iterable[int], root: str = "/") -> int:
+    """Return how many cores the logical CPUs are on: two hyper-threads of a core do the work of one."""
+    left, cores = set(logical), 0
+    while left:
+        cpu = min(left)
+        left -= _siblings(root, cpu)
+        cores += 1
+    return cores
+
+
+def quota(root: str = "/") -> Optional[float]:
+    """Return how many CPUs' worth of time the cgroup of this process grants, None where it sets no limit."""
+    return _Cgroup(root).quota()
+
+
+def processor(root: str = "/") -> Tuple[str, List[str]]:
+    """Return the processor's name, empty where the kernel gives none, and the instruction sets that matter here."""
+    about = _first_processor(root)
+    present = about.get("flags", "").split()
+    return about.get("model name", ""), [name for name in _INSTRUCTION_SETS if name in present]
+
+
+def cpu_list(text: str) -> Set[int]:
+    """Return the numbers of the kernel's list notation, such as `0-3,8`; what is no number is left out."""
+    numbers: Set[int] = set()
+    for part in text.strip().split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?::(\d+)/(\d+))?)?\s*", part)
+        if match:
+            first, last = int(match[1]), int(match[2] or match[1])
+            used, group = int(match[3] or 1), int(match[4] or 1)
+            if last < _MOST_CPUS:
+                numbers.update(n for n in range(first, last + 1) if (n - first) % max(1, group) < used)
+    return numbers
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Return the kernel's list notation of `numbers`, such as `0-3,8`; with a stride as `0-46:2`."""
+    ordered = sorted(set(numbers))
+    if len(ordered) > 2 and ordered[1] - ordered[0] > 1:
+        step = ordered[1] - ordered[0]
+        if all(after - before == step for before, after in zip(ordered, ordered[1:])):
+            return f"{ordered[0]}-{ordered[-1]}:{step}"
+    parts: List[List[int]] = []
+    for number in ordered:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def _text(root: str, path: str) -> str:
+    """Return a small file's text, empty where it cannot be read."""
+    try:
+        with open(os.path.join(root, path), encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _number(text: str, default: int) -> int:
+    try:
+        return int(text.strip())
+    except ValueError:
+        return default
+
+
+def _first_processor(root: str) -> Dict[str, str]:
+    """Return what /proc/cpuinfo says of the first processor; the rest takes the kernel long on many cores."""
+    found: Dict[str, str] = {}
+    try:
+        with open(os.path.join(root, "proc/cpuinfo"), encoding="utf-8", errors="replace") as file:
+            for line in file:
+                key, colon, value = line.partition(":")
+                if not colon and found:
+                    break
+                found.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    return found
+
+
+def _processors(root: str) -> Set[int]:
+    return {int(n) for n in re.findall(r"^processor\s*:\s*(\d+)", _text(root, "proc/cpuinfo"), re.MULTILINE)}
+
+
+def _siblings(root: str, cpu: int) -> Set[int]:
+    return cpu_list(_text(root, f"{_CPUS}/cpu{cpu}/topology/thread_siblings_list")) | {cpu}
+
+
+def _groups(root: str, known: Set[int], paths: Sequence[str]) -> Dict[int, Tuple[int, ...]]:
+    """Return for each CPU the CPUs that the first of `paths` with an answer groups it with.
+
+    One file is read a group, not a CPU: 256 CPUs with three files each would take tens of milliseconds.
+    """
+    found: Dict[int, Tuple[int, ...]] = {}
+    for cpu in sorted(known):
+        if cpu in found:
+            continue
+        lists = (cpu_list(_text(root, f"{_CPUS}/cpu{cpu}/{path}")) for path in paths)
+        together = next((group for group in lists if cpu in group), {cpu})
+        members = tuple(sorted(other for other in together & known if other not in found))
+        for member in members:
+            found[member] = members
+    return found
+
+
+def _nodes(root: str, known: Set[int]) -> Tuple[Node, ...]:
+    ids = sorted(cpu_list(_text(root, f"{_NODES}/online")))
+    left, nodes = set(known), []
+    for node in ids:
+        folder = f"{_NODES}/node{node}"
+        mine = cpu_list(_text(root, f"{folder}/cpulist")) & left
+        left -= mine
+        distances = tuple(int(word) for word in _text(root, f"{folder}/distance").split() if word.isdigit())
+        nodes.append(Node(node, tuple(sorted(mine)), _meminfo(_text(root, f"{folder}/meminfo")), distances))
+    if left:  # no node claims them
+        where = next((i for i, node in enumerate(nodes) if node.cpus), 0)
+        if not nodes:
+            nodes = [Node(0, (), _meminfo(_text(root, "proc/meminfo")))]
+        nodes[where] = dataclasses.replace(nodes[where], cpus=tuple(sorted(left | set(nodes[where].cpus))))
+    return tuple(nodes)
+
+
+def _meminfo(text: str) -> int:
+    match = re.search(r"MemTotal:\s*(\d+)\s*kB", text)
+    return int(match[1]) * 1024 if match else 0
+
+
+def _cpus(root: str, known: Set[int], nodes: Sequence[Node]) -> Tuple[Cpu, ...]:
+    cores = _groups(root, known, ("topology/thread_siblings_list", "topology/core_cpus_list"))
+    packages = _groups(root, known, ("topology/core_siblings_list", "topology/package_cpus_list"))
+    caches = _groups(root, known, ("cache/index3/shared_cpu_list", "cache/index2/shared_cpu_list"))
+    node_of = {cpu: node.id for node in nodes for cpu in node.cpus}
+    if all(len(group) == 1 for group in packages.values()):
+        packages = {cpu: tuple(sorted(known)) for cpu in known}  # nothing is told of sockets: then there is one
+    sockets = {first: i for i, first in enumerate(sorted({group[0] for group in packages.values()}))}
+    return tuple(
+        Cpu(cpu, cores[cpu][0], sockets[packages[cpu][0]], node_of[cpu], caches[cpu][0], cores[cpu])
+        for cpu in sorted(known)
+    )
+
+
+class _Cgroup:
+    """The limits of this process' control groups, versions 1 and 2; a limit of any parent holds too."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.folders: Dict[str, List[str]] = {}  # controller ("" is version 2) -> folders, the innermost first
+        for line in _text(root, "proc/self/cgroup").splitlines():
+            number, _, rest = line.partition(":")
+            controllers, _, path = rest.partition(":")
+            if number == "0" and not controllers:
+                self.folders[""] = _levels(path, ("sys/fs/cgroup", "sys/fs/cgroup/unified"))
+            for controller in filter(None, controllers.split(",")):
+                mounts = (f"sys/fs/cgroup/{controllers}", f"sys/fs/cgroup/{controller}")
+                self.folders[controller] = _levels(path, dict.fromkeys(mounts))
+
+    def _values(self, controller: str, name: str) -> List[str]:
+        found = (_text(self.root, f"{folder}/{name}").strip() for folder in self.folders.get(controller, []))
+        return [text for text in found if text]
+
+    def quota(self) -> Optional[float]:
+        """Return CPUs' worth of time, None: no limit."""
+        shares = []
+        for text in self._values("", "cpu.max"):
+            words = text.split()
+            granted, period = _number(words[0], 0), _number(words[-1], 100000)
+            if granted > 0 and period > 0:
+                shares.append(granted / period)
+        for folder in self.folders.get("cpu", []):
+            granted = _number(_text(self.root, f"{folder}/cpu.cfs_quota_us"), 0)
+            period = _number(_text(self.root, f"{folder}/cpu.cfs_period_us"), 100000)
+            if granted > 0 and period > 0:
+                shares.append(granted / period)
+        return min(shares, default=None)
+
+    def cpuset(self) -> FrozenSet[int]:
+        """Return the CPUs of the innermost cpuset that names any, empty: no limit."""
+        names = (("", "cpuset.cpus.effective"), ("cpuset", "cpuset.effective_cpus"), ("cpuset", "cpuset.cpus"))
+        for controller, name in names:
+            for text in self._values(controller, name):
+                return frozenset(cpu_list(text))
+        return frozenset()
+
+    def memory_bytes(self) -> int:
+        """Return the memory limit, 0: none."""
+        limits = [
+            _number(text, 0)
+            for text in self._values("", "memory.max") + self._values("memory", "memory.limit_in_bytes")
+        ]
+        return min((limit for limit in limits if 0 < limit < _UNLIMITED_BYTES), default=0)
+
+
+def _levels(path: str, mounts: Iterable[str]) -> List[str]:
+    """Return the folders of a control group and its parents below each mount, the innermost first.
+
+    In a container the path may be the host's, of which only the mount itself is to be seen.
+    """
+    parts = [part for part in path.split("/") if part]
+    if ".." in parts:
+        parts = []
+    return ["/".join([mount, *parts[:depth]]) for depth in range(len(parts), -1, -1) for mount in mounts]

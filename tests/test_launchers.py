@@ -1,0 +1,179 @@
+"""The line that starts the ranks, against golden text, and where ranks go."""
+
+import shlex
+
+import pytest
+
+from resnet_cpu.cluster import launchers
+from resnet_cpu.cluster.launchers import Placement
+from resnet_cpu.errors import FlagError
+
+COMMAND = ["python", "-m", "resnet_cpu.train", "--flagfile=my experiments/a.flags"]
+SET = {"OMP_NUM_THREADS": "22", "LD_PRELOAD": "/usr/lib/libtcmalloc_minimal.so.4"}
+OUTSIDE = {
+    "PATH": "/sw/bin:/bin",
+    "LD_LIBRARY_PATH": "/sw/lib",
+    "KMP_BLOCKTIME": "0",
+    "HOME": "/home/x",
+    "SECRET_KEY": "x",
+}
+HERE = Placement(ranks=2, per_host=2, cores=1, yields=True, as_root=True)
+SHARED = Placement(ranks=4, per_host=4, cores=1, bound=False, yields=True)
+NODES = Placement(ranks=8, per_host=2, cores=24, cpus_per_core=2, hosts=("n1", "n2", "n3", "n4"))
+WIRED = Placement(ranks=2, per_host=1, cores=8, hosts=("a", "b"), interface="eth1", agent="/sw/enter", yields=True)
+BATCH = Placement(ranks=128, per_host=2, cores=24, in_batch_job=True)
+
+TRAIN = "python -m resnet_cpu.train '--flagfile=my experiments/a.flags'"
+OMPI = "-x OMP_NUM_THREADS=22 -x LD_PRELOAD=/usr/lib/libtcmalloc_minimal.so.4 -x RESNET_CPU_RANKS="
+HYDRA = "-genv OMP_NUM_THREADS 22 -genv LD_PRELOAD /usr/lib/libtcmalloc_minimal.so.4 -genv RESNET_CPU_RANKS "
+ENV = "OMP_NUM_THREADS=22 LD_PRELOAD=/usr/lib/libtcmalloc_minimal.so.4 RESNET_CPU_RANKS="
+NAMES = "-x KMP_BLOCKTIME -x LD_LIBRARY_PATH -x PATH"
+LIST = "-genvlist KMP_BLOCKTIME,LD_LIBRARY_PATH,PATH"
+ALIVE = "--mca oob_tcp_keepalive_time 10 --mca oob_tcp_keepalive_intvl 5 --mca oob_tcp_keepalive_probes 3"
+AWAY = f"--mca btl_tcp_if_exclude lo,docker0,virbr0 --mca oob_tcp_if_exclude lo,docker0,virbr0 {ALIVE}"
+MV2 = "-genv MV2_ENABLE_AFFINITY 0"
+INTEL = "-genv I_MPI_PIN_DOMAIN 48:compact -genv I_MPI_JOB_RESPECT_PROCESS_PLACEMENT 0"
+PINS = "MV2_ENABLE_AFFINITY=0 I_MPI_PIN_DOMAIN=24:compact"
+
+GOLDEN = [
+    (
+        "openmpi",
+        HERE,
+        "mpirun --quiet -np 2 --map-by slot:PE=1 --bind-to core --mca mpi_yield_when_idle 1 --mca btl self,vader "
+        f"--mca pml ob1 --allow-run-as-root {OMPI}2 {TRAIN}",
+    ),
+    (
+        "openmpi",
+        SHARED,
+        "mpirun --quiet -np 4 --oversubscribe --bind-to none --mca mpi_yield_when_idle 1 --mca btl self,vader "
+        f"--mca pml ob1 {OMPI}4 {TRAIN}",
+    ),
+    (
+        "openmpi",
+        NODES,
+        f"mpirun --quiet -np 8 --host n1:2,n2:2,n3:2,n4:2 --map-by ppr:2:node:PE=24 --bind-to core {AWAY} "
+        f"{OMPI}8 {NAMES} {TRAIN}",
+    ),
+    (
+        "openmpi",
+        WIRED,
+        "mpirun --quiet -np 2 --host a:1,b:1 --map-by ppr:1:node:PE=8 --bind-to core --mca mpi_yield_when_idle 1 "
+        "--mca btl_tcp_if_include eth1 --mca oob_tcp_if_include eth1 "
+        f"{ALIVE} --mca plm_rsh_agent /sw/enter {OMPI}2 {NAMES} {TRAIN}",
+    ),
+    (
+        "openmpi",
+        BATCH,
+        f"mpirun --quiet -np 128 --map-by ppr:2:node:PE=24 --bind-to core {AWAY} {OMPI}128 {NAMES} {TRAIN}",
+    ),
+    ("intel", NODES, f"mpiexec.hydra -n 8 -ppn 2 -hosts n1,n2,n3,n4 {INTEL} {HYDRA}8 {LIST} {TRAIN}"),
+    (
+        "intel",
+        WIRED,
+        "mpiexec.hydra -n 2 -ppn 1 -hosts a,b -iface eth1 -launcher rsh -launcher-exec /sw/enter "
+        "-genv I_MPI_PIN_DOMAIN 8:compact -genv I_MPI_JOB_RESPECT_PROCESS_PLACEMENT 0 -genv I_MPI_THREAD_YIELD 2 "
+        f"{HYDRA}2 {LIST} {TRAIN}",
+    ),
+    ("intel", SHARED, f"mpiexec.hydra -n 4 -ppn 4 -genv I_MPI_PIN 0 -genv I_MPI_JOB_RESPECT_PROCESS_PLACEMENT 0 "
+     f"-genv I_MPI_THREAD_YIELD 2 {HYDRA}4 {TRAIN}"),
+    ("mpich", NODES, f"mpiexec -n 8 -ppn 2 -hosts n1,n2,n3,n4 {MV2} {HYDRA}8 {LIST} -bind-to core:24 {TRAIN}"),
+    ("mpich", SHARED, f"mpiexec -n 4 -ppn 4 {MV2} {HYDRA}4 -bind-to none {TRAIN}"),
+    ("ibrun", BATCH, f"env {PINS} {ENV}128 ibrun -n 128 -o 0 {TRAIN}"),
+    (
+        "srun",
+        BATCH,
+        f"env {ENV}128 srun --mpi=pmix --kill-on-bad-exit=1 --ntasks=128 --ntasks-per-node=2 "
+        f"--distribution=block:block --cpus-per-task=24 --cpu-bind=cores {TRAIN}",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher, placement, expected", GOLDEN)
+def test_lines(launcher, placement, expected):
+    line = launchers.line(launcher, placement, SET, OUTSIDE, COMMAND)
+    assert shlex.join(line) == expected
+    assert line[-len(COMMAND) :] == COMMAND  # whatever is in it
+
+
+def test_every_launcher_has_a_line_and_nothing_secret_is_passed_on():
+    assert {launcher for launcher, _, _ in GOLDEN} == set(launchers.LINES)
+    for launcher, placement, _ in GOLDEN:
+        line = launchers.line(launcher, placement, SET, OUTSIDE, COMMAND)
+        assert "SECRET_KEY" not in " ".join(line) and "horovodrun" not in line
+
+
+def test_srun_needs_a_batch_job():
+    with pytest.raises(FlagError, match="not inside a batch job"):
+        launchers.line("srun", HERE, SET, OUTSIDE, COMMAND)
+
+
+@pytest.mark.parametrize(
+    "version, batch, ibrun, srun, expected",
+    [
+        ("mpirun (Open MPI) 4.1.4\n\nReport bugs to ...", False, False, False, "openmpi"),
+        ("Intel(R) MPI Library for Linux* OS, Version 2021.11 Build 20231005", True, False, True, "intel"),
+        ("HYDRA build details:\n    Version:   4.0.2", False, False, False, "mpich"),
+        ("mpirun (Open MPI) 4.1.4", True, True, True, "ibrun"),
+        ("mpirun (Open MPI) 4.1.4", False, True, True, "openmpi"),  # ibrun needs a batch job
+        (None, True, False, True, "srun"),
+    ],
+)
+def test_recognised(version, batch, ibrun, srun, expected):
+    assert launchers.recognise(version, batch, ibrun, srun) == expected
+
+
+@pytest.mark.parametrize("version, part", [(None, "no mpirun in PATH"), ("my mpi 3", "my mpi 3"), ("", "nothing")])
+def test_not_recognised(version, part):
+    with pytest.raises(FlagError, match=part):
+        launchers.recognise(version, False, True, True)
+
+
+def proposed(wanted, several):
+    return wanted or 4
+
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4"}
+
+
+@pytest.mark.parametrize(
+    "environ, hosts, ranks, per_node, expected",
+    [
+        ({}, [], None, None, (4, 4, (), False)),
+        ({}, [], 2, None, (2, 2, (), False)),
+        ({}, [], None, 3, (3, 3, (), False)),
+        ({}, ["a", "b"], None, None, (8, 4, ("a", "b"), False)),
+        ({}, ["a:2", "b:2"], None, None, (4, 2, ("a", "b"), False)),
+        ({}, ["a:2", "b:2"], 2, None, (2, 2, ("a",), False)),
+        ({}, ["a:2", "b:2"], 2, 1, (2, 1, ("a", "b"), False)),
+        ({**JOB, "SLURM_NTASKS_PER_NODE": "2"}, [], None, None, (8, 2, (), True)),
+        ({**JOB, "SLURM_NTASKS": "8"}, [], None, None, (8, 2, (), True)),
+        (JOB, [], None, None, (16, 4, (), True)),
+        (JOB, [], None, 2, (8, 2, (), True)),
+        ({**JOB, "SLURM_NTASKS_PER_NODE": "2"}, [], 1, None, (1, 1, (), True)),
+        ({"SLURM_JOB_ID": "7"}, [], None, None, (4, 4, (), False)),
+    ],
+)
+def test_places(environ, hosts, ranks, per_node, expected):
+    assert launchers.place(environ, hosts, ranks, per_node, proposed) == expected
+
+
+@pytest.mark.parametrize(
+    "environ, hosts, ranks, per_node, parts",
+    [
+        ({}, ["a:2", "b:2"], 5, None, ["--ranks=5", "more ranks than slots", "2 hosts x 2 slots"]),
+        ({}, ["a:2", "b:2"], None, 3, ["--ranks_per_node=3", "2 slots"]),
+        ({}, ["a:2", "b:3"], None, None, ["unequal"]),
+        ({}, ["a", "a"], None, None, ["twice"]),
+        ({}, ["-oProxyCommand=x"], None, None, ["is no host"]),
+        ({}, ["a;touch x"], None, None, ["is no host"]),
+        ({}, ["a:0"], None, None, ["is no host"]),
+        ({}, [], 4, 2, ["--ranks=4", "--ranks_per_node=2"]),
+        ({}, ["a:2", "b:2"], 3, None, ["--ranks=3", "evenly"]),
+        ({**JOB, "SLURM_NTASKS_PER_NODE": "2"}, [], 9, None, ["--ranks=9", "4 nodes x 2 tasks"]),
+        ({**JOB, "SLURM_NTASKS_PER_NODE": "2"}, [], None, 3, ["--ranks_per_node=3", "--ntasks-per-node=3"]),
+    ],
+)
+def test_refused_places(environ, hosts, ranks, per_node, parts):
+    with pytest.raises(FlagError) as caught:
+        launchers.place(environ, hosts, ranks, per_node, proposed)
+    assert all(part in str(caught.value) for part in parts), caught.value
