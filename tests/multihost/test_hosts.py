@@ -1,0 +1,234 @@
+"""What one host cannot show: training over TCP between two hosts of the network lab, and how it ends without one."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import IO, NamedTuple
+
+import pytest
+import whole_runs as runs
+from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, told
+
+from resnet_cpu.training import checkpoint
+
+pytestmark = [pytest.mark.mpi, pytest.mark.multihost]
+LAB, AGENT = (str(ROOT / "launch" / "network-lab" / name) for name in ("lab", "agent"))
+WAIT_S = 240
+KEEPALIVE = {"time": 4, "intvl": 1, "probes": 4}  # Open MPI's daemons miss each other after 8 s instead of 25
+TRAIN = [sys.executable, "-m", "resnet_cpu.train", *TINY_FLAGS, "--threads=1"]
+
+
+class Job(NamedTuple):
+    """The launcher, and where what it and the ranks say goes."""
+
+    process: subprocess.Popen
+    out: IO[str]
+    err: IO[str]
+
+
+class Lab:
+    """Two hosts, each with a folder `own` of its own at the same path."""
+
+    def __init__(self, own: pathlib.Path) -> None:
+        self.name, self.own = f"test{os.getpid()}-", own
+        keepalive = {f"OMPI_MCA_oob_tcp_keepalive_{key}": str(value) for key, value in KEEPALIVE.items()}
+        self.environment = {**OUTSIDE, **keepalive, "RESNET_CPU_LAB": self.name}
+        self.first, self.second = f"{self.name}1", f"{self.name}2"
+
+    def __call__(self, *arguments, check=True) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [LAB, *map(str, arguments)], env=self.environment, capture_output=True, text=True, timeout=60, check=check
+        )
+
+    def start(self, *command, hosts=None, per_host=1, agent=AGENT, launch=()) -> Job:
+        """Start a command on every host, by the package's own launcher on the first."""
+        launch = [
+            *[sys.executable, "-m", "resnet_cpu.launch", f"--hosts={hosts or f'{self.first},{self.second}'}"],
+            *[f"--ranks_per_node={per_host}", f"--launch_agent={agent}", *launch, "--"],
+        ]
+        out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
+        process = subprocess.Popen(
+            [LAB, "run", self.first, *launch, *map(str, command)],
+            cwd=ROOT,
+            env=self.environment,
+            stdout=out,
+            stderr=err,
+        )
+        return Job(process, out, err)
+
+    def run(self, *command, **more) -> subprocess.CompletedProcess:
+        return ended(self.start(*command, **more))
+
+
+def ended(job: Job) -> subprocess.CompletedProcess:
+    """Wait for the launcher to end, as a batch script does; what lives on, on a host cut off, may hold its pipes."""
+    try:
+        code = job.process.wait(timeout=WAIT_S)
+    finally:
+        job.process.kill()
+    texts = []
+    for file in (job.out, job.err):
+        file.seek(0)
+        texts.append(file.read())
+        file.close()
+    return subprocess.CompletedProcess(job.process.args, code, *texts)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, tiny_data):
+    lab = Lab(tmp_path_factory.mktemp("own"))
+    up = lab("up", 2, "--own", lab.own, check=False)
+    if up.returncode == 69:
+        pytest.skip(up.stderr.strip())
+    assert up.returncode == 0, up.stderr
+    try:
+        for host in (lab.first, lab.second):
+            lab("run", host, "cp", "-r", tiny_data, lab.own / "data")
+        yield lab
+    finally:
+        lab("down")
+
+
+@pytest.fixture(scope="module")
+def unanswered(lab, tmp_path_factory):
+    """A start with a host that is not there and one that never answers: takes 20 s, while others are tested."""
+    agent = tmp_path_factory.mktemp("agent") / "agent"
+    agent.write_text(f'#!/bin/sh\n[ $1 != silent ] || exec sleep 120\nexec {AGENT} "$@"\n')
+    agent.chmod(0o755)
+    yield lab.start("true", hosts=f"{lab.first},missing,silent", agent=agent)
+
+
+def until_it_trains(job: Job, run_dir: pathlib.Path) -> None:
+    """Wait for the first checkpoint."""
+    deadline = time.monotonic() + WAIT_S
+    while not checkpoint.steps(str(run_dir)):
+        assert job.process.poll() is None and time.monotonic() < deadline, ended(job).stderr
+        time.sleep(0.05)
+
+
+LONG = ["--phase=main:steps=100000,lr=0.01,decay=constant", "--phase=tail:steps=1,lr=0.01"]
+
+
+def test_two_hosts_with_a_copy_of_the_data_each_train_what_two_ranks_of_one_host_do(lab, unanswered, tmp_path):
+    data = f"--data_dir={lab.own / 'data'}"
+    together = lab.start(*TRAIN, data, f"--run_dir={tmp_path / 'two_hosts'}")
+    one = lab.start(*TRAIN, data, f"--run_dir={tmp_path / 'one_host'}", hosts=lab.first, per_host=2)
+    for process in map(ended, (together, one)):
+        assert process.returncode == 0, process.stderr
+        assert json.loads(last_line(process.stdout))["ranks"] == 2
+    record = json.loads((tmp_path / "two_hosts" / "run.json").read_text())
+    assert [row["host"] for row in record["per_rank"]] == [lab.first, lab.second]
+    states = [runs.final_state(str(tmp_path / name)) for name in ("two_hosts", "one_host")]
+    assert not runs.differing(*states)
+    assert runs.losses(str(tmp_path / "two_hosts")) == runs.losses(str(tmp_path / "one_host"))
+
+
+def test_data_that_is_missing_or_other_on_one_host_is_told_with_its_name(lab, tmp_path):
+    folder = lab.own / "data"
+    command = [*TRAIN, f"--data_dir={folder}", f"--run_dir={tmp_path / 'run'}"]
+    lab("run", lab.second, "mv", folder, lab.own / "aside")
+    missing = lab.run(*command)
+    lab("run", lab.second, "cp", "-r", lab.own / "aside", folder)
+    code = "from conftest import write_tiny_data; write_tiny_data('{}', train=40)"
+    lab("run", lab.second, "rm", "-r", folder)
+    lab("run", lab.second, "env", f"PYTHONPATH={ROOT}/tests:{ROOT}", sys.executable, "-c", code.format(folder))
+    other = lab.run(*command)
+    lab("run", lab.second, "rm", "-r", folder)
+    lab("run", lab.second, "mv", lab.own / "aside", folder)
+    assert (missing.returncode, other.returncode) == (65, 65), missing.stderr + other.stderr
+    (line,) = told(missing)
+    assert f"rank 1 on {lab.second}: --data_dir={folder}: no such folder" in line
+    (line,) = told(other)
+    assert f"rank 1 on {lab.second} finds other data there than rank 0 on {lab.first}" in line
+    assert "Traceback" not in missing.stderr + other.stderr and not (tmp_path / "run").exists()
+
+
+def test_another_version_of_the_code_on_one_host_is_refused(lab, tmp_path):
+    package = ROOT / "resnet_cpu"
+    changed = tmp_path / "resnet_cpu"
+    shutil.copytree(package, changed)
+    (changed / "errors.py").write_text((package / "errors.py").read_text() + "# newer\n")
+    lab("run", lab.second, "mount", "--bind", changed, package)
+    try:
+        process = lab.run(*TRAIN, f"--data_dir={lab.own / 'data'}", f"--run_dir={tmp_path / 'run'}")
+    finally:
+        lab("run", lab.second, "umount", package)
+    assert process.returncode == 64, process.stderr
+    (line,) = told(process)
+    assert f"rank 1 on {lab.second} runs with other code" in line and f"rank 0 on {lab.first}" in line
+
+
+def test_a_host_cut_off_ends_the_job_and_the_other_goes_on_alone_from_the_checkpoint(lab, tmp_path):
+    """The watchdog tells first, then Open MPI misses the host. A cut cable says nothing: nothing else would end it."""
+    run_dir = tmp_path / "run"
+    command = [*TRAIN, f"--data_dir={lab.own / 'data'}", f"--run_dir={run_dir}", *LONG, "--checkpoint_every_steps=3"]
+    process = lab.start(*command, "--stall_timeout=4")
+    try:
+        until_it_trains(process, run_dir)
+        lab("cut", lab.second)
+        lost = ended(process)
+    finally:
+        lab("mend", lab.second)
+        lab("kill", lab.second)
+    assert lost.returncode == 76, lost.stderr
+    assert "no step finished for 4 s" in told(lost)[0]
+    reached = max(checkpoint.steps(str(run_dir)))
+    alone = subprocess.run(
+        [LAB, "run", lab.first, *command, "--resume=must", f"--max_steps={reached + 3}"],
+        cwd=ROOT,
+        env=lab.environment,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+    )
+    assert alone.returncode == 0, alone.stderr
+    result = json.loads(last_line(alone.stdout))
+    assert (result["steps"], result["ranks"]) == (reached + 3, 1)
+
+
+def test_a_host_that_is_gone_ends_the_job_at_once(lab, tmp_path):
+    run_dir = tmp_path / "run"
+    process = lab.start(
+        *TRAIN, f"--data_dir={lab.own / 'data'}", f"--run_dir={run_dir}", *LONG, "--checkpoint_every_steps=3"
+    )
+    until_it_trains(process, run_dir)
+    lab("kill", lab.second)
+    gone = ended(process)  # long before the stall timeout of ten minutes
+    assert gone.returncode == 76 and "a host was lost" in gone.stderr, gone.stderr
+    assert checkpoint.newest(str(run_dir)) is not None
+
+
+def test_interfaces_that_lead_nowhere_are_left_out_or_told(lab, tmp_path):
+    """docker0 is known to the launch line; of others the user hears, and names the right one."""
+    command = [*TRAIN, "--data_dir=/no/such", f"--run_dir={tmp_path / 'run'}", "--stall_timeout=3"]
+    lab("decoy", "docker0")
+    left_out = lab.run(*command)
+    lab("decoy", "br-4f2a")
+    lost = lab.run(*command)
+    named = lab.run(*command, launch=["--interface=lan0"])
+    assert (left_out.returncode, lost.returncode, named.returncode) == (65, 76, 65), lost.stderr
+    (line,) = told(lost)
+    assert "the ranks did not reach each other in 10 s" in line and "--interface=NAME" in line
+    assert all("/no/such" in told(reached)[0] for reached in (left_out, named))
+
+
+def test_negative_control_open_mpi_alone_takes_the_interface_that_leads_nowhere(lab, tmp_path):
+    for host in (lab.first, lab.second):
+        lab("run", host, "ip", "link", "set", "docker0", "up")
+    mpirun = ["mpirun", "--allow-run-as-root", "--host", f"{lab.first},{lab.second}", "--mca", "plm_rsh_agent", AGENT]
+    code = "from mpi4py import MPI; MPI.COMM_WORLD.barrier(); print('through')"
+    process = lab("run", lab.first, "timeout", 5, *mpirun, "-x", "PATH", sys.executable, "-c", code, check=False)
+    assert process.returncode == 124 and "through" not in process.stdout, process.stderr
+
+
+def test_hosts_that_do_not_answer_are_all_named_before_anything_starts(lab, unanswered):
+    process = ended(unanswered)
+    assert process.returncode == 76 and process.stdout == "", process.stderr
+    (line,) = told(process)
+    assert f"missing (network-lab: no host missing in lab {lab.name}" in line and "silent (no answer in 20 s)" in line
+    assert f"{lab.first} (" not in line
