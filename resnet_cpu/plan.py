@@ -29,8 +29,9 @@ def main(argv: List[str]) -> None:
         rows = csv_rows(planned, train_examples, settings.recipe.momentum_correction)
         sys.stdout.write("\n".join(rows) + "\n")
     elif values.format == "png":
-        _draw(planned.phases, planned.batch.total / train_examples, values.output)
-        print(values.output)
+        output = values.output or "plan.png"
+        _draw(planned.phases, planned.batch.total / train_examples, output)
+        print(output)
     else:
         speed = _speed(settings, planned, values.images_per_second, values.past_run, ranks)
         print("\n".join([*table(planned, ranks, train_examples, speed), *notes(settings, planned)]))

@@ -1,0 +1,447 @@
+"""What N nodes would do, without them: `python -m resnet_cpu.simulate --flagfile=F`. No training, no TensorFlow."""
+
+import dataclasses
+import json
+import os
+import statistics
+import sys
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+from resnet_cpu import flags
+from resnet_cpu.cluster import guard, layout
+from resnet_cpu.data.datasets import facts_of
+from resnet_cpu.errors import CheckpointError, FlagError
+from resnet_cpu.recipe import batch_rule
+from resnet_cpu.report.runlog import duration, read_json
+from resnet_cpu.scaling import calibrate, layers, simulator
+from resnet_cpu.scaling.network import NETWORKS, Network, World, check
+from resnet_cpu.scaling.simulator import Exchange, Node, Step
+from resnet_cpu.settings import Settings, plan
+from resnet_cpu.training import checkpoint
+
+CSV_HEADER = "nodes,ranks,global_batch_size,images_per_second,efficiency,step_s," + ",".join(
+    f"{field.name}_s" if field.name != "messages" else "messages" for field in dataclasses.fields(Step)
+)
+BATCHES = (8, 16, 32, 64, 128)
+KEPT = 0.9  # of one node's speed: what the paper claims to keep (arXiv 1711.04291, abstract)
+
+
+class Cluster(NamedTuple):
+    """What is simulated."""
+
+    settings: Settings
+    node: Node
+    ranks_per_node: int
+    network: Network
+    exchange: Exchange
+    inter_op_threads: int
+    told: Tuple[str, ...]  # where the constants come from
+
+
+def main(argv: List[str]) -> None:
+    """Print the curve and what follows from it as a table or csv, or draw it; or hold the model against a replay."""
+    values, _ = flags.parse_values(argv, "simulate")
+    if values.validate:
+        _validate(values.validate, values.output)
+        return
+    settings = flags.make_settings(values)
+    cluster = _cluster(settings, values)
+    batch = _batch(settings, values.nodes * cluster.ranks_per_node)
+    rows = curve(cluster, batch, values.nodes)
+    if values.format == "csv":
+        print("\n".join([CSV_HEADER, *(_csv_row(nodes, found, batch, cluster) for nodes, found in rows)]))
+    elif values.format == "png":
+        output = values.output or "simulate.png"
+        _draw(cluster, batch, rows, output)
+        print(output)
+    else:
+        lines = [
+            *cluster.told,
+            "",
+            *_curve_lines(cluster, batch, rows),
+            "",
+            *_why(rows),
+            *_in_other_order(cluster, batch, rows),
+        ]
+        lines += ["", *_training_lines(cluster, batch, values.nodes), "", *_batch_lines(cluster, values.nodes)]
+        print("\n".join([*lines, "", *published_lines()]))
+
+
+def _cluster(settings: Settings, values: Any) -> Cluster:
+    """Return what the flags describe, with a line on where each constant comes from."""
+    text = values.ranks_per_node
+    if text != "auto" and not (text.isdigit() and int(text) > 0):
+        raise FlagError(f"--ranks_per_node={text}: must be a number above 0, or auto")
+    ranks_per_node = 2 if text == "auto" else int(text)
+    published = calibrate.published().node
+    node, told = published, ["node: Intel Caffe's on 2x Xeon 8160, fitted to published points, see below"]
+    model = settings.model
+    network_told = f"{model.model} of width {model.width:g} at {settings.data.image_size} pixels in {model.precision}"
+    if network_told != "resnet50 of width 1 at 224 pixels in float32" and not (
+        values.images_per_second or values.past_run
+    ):
+        raise FlagError(
+            f"{network_told}: its speed is not known; give --images_per_second of one node by itself, or --past_run"
+        )
+    if values.ranks not in (None, values.nodes * ranks_per_node):
+        raise FlagError(
+            f"--ranks={values.ranks}: contradicts {values.nodes} nodes of {ranks_per_node}; leave it out, or give "
+            "--nodes and --ranks_per_node"
+        )
+    if values.past_run and values.images_per_second:
+        raise FlagError(f"--past_run={values.past_run}: contradicts --images_per_second; leave one of the two out")
+    if values.images_per_second:
+        node = Node(image_s=ranks_per_node / values.images_per_second, jitter=published.jitter)
+        told = ["node: speed as given; jitter fitted to published points, see below"]
+    if values.past_run:
+        node = _past_node(values.past_run, settings)
+        told = [f"node: speed and jitter of {values.past_run}"]
+    constants = {} if values.network in NETWORKS else _constants(values.network)
+    of = {kind: {field.name for field in dataclasses.fields(kind)} for kind in (Network, Exchange, Node)}
+    known = sorted(set().union(*of.values()) - {"name"} | {"inter_op_threads"})
+    for key in constants:
+        if key not in known:
+            raise FlagError(f"--network={values.network}: unknown key '{key}'; known are {', '.join(known)}")
+
+    def given(kind: Any) -> Dict[str, Any]:
+        return {key: value for key, value in constants.items() if key in of[kind]}
+
+    base = NETWORKS.get(values.network)
+    if base is None:
+        for key in ("latency_s", "bandwidth"):
+            if key not in constants:
+                raise FlagError(f"--network={values.network}: '{key}' is missing; measure it (docs/simulate.md)")
+        base = Network(values.network, constants["latency_s"], constants["bandwidth"])
+        told.append(f"network: {values.network}")
+    else:
+        told.append(
+            f"network: {base.name}, {base.bandwidth * 8 / 1e9:g} Gb/s by name; assumed: {1e6 * base.latency_s:g} us a "
+            f"message, {base.memory_bandwidth / 1e9:g} GB/s a rank in memory and in adding up"
+        )
+    threads = int(constants.get("inter_op_threads", layout.environment(1)["TF_NUM_INTEROP_THREADS"]))
+    order = "most kernels last" if threads == 1 else "layer by layer"
+    told.append(f"gradients: {order}, as TensorFlow yields them with inter_op_threads={threads}")
+    network = check(dataclasses.replace(base, **given(Network)))
+    exchange, node = dataclasses.replace(Exchange(), **given(Exchange)), dataclasses.replace(node, **given(Node))
+    return Cluster(settings, node, ranks_per_node, network, exchange, threads, tuple(told))
+
+
+def _constants(path: str) -> Dict[str, Any]:
+    """Return the constants of a JSON file: numbers by name, `jitter` also a list, `algorithm` a name."""
+    if not os.path.exists(path):
+        raise FlagError(f"--network={path}: neither a file nor one of {', '.join(NETWORKS)}")
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise FlagError(f"--network={path}: is no JSON object; write names and numbers, as docs/simulate.md shows")
+    for key, value in found.items():
+        if key == "jitter" and isinstance(value, list) and value and all(_positive(time) for time in value):
+            found[key] = tuple(value)
+        elif key == "algorithm" and isinstance(value, str):
+            continue
+        elif not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise FlagError(f"--network={path}: {key}={value!r} must be a number from 0 on")
+    for key in ("image_s", "input_images_per_s"):
+        if key in found and not found[key] > 0:
+            raise FlagError(f"--network={path}: {key}={found[key]!r} must be above 0")
+    if not found.get("interference", 0) < 1:
+        raise FlagError(f"--network={path}: interference={found['interference']} must be a share below 1")
+    return found
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 < value < float("inf")
+
+
+def _past_node(run_dir: str, settings: Settings) -> Node:
+    """Return the speed of a past run's rank, and the jitter of its logged steps."""
+    result = read_json(os.path.join(run_dir, "result.json"))
+    if not result or not result.get("images_per_second"):
+        raise CheckpointError(f"--past_run={run_dir}: no result.json with a speed in it; name a run that has ended")
+    there = (read_json(os.path.join(run_dir, "run.json")) or {}).get("signature", {}).get("model", {})
+    here = {**dataclasses.asdict(settings.model), "num_classes": there.get("num_classes")}
+    other = checkpoint.differences(there, here)
+    if other:
+        raise CheckpointError(
+            f"--past_run={run_dir}: its speed is of another network: {'; '.join(other[:4])}; name a run of this one, "
+            "or give --images_per_second"
+        )
+    times: List[float] = []
+    last: Optional[int] = None
+    spans = set()
+    with open(os.path.join(run_dir, "metrics.jsonl"), encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            if last is not None and row.get("step_s"):
+                times.append(row["step_s"])
+                spans.add(row["step"] - last)
+            last = row["step"]
+    if len(times) < 3:
+        raise CheckpointError(f"--past_run={run_dir}: too few rows in metrics.jsonl; log more often")
+    # A row is the mean over the steps since the row before: means of k independent steps vary less by sqrt(k).
+    jitter = simulator.fit_jitter(times) * max(spans) ** 0.5
+    return Node(image_s=result["ranks"] / result["images_per_second"], jitter=jitter)
+
+
+def _batch(settings: Settings, ranks: int) -> int:
+    """Return the images that a rank holds."""
+    recipe = settings.recipe
+    return batch_rule.resolve_batch(
+        recipe.batch_size, recipe.global_batch_size, ranks, recipe.accumulate_steps
+    ).per_rank
+
+
+def _tensors(cluster: Cluster, image_size: int) -> Tuple[layers.Layer, ...]:
+    model = cluster.settings.model
+    return layers.gradients(
+        model.model,
+        model.width,
+        model.num_classes,
+        model.stem,
+        model.conv1_bias,
+        image_size,
+        model.stride_in,
+        cluster.inter_op_threads,
+    )
+
+
+def _step(cluster: Cluster, nodes: int, batch: int, image_size: Optional[int] = None) -> Step:
+    """Return the step of so many nodes; an image of another size takes as long as it has work."""
+    usual = cluster.settings.data.image_size
+    tensors = _tensors(cluster, image_size or usual)
+    node = cluster.node
+    if image_size and image_size != usual:
+        work = [sum(tensor.backward_work for tensor in _tensors(cluster, size)) for size in (image_size, usual)]
+        node = dataclasses.replace(node, image_s=node.image_s * work[0] / work[1])
+    world = World(nodes, cluster.ranks_per_node)
+    return simulator.step(tensors, batch, node, world, cluster.network, cluster.exchange)
+
+
+def curve(cluster: Cluster, batch: int, most: int) -> List[Tuple[int, Step]]:
+    """Return (nodes, step) for 1, 2, 4, ... nodes and `most`, at `batch` images a rank."""
+    ladder = [2**power for power in range(most.bit_length()) if 2**power < most]
+    return [(nodes, _step(cluster, nodes, batch)) for nodes in [*ladder, most]]
+
+
+def _csv_row(nodes: int, found: Step, batch: int, cluster: Cluster) -> str:
+    world = World(nodes, cluster.ranks_per_node)
+    one = _step(cluster, 1, batch)
+    cells = [nodes, world.ranks, world.ranks * batch, simulator.images_per_second(found, batch, world)]
+    cells += [simulator.efficiency(one, found), found.total, *dataclasses.astuple(found)]
+    return ",".join(repr(cell) for cell in cells)
+
+
+def _curve_lines(cluster: Cluster, batch: int, rows: List[Tuple[int, Step]]) -> List[str]:
+    """Return the efficiency curve, milliseconds split into their parts."""
+    model = cluster.settings.model
+    table = [["nodes", "ranks", "batch", "images/s", "a node", "efficiency", "step ms", "compute", "jitter"]]
+    table[0] += ["allreduce", "coordinator", "input", "messages"]
+    for nodes, found in rows:
+        world = World(nodes, cluster.ranks_per_node)
+        speed = simulator.images_per_second(found, batch, world)
+        parts = (found.total, found.compute, found.jitter, found.allreduce, found.coordinator, found.input)
+        table.append([f"{nodes:,}", f"{world.ranks:,}", f"{world.ranks * batch:,}", f"{speed:,.0f}"])
+        table[-1] += [f"{speed / nodes:.1f}", f"{100 * simulator.efficiency(rows[0][1], found):.1f} %"]
+        table[-1] += [*(f"{1000 * part:.1f}" for part in parts), f"{found.messages}"]
+    title = (
+        f"{model.model}, {batch} images a rank, {cluster.ranks_per_node} ranks a node, the batch grows with the nodes"
+    )
+    return [title, *_aligned(table)]
+
+
+def _aligned(table: List[List[str]]) -> List[str]:
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table]
+
+
+def _why(rows: List[Tuple[int, Step]]) -> List[str]:
+    """Return where less than KEPT is left for the first time, and what takes it."""
+    one = rows[0][1]
+    below = [(nodes, found) for nodes, found in rows if simulator.efficiency(one, found) < KEPT]
+    nodes, found = below[0] if below else rows[-1]
+    lost = {part: getattr(found, part) - getattr(one, part) for part in ("jitter", "allreduce", "coordinator", "input")}
+    shares = sorted(((extra / found.total, part) for part, extra in lost.items()), reverse=True)
+    told = ", ".join(f"{part} {100 * share:.1f} %" for share, part in shares if share > 5e-4) or "nothing"
+    named = f"{nodes:,} node{'s' if nodes > 1 else ''}"
+    if below:
+        return [f"below {100 * KEPT:.0f} % at {named}; of the step there, beyond one node's: {told}"]
+    return [f"above {100 * KEPT:.0f} % up to {named}; of the step there, beyond one node's: {told}"]
+
+
+def _in_other_order(cluster: Cluster, batch: int, rows: List[Tuple[int, Step]]) -> List[str]:
+    """Return what would be left if TensorFlow yielded gradients layer by layer, where it does not."""
+    if cluster.inter_op_threads != 1:
+        return []
+    other = cluster._replace(inter_op_threads=2)
+    one, many = (_step(other, nodes, batch) for nodes in (1, rows[-1][0]))
+    share, here = (100 * simulator.efficiency(*ends) for ends in ((one, many), (rows[0][1], rows[-1][1])))
+    return [f"at {rows[-1][0]:,}: {here:.1f} %; {share:.1f} % if gradients came layer by layer (inter_op_threads=2)"]
+
+
+def _training_lines(cluster: Cluster, batch: int, nodes: int) -> List[str]:
+    """Return time and node-hours of the recipe on `nodes` nodes."""
+    settings = cluster.settings
+    examples = settings.data.train_examples or facts_of(settings.data.dataset).train_examples
+    if not settings.recipe.phases:
+        return ["no --phase given, so no time to train: give a --flagfile"]
+    if not examples:
+        return [f"the size of {settings.data.dataset} is not known, so no time to train: give --train_examples"]
+    seconds = training_seconds(cluster, nodes, batch, examples)
+    told = ", ".join(f"{what} {duration(part)}" for what, part in seconds.items())
+    total = sum(seconds.values())
+    return [
+        f"the recipe on {nodes:,} nodes: {duration(total)}, {total * nodes / 3600:,.1f} node-hours ({told}; start and "
+        "first step not counted)"
+    ]
+
+
+def training_seconds(cluster: Cluster, nodes: int, batch: int, examples: int) -> Dict[str, float]:
+    """Return the seconds of a recipe by what they are spent on: `training`, `evaluation`, `checkpoints`."""
+    settings, ranks = cluster.settings, nodes * cluster.ranks_per_node
+    planned = plan(settings, ranks, examples)
+    micro_batches = planned.batch.accumulate_steps
+    training, steps = 0.0, 0
+    found: Dict[int, float] = {}
+    for phase in planned.phases:
+        if phase.image_size not in found:
+            again = (micro_batches - 1) * batch * cluster.node.image_s
+            found[phase.image_size] = _step(cluster, nodes, batch, phase.image_size).total + again
+        training += phase.steps * found[phase.image_size]
+        steps += phase.steps
+    run, evaluations = settings.run, 0.0
+    if run.eval_every_epochs:
+        evaluations = steps * planned.batch.total / examples / run.eval_every_epochs
+    held = run.eval_batch_size or batch
+    rounds = -(-(facts_of(settings.data.dataset).validation_examples or 0) // (ranks * held))
+    forward_s = (1 - simulator.BACKWARD_SHARE) * cluster.node.image_s
+    saved = steps / run.checkpoint_every_steps if run.checkpoint_every_steps else len(planned.phases)
+    weights = sum(tensor.bytes for tensor in _tensors(cluster, settings.data.image_size))
+    return {
+        "training": training,
+        "evaluation": evaluations * rounds * held * forward_s,
+        "checkpoints": saved * 2 * weights / simulator.DISK_BANDWIDTH,
+    }
+
+
+def _batch_lines(cluster: Cluster, nodes: int) -> List[str]:
+    """Return what the local batch does: at so many nodes, and for a global batch that stays."""
+    settings = cluster.settings
+    fixed = settings.recipe.global_batch_size or nodes * cluster.ranks_per_node * _batch(
+        settings, nodes * cluster.ranks_per_node
+    )
+    examples = settings.data.train_examples or facts_of(settings.data.dataset).train_examples or 0
+    table = [["images a rank", "batch", "images/s", "efficiency", "|", "nodes", "epoch s", "node-h an epoch"]]
+    for batch in BATCHES:
+        world = World(nodes, cluster.ranks_per_node)
+        one, many = _step(cluster, 1, batch), _step(cluster, nodes, batch)
+        speed = simulator.images_per_second(many, batch, world)
+        share = 100 * simulator.efficiency(one, many)
+        row = [str(batch), f"{world.ranks * batch:,}", f"{speed:,.0f}", f"{share:.1f} %", "|"]
+        few, left = divmod(fixed, batch * cluster.ranks_per_node)
+        if left or not few:
+            table.append([*row, "-", "-", "-"])
+            continue
+        other = simulator.images_per_second(_step(cluster, few, batch), batch, World(few, cluster.ranks_per_node))
+        seconds = examples / other
+        table.append([*row, f"{few:,}", f"{seconds:.1f}", f"{seconds * few / 3600:.2f}"])
+    return [f"local batch: on {nodes:,} nodes | for a global batch of {fixed:,}", *_aligned(table)]
+
+
+def published_lines() -> List[str]:
+    """Return what the model says of published points: those it was fitted to and those it was not, with errors."""
+    lines = ["published points (Intel Caffe with MLSL, no Horovod)"]
+    rows = calibrate.published_rows()
+    fits = {False: calibrate.published(False), True: calibrate.published(True)}
+    said = {
+        False: "two constants, two points (speed, jitter)",
+        True: "a third, a fixed time a step, and a third point (DAWNBench)",
+    }
+    for with_fixed, fit in fits.items():
+        node = fit.node
+        assert isinstance(node.jitter, float)
+        lines.append(
+            f"  {said[with_fixed]}: {1000 * node.image_s:.2f} ms an image and rank, jitter {100 * node.jitter:.2f} %"
+            + (f", {1000 * node.fixed_s:.0f} ms a step" if with_fixed else "")
+        )
+        table = [["", "published", "model", "error", "", ""]]
+        for point in fit.points:
+            kind = "fitted to" if point.fitted else "held out"
+            measured, predicted = f"{point.measured:.4g} {point.unit}", f"{point.predicted:.4g}"
+            table.append(
+                [point.name, measured, predicted, f"{100 * point.error:+.1f} %", kind, rows[point.name]["what"]]
+            )
+        lines += ["    " + line for line in _left(table)]
+    many = calibrate.many_cores(fits[False].node)
+    lines.append(
+        f"  104K cores, read as 1,536 Xeon Phi of 68 cores with 16 images each, speed fitted to 2,048 of them: "
+        f"{many.minutes.predicted:.1f} min for 90 epochs (published {many.minutes.measured:g}, error "
+        f"{100 * many.minutes.error:+.1f} %), efficiency {100 * many.efficiency:.1f} % of one node"
+    )
+    lines.append(
+        f"  for {many.minutes.measured:g} min each of the 1,536 would have to do {many.needed_images_per_s:.1f} "
+        f"images/s, a step of {1000 * 16 / many.needed_images_per_s:.0f} ms, the slowest of them included"
+    )
+    return lines
+
+
+def _left(table: List[List[str]]) -> List[str]:
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
+
+
+def _draw(cluster: Cluster, batch: int, rows: List[Tuple[int, Step]], path: str) -> None:
+    plots = _plots()
+    model = cluster.settings.model.model
+    told = f"{model}, {batch} images a rank, {cluster.ranks_per_node} ranks a node, {cluster.network.name}"
+    curves = {"this": _shares(rows)}
+    for threads, label in ((1, "most kernels' gradients last"), (2, "gradients layer by layer")):
+        other = cluster._replace(inter_op_threads=threads)
+        if threads != cluster.inter_op_threads:
+            curves[f"if {label}"] = _shares(curve(other, batch, rows[-1][0]))
+    points = []
+    for point in calibrate.published().points:
+        row = calibrate.published_rows()[point.name]
+        if point.unit == "x":
+            nodes = int(row["nodes"])
+            points.append(
+                {"nodes": nodes, "share": point.measured / nodes, "label": point.name, "fitted": point.fitted}
+            )
+    plots.draw_prediction(curves, points, path, told)
+
+
+def _shares(rows: List[Tuple[int, Step]]) -> Tuple[List[int], List[float]]:
+    return [nodes for nodes, _ in rows], [simulator.efficiency(rows[0][1], found) for _, found in rows]
+
+
+def _plots() -> Any:
+    from resnet_cpu.report import plots
+
+    if not plots.available():
+        raise FlagError("a plot was asked for, and matplotlib is not installed; pip install matplotlib")
+    return plots
+
+
+def _validate(path: str, output: Optional[str]) -> None:
+    """Print measured and predicted steps of a replay, the constants as JSON, and draw them where --output is given."""
+    found = calibrate.validate(calibrate.read_replay(path))
+    table = [["", "compute s", "measured s", "predicted s", "error", ""]]
+    for setting, point in found.rows:
+        kind = "fitted to" if point.fitted else "held out"
+        table.append([point.name, f"{setting.compute_s:g}", f"{point.measured:.4f}", f"{point.predicted:.4f}"])
+        table[-1] += [f"{100 * point.error:+.1f} %", kind]
+    print("\n".join(_left(table)))
+    for label, errors in found.errors().items():
+        median, largest = 100 * statistics.median(errors), 100 * max(errors)
+        print(f"{label}: {len(errors)} settings, median error {median:.1f} %, largest {largest:.1f} %")
+    if output:
+        points = [dataclasses.asdict(point) for _, point in found.rows]
+        _plots().draw_validation(points, output, os.path.basename(path))
+        print(output, file=sys.stderr)
+    constants = {
+        hosts: {key: value for key, value in dataclasses.asdict(network).items() if key != "name"}
+        for hosts, network in found.networks.items()
+    }
+    print(json.dumps(constants))
+
+
+if __name__ == "__main__":
+    guard.run(main)
