@@ -34,9 +34,17 @@ def with_allocator() -> Dict[str, str]:
     return {"LD_PRELOAD": str(ALLOCATOR)} if ALLOCATOR else {}
 
 
-def last_line(process: subprocess.Popen) -> str:
-    """Return the last line on standard output of a command that succeeded."""
-    out, err = process.communicate(timeout=900)
+def last_line(process: subprocess.Popen, seconds: float = 900) -> str:
+    """Return the last line on standard output of a command that succeeds within so many seconds."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # mpirun and torchrun end their ranks
+        try:
+            process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise SystemExit(f"a run took more than {seconds:.0f} s and was ended") from None
     if process.returncode:
         raise SystemExit(f"a run failed with {process.returncode}:\n{err}")
     return out.strip().splitlines()[-1]
@@ -47,9 +55,9 @@ def rate_of_training(process: subprocess.Popen) -> float:
     return json.loads(last_line(process))["images_per_second"]
 
 
-def rate_of_benchmark(process: subprocess.Popen) -> float:
+def rate_of_benchmark(process: subprocess.Popen, seconds: float = 900) -> float:
     """Return images/s of a command whose last line is `total images/sec: X`."""
-    return float(last_line(process).rpartition(" ")[2])
+    return float(last_line(process, seconds).rpartition(" ")[2])
 
 
 def parser(doc: Optional[str]) -> argparse.ArgumentParser:
@@ -74,11 +82,16 @@ def in_turns(sides: Dict[str, Callable[[], float]], rounds: int) -> List[Row]:
     """Measure every side once a round, in an order that changes from round to round; tell each figure."""
     names, rows = list(sides), []
     for number in range(rounds):
-        turn = names[number % len(names) :] + names[: number % len(names)]
-        row = {name: sides[name]() for name in (turn if number % 2 == 0 else reversed(turn))}
+        row = {name: sides[name]() for name in turn(names, number)}
         rows.append({name: row[name] for name in names})
         print(f"round {number + 1}: " + ", ".join(f"{name} {row[name]:.3f}" for name in names), flush=True)
     return rows
+
+
+def turn(names: List[str], number: int) -> List[str]:
+    """Return the order of the sides in round `number`: another one starts, and every other round goes backwards."""
+    order = names[number % len(names) :] + names[: number % len(names)]
+    return order if number % 2 == 0 else order[::-1]
 
 
 def interval(values: List[float], draws: int = 10_000) -> Tuple[float, float]:
@@ -90,8 +103,8 @@ def interval(values: List[float], draws: int = 10_000) -> Tuple[float, float]:
 
 
 def tell_ratio(rows: List[Row], side: str, base: str) -> None:
-    """Print the median of the rounds' ratios with its interval."""
-    ratios = [row[side] / row[base] for row in rows]
+    """Print the median of the rounds' ratios with its interval, over the rounds that have both sides."""
+    ratios = [row[side] / row[base] for row in rows if side in row and base in row]
     low, high = interval(ratios)
     print(
         f"{side} / {base}: median {statistics.median(ratios):.4f}, 95 % interval {low:.4f} ... {high:.4f}, "

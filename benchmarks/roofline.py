@@ -1,0 +1,431 @@
+"""The bound that this machine's arithmetic and memory put on a training step of ResNet-50, and how near ours comes.
+
+    launch/local.sh 1 python benchmarks/roofline.py --rounds 7 --out benchmarks/results/roofline.csv
+
+Definition, fixed before anything was measured. One process on all cores, float32, 224x224, batch 32.
+
+- Compute ceiling: the best of a fixed set of convolutions (3x3 and 1x1, forward, no padding) and of a product of
+  matrices of 4096 x 4096, with the same kernels and threads as our step. A rate is FLOPs (two for a multiply-add) over
+  the time of as many calls as fill half a second. Best is what has the highest median over the rounds.
+- Memory ceiling: the best of STREAM copy and triad (benchmarks/stream.cpp), with and without stores past the cache, in
+  arrays of the size of the largest activation and of 1 GiB; chosen likewise.
+- Each of a convolution's three passes (forward, gradient of its input, gradient of its kernel; the first convolution
+  has no second) takes the larger of its FLOPs at the compute ceiling and its bytes at the memory ceiling; so does the
+  classifier. FLOPs are those that the field counts (4.1 G multiply-adds forward), padding included. Bytes are what it
+  reads and writes once: input, kernel, output, or their gradients.
+- All else takes its bytes at the memory ceiling: as few as it must move when tensors between layers live in memory and
+  everything elementwise is fused into its neighbour. Batch norm knows its statistics only when it has seen the batch:
+  it reads its input twice and writes once; backward reads input and gradient twice and writes once. The ReLU after it
+  is free both ways. An addition reads the shortcut; backward reads the sum, for its ReLU, and one of the two gradients
+  that meet where the shortcut forks off. Max pooling reads and writes, and in backward reads input and gradient and
+  writes; average pooling reads, and in backward writes. The update reads weight, gradient, velocity and writes weight
+  and velocity.
+- The bound is a batch over the sum of these times. Nothing overlaps, since each part keeps all cores busy, and nothing
+  is granted for calls, reorders or the language.
+- Our share is our images/s over the bound in the same round, with that round's rates of the two that were chosen.
+
+Two more figures are told, which are not the bound. Without the multiplications by padding, which kernels may skip, it
+is a little higher. And every convolution of the network is timed alone: the sum of their times and of the other parts'
+is what a step would take with these kernels and nothing lost between them.
+"""
+
+import argparse
+import collections
+import dataclasses
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, Callable, Dict, List, Tuple
+
+import paired
+
+FLOAT = 4  # bytes
+# (name, height and width of the output, kernel, channels in, channels out), stride 1; kernel 0: the product of matrices
+SET = [
+    ("3x3 64 at 56x56", 56, 3, 64, 64),
+    ("3x3 128 at 28x28", 28, 3, 128, 128),
+    ("3x3 256 at 14x14", 14, 3, 256, 256),
+    ("3x3 512 at 7x7", 7, 3, 512, 512),
+    ("3x3 256 at 56x56", 56, 3, 256, 256),
+    ("3x3 512 at 28x28", 28, 3, 512, 512),
+    ("1x1 128 to 512 at 28x28", 28, 1, 128, 512),
+    ("1x1 256 to 1024 at 14x14", 14, 1, 256, 1024),
+    ("1x1 1024 to 1024 at 28x28", 28, 1, 1024, 1024),
+    ("matrices 4096", 4096, 0, 4096, 4096),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """A convolution of the network, for a batch: shapes as [height, width, channels], padding included in the input."""
+
+    inputs: Tuple[int, int, int]
+    outputs: Tuple[int, int, int]
+    kernel: int
+    stride: int
+    padding: int  # on each side, included in `inputs`
+    first: bool  # of the network: nobody asks for the gradient of its input
+
+    @property
+    def passes(self) -> Tuple[str, ...]:
+        return ("forward", "kernel") if self.first else ("forward", "input", "kernel")
+
+    def flops(self, batch: int, padding: bool = True) -> float:
+        """Return FLOPs of each pass, with or without the multiplications by padding."""
+        height, width, channels = self.outputs
+        taps = self.kernel**2 * height * width if padding else self._taps(0) * self._taps(1)
+        return 2.0 * batch * taps * channels * self.inputs[2]
+
+    def _taps(self, axis: int) -> int:
+        """Return how many pairs (place of the output, place of the kernel) along an axis fall on the image."""
+        image = range(self.padding, self.inputs[axis] - self.padding)
+        return sum(self.stride * at + tap in image for at in range(self.outputs[axis]) for tap in range(self.kernel))
+
+    def bytes(self, batch: int) -> float:
+        """Return bytes of each pass: input, output and kernel once, or their gradients."""
+        height, width = (side - 2 * self.padding for side in self.inputs[:2])
+        ins, outs = batch * height * width * self.inputs[2], batch * self.outputs[0] * self.outputs[1] * self.outputs[2]
+        return FLOAT * (ins + outs + self.kernel**2 * self.inputs[2] * self.outputs[2])
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a step, for a batch."""
+
+    name: str
+    flops: float
+    bytes: float
+
+    def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
+        return max(self.flops / flops_per_s, self.bytes / bytes_per_s)
+
+
+def convolutions(model: Any) -> List[Conv]:
+    """Return the convolutions of a Keras model in the order of its layers."""
+    found = []
+    for layer in model.layers:
+        if type(layer).__name__ == "Conv2D":
+            kernel, stride = layer.kernel_size[0], layer.strides[0]
+            padding = (kernel - 1) // 2
+            height, width, channels = layer.input_shape[1:]
+            if layer.padding == "same":  # else a layer before it has padded
+                height, width = height + 2 * padding, width + 2 * padding
+            found.append(
+                Conv((height, width, channels), layer.output_shape[1:], kernel, stride, padding, first=not found)
+            )
+    return found
+
+
+def parts(model: Any, batch: int, padding: bool = True) -> List[Part]:
+    """Return the parts of a step as the definition above counts them; without `padding`, what kernels may skip."""
+    found = []
+    for conv in convolutions(model):
+        found += [
+            Part(f"convolutions {conv.kernel}x{conv.kernel}, {way}", conv.flops(batch, padding), conv.bytes(batch))
+            for way in conv.passes
+        ]
+    for layer in model.layers:
+        kind = type(layer).__name__
+        outs = FLOAT * batch * _elements(layer.output_shape)
+        ins = (
+            FLOAT
+            * batch
+            * _elements(layer.input_shape[0] if isinstance(layer.input_shape, list) else layer.input_shape)
+        )
+        if kind == "BatchNormalization":
+            found += [
+                Part("batch norm and ReLU, forward", 0, 3 * outs),
+                Part("batch norm and ReLU, backward", 0, 5 * outs),
+            ]
+        elif kind == "Add":
+            found += [Part("additions, forward", 0, outs), Part("additions, backward", 0, 2 * outs)]
+        elif kind == "MaxPooling2D":
+            found += [Part("pools", 0, ins + outs), Part("pools", 0, ins + outs + ins)]
+        elif kind == "GlobalAveragePooling2D":
+            found += [Part("pools", 0, ins + outs), Part("pools", 0, ins + outs)]
+        elif kind == "Dense":
+            weights = layer.count_params()
+            found += [Part("classifier", 2.0 * ins / FLOAT * layer.units, ins + outs + FLOAT * weights)] * 3
+    weights = sum(variable.shape.num_elements() for variable in model.trainable_variables)
+    found.append(Part("update", 0, 5.0 * FLOAT * weights))
+    return found
+
+
+def _elements(shape: tuple) -> int:
+    count = 1
+    for side in shape:
+        count *= side or 1  # None: the batch
+    return count
+
+
+def summed(found: List[Part], flops_per_s: float, bytes_per_s: float) -> Dict[str, Tuple[float, float, float]]:
+    """Return (GFLOP, GB, seconds at the ceilings) of the parts of each name."""
+    table: Dict[str, Tuple[float, float, float]] = {}
+    for part in found:
+        flops, moved, seconds = table.get(part.name, (0.0, 0.0, 0.0))
+        seconds += part.seconds(flops_per_s, bytes_per_s)
+        table[part.name] = (flops + part.flops / 1e9, moved + part.bytes / 1e9, seconds)
+    return table
+
+
+def seconds_a_call(call: Callable[[], Any], window_s: float) -> float:
+    """Return the mean seconds of as many calls as fill the window, at least two, after one that is not counted."""
+    call()
+    calls, started = 0, time.perf_counter()
+    while calls < 2 or time.perf_counter() - started < window_s:
+        call()
+        calls += 1
+    return (time.perf_counter() - started) / calls
+
+
+def passes(conv: Conv, batch: int) -> Dict[str, Callable[[], Any]]:
+    """Return a call for each pass of a convolution; under a stride its images come padded, as in the network."""
+    import tensorflow as tf
+
+    spare = 2 * conv.padding if conv.stride == 1 else 0
+    shape = [batch, conv.inputs[0] - spare, conv.inputs[1] - spare, conv.inputs[2]]
+    images, gradient = tf.random.normal(shape), tf.random.normal([batch, *conv.outputs])
+    kernel = tf.random.normal([conv.kernel, conv.kernel, conv.inputs[2], conv.outputs[2]])
+    strides = [1, conv.stride, conv.stride, 1]
+    raw = {"strides": strides, "padding": "SAME" if spare else "VALID"}
+    forward = tf.function(lambda x, w: tf.raw_ops.Conv2D(input=x, filter=w, **raw))
+    ways: Dict[str, Callable[[], Any]] = {"forward": lambda: forward(images, kernel)}
+    if "input" in conv.passes:
+        of_input = tf.function(
+            lambda w, y: tf.raw_ops.Conv2DBackpropInput(input_sizes=shape, filter=w, out_backprop=y, **raw)
+        )
+        ways["input"] = lambda: of_input(kernel, gradient)
+    of_kernel = tf.function(
+        lambda x, y: tf.raw_ops.Conv2DBackpropFilter(input=x, filter_sizes=kernel.shape, out_backprop=y, **raw)
+    )
+    ways["kernel"] = lambda: of_kernel(images, gradient)
+    return ways
+
+
+def compute_set(batch: int, window_s: float) -> Dict[str, Callable[[], float]]:
+    """Return, by name, a call that measures one of the set in GFLOP/s."""
+    import tensorflow as tf
+
+    calls: Dict[str, Callable[[], float]] = {}
+
+    def measure(call: Callable[[], Any], flops: float) -> Callable[[], float]:
+        return lambda: flops / seconds_a_call(call, window_s) / 1e9
+
+    for name, size, kernel, ins, outs in SET:
+        if kernel == 0:
+            left, right = tf.random.normal([size, ins]), tf.random.normal([ins, outs])
+            product = tf.function(tf.matmul)
+            calls[name] = measure(lambda p=product, a=left, b=right: p(a, b), 2.0 * size * ins * outs)
+        else:
+            whole = size + kernel - 1
+            conv = Conv((whole, whole, ins), (size, size, outs), kernel, 1, padding=0, first=True)
+            calls[name] = measure(passes(conv, batch)["forward"], conv.flops(batch))
+    return calls
+
+
+def memory_set(folder: str, largest: int, seconds: float) -> Callable[[], Dict[str, float]]:
+    """Compile STREAM; return a call that measures its kernels in GB/s, by name."""
+    program = str(pathlib.Path(folder) / "stream")
+    source = paired.ROOT / "benchmarks" / "stream.cpp"
+    subprocess.run(["g++", "-O3", "-march=native", "-fopenmp", str(source), "-o", program], check=True)
+
+    def measure() -> Dict[str, float]:
+        rates = {}
+        for label, size in ((f"{largest / 1e6:.0f} MB", largest), ("1 GiB", 2**30)):
+            done = subprocess.run([program, str(size), str(seconds)], check=True, capture_output=True, text=True)
+            rates.update({f"{line.split()[0]}, {label}": float(line.split()[1]) for line in done.stdout.splitlines()})
+        return rates
+
+    return measure
+
+
+def training_step(arguments: argparse.Namespace) -> Tuple[Callable[[], Any], Any]:
+    """Return (a call that takes the step that `resnet_cpu.benchmark` times, the model whose layers know shapes)."""
+    from resnet_cpu import flags
+    from resnet_cpu.cluster import control, layout
+
+    command = ["--dataset=synthetic", f"--batch_size={arguments.batch_size}", f"--image_size={arguments.image_size}"]
+    values, _ = flags.parse_values(command, "benchmark")
+    settings = flags.make_settings(values)
+    world = control.connect(settings.system.ranks)
+    if world.size > 1:
+        raise SystemExit("one rank, please: launch/local.sh 1 python benchmarks/roofline.py ...")
+    print(f"environment: {layout.apply(settings.system.threads, world.cores)}", flush=True)
+    import tensorflow as tf
+
+    from resnet_cpu.cluster import horovod
+    from resnet_cpu.recipe import batch_rule
+    from resnet_cpu.training import batches, state, step
+
+    tf.get_logger().setLevel("ERROR")  # it warns of functions that are traced again; here each is another
+    horovod.start(world)
+    recipe = settings.recipe
+    batch = batch_rule.resolve_batch(recipe.batch_size, recipe.global_batch_size, 1, 1)
+    model = state.build_model(settings)
+    knobs = step.make_knobs()
+    train_step = step.TrainStep(model, step.make_optimizer(model, knobs, recipe), knobs)
+    taken = batches.training_batches(
+        settings, world, None, examples=4 * batch.total, batch=batch, first_step=0, last_step=10**6, augment="none",
+        image_size=arguments.image_size,
+    )  # fmt: skip
+    rate, go_on = tf.constant(0.0), tf.constant(0.0)
+    size = [arguments.image_size, arguments.image_size, 3]
+    shaped = tf.keras.models.clone_model(model, tf.keras.Input(size))
+    return lambda: train_step.take(taken, rate, go_on), shaped
+
+
+def main() -> None:
+    parser = paired.parser(__doc__)
+    parser.set_defaults(out="benchmarks/results/roofline.csv")
+    parser.add_argument("--steps", type=int, default=3, help="timed, in each round")
+    parser.add_argument("--window_s", type=float, default=0.5, help="for each of the set of convolutions")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--image_size", type=int, default=224)
+    arguments = parser.parse_args()
+    batch = arguments.batch_size
+    train, model = training_step(arguments)
+    found, convs = parts(model, batch), collections.Counter(convolutions(model))
+    largest = FLOAT * batch * max(conv.outputs[0] * conv.outputs[1] * conv.outputs[2] for conv in convs)
+    alone = {(conv, way): call for conv in convs for way, call in passes(conv, batch).items()}
+    computing = compute_set(batch, arguments.window_s)
+    train(), train()  # the first traces
+
+    def step_rate() -> float:
+        started = time.perf_counter()
+        for _ in range(arguments.steps):
+            train()
+        return arguments.steps * batch / (time.perf_counter() - started)
+
+    rows: List[Dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        memory = memory_set(folder, largest, 4 * arguments.window_s)
+        groups: Dict[str, Callable[[], Dict[str, float]]] = {
+            "ours": lambda: {"ours images/s": step_rate()},
+            "compute": lambda: {f"{name} GFLOP/s": measure() for name, measure in computing.items()},
+            "memory": lambda: {f"{name} GB/s": rate for name, rate in memory().items()},
+            "alone": lambda: {f"{_label(*key)} ms": 1000 * seconds_a_call(call, 0.0) for key, call in alone.items()},
+        }
+        for number in range(arguments.rounds):
+            row: Dict[str, float] = {}
+            for group in paired.turn(list(groups), number):
+                row.update(groups[group]())
+            rows.append(row)
+            print(f"round {number + 1}: ours {row['ours images/s']:.3f} images/s", flush=True)
+    paired.write(arguments.out, [{name: row[name] for name in rows[0]} for row in rows])
+    tell(rows, found, parts(model, batch, padding=False), convs, batch, pathlib.Path(arguments.out).with_suffix(".png"))
+
+
+def _label(conv: Conv, way: str) -> str:
+    return f"alone {conv.kernel}x{conv.kernel}/{conv.stride} {conv.inputs} to {conv.outputs} {way}"
+
+
+def best(rows: List[Dict[str, float]], unit: str) -> Tuple[str, float]:
+    """Return (name, median over the rounds) of the best in the set with that unit."""
+    medians = {name: statistics.median(row[name] for row in rows) for name in rows[0] if name.endswith(unit)}
+    name = max(medians, key=lambda key: medians[key])
+    return name, medians[name]
+
+
+def tell(
+    rows: List[Dict[str, float]],
+    found: List[Part],
+    unpadded: List[Part],
+    convs: Dict[Conv, int],
+    batch: int,
+    path: pathlib.Path,
+) -> None:
+    """Print ceilings, parts, bound and our share of it; draw the roofline to `path`."""
+    for unit in ("GFLOP/s", " GB/s"):
+        for name in rows[0]:
+            if name.endswith(unit):
+                print(f"  {name}: {statistics.median(row[name] for row in rows):.1f}")
+    (compute_name, gflops), (memory_name, gigabytes) = best(rows, "GFLOP/s"), best(rows, " GB/s")
+    print(f"ceilings: {gflops:.1f} GFLOP/s ({compute_name}), {gigabytes:.1f} GB/s ({memory_name})")
+    measured: Dict[str, float] = collections.defaultdict(float)  # seconds of the convolutions, each timed alone
+    for conv, count in convs.items():
+        for way in conv.passes:
+            milliseconds = statistics.median(row[f"{_label(conv, way)} ms"] for row in rows)
+            measured[f"convolutions {conv.kernel}x{conv.kernel}, {way}"] += count * milliseconds / 1000
+    table = summed(found, gflops * 1e9, gigabytes * 1e9)
+    print(f"{'part of a step':34s} {'GFLOP':>8s} {'GB':>7s} {'bound ms':>9s} {'alone ms':>9s}")
+    for name, (flops, moved, seconds) in table.items():
+        timed = f"{1000 * measured[name]:9.0f}" if name in measured else ""
+        print(f"{name:34s} {flops:8.1f} {moved:7.2f} {1000 * seconds:9.0f} {timed}")
+    total = sum(seconds for _, _, seconds in table.values())
+    print(f"bound: {batch / total:.3f} images/s ({1000 * total:.0f} ms a step)")
+    rates = [row["ours images/s"] for row in rows]
+    low, high = paired.interval(rates)
+    print(f"ours: median {statistics.median(rates):.3f} images/s, {low:.3f} ... {high:.3f}, n = {len(rates)}")
+    compared = []
+    for row in rows:
+        ceilings = 1e9 * row[compute_name], 1e9 * row[memory_name]
+        alone = sum(measured.get(name, seconds) for name, (_, _, seconds) in summed(found, *ceilings).items())
+        compared.append(
+            {
+                "ours": row["ours images/s"],
+                "the bound": batch / sum(part.seconds(*ceilings) for part in found),
+                "the bound without padding": batch / sum(part.seconds(*ceilings) for part in unpadded),
+                "convolutions as they are alone": batch / alone,
+            }
+        )
+    for base in list(compared[0])[1:]:
+        paired.tell_ratio(compared, "ours", base)
+    draw(found, rows, convs, batch, gflops, gigabytes, path)
+
+
+def draw(
+    found: List[Part],
+    rows: List[Dict[str, float]],
+    convs: Dict[Conv, int],
+    batch: int,
+    gflops: float,
+    gigabytes: float,
+    path: pathlib.Path,
+) -> None:
+    """Draw the roofline, each convolution's passes at the rate they had alone, and the whole step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    reach = [0.25, gflops / gigabytes, 1000.0]
+    axes.loglog(reach, [min(gflops, x * gigabytes) for x in reach], color="black", label="roofline")
+    for way, marker in (("forward", "o"), ("input", "^"), ("kernel", "s")):
+        chosen = [conv for conv in convs if way in conv.passes]
+        axes.plot(
+            [conv.flops(batch) / conv.bytes(batch) for conv in chosen],
+            [
+                conv.flops(batch) / statistics.median(row[f"{_label(conv, way)} ms"] for row in rows) / 1e6
+                for conv in chosen
+            ],
+            marker,
+            markersize=5,
+            alpha=0.7,
+            label={"forward": "convolution", "input": "gradient of its input", "kernel": "gradient of its kernel"}[way],
+        )
+    flops = sum(part.flops for part in found)
+    rate = statistics.median(row["ours images/s"] for row in rows) / batch * flops / 1e9
+    axes.plot(
+        [flops / sum(part.bytes for part in found)], [rate], "*", markersize=14, color="crimson", label="our step"
+    )
+    axes.set(
+        xlabel="FLOP/byte",
+        ylabel="GFLOP/s",
+        title=f"{gflops:.0f} GFLOP/s, {gigabytes:.1f} GB/s",
+    )
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    print(f"plot: {path}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    main()
+    sys.stdout.flush()
