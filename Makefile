@@ -17,7 +17,7 @@ help:
 	@echo "make tables  write the tables and plots of docs/results.md and README.md anew from experiments/results/*.csv"
 	@echo "make setup   set up only: .venv with everything built (about 3 minutes)"
 	@echo "make wheelhouse  put every package into wheelhouse/, for nodes without a network (docs/offline.md)"
-	@echo "make lint    style, types; make format mends the style; make docs writes docs/flags.md; make lock resolves anew"
+	@echo "make lint    style, types; make format mends the style; make docs writes docs/flags.md and layouts.md; make lock resolves anew"
 	@echo "make clean   remove the environment and caches, never data or runs"
 
 setup:
@@ -35,19 +35,23 @@ smoke: setup
 
 reproduce: setup $(DATA)/manifest.json
 	@PATH="$(abspath $(VENV))/bin:$$PATH" experiments/reproduce.sh
-	@$(PYTHON_ENV) -m resnet_cpu.tables --runs=$(or $(RUNS),runs/reproduce) --documents=README.md,docs/results.md >/dev/null
+	@$(PYTHON_ENV) -m resnet_cpu.tables --runs=$(or $(RUNS),runs/reproduce) --documents=README.md,docs/results.md,docs/scaling.md >/dev/null
 
 tables: setup
-	@$(PYTHON_ENV) -m resnet_cpu.tables --documents=README.md,docs/results.md >/dev/null
+	@$(PYTHON_ENV) -m resnet_cpu.tables --documents=README.md,docs/results.md,docs/scaling.md >/dev/null
 
 test: setup lint
-	@PATH="$(abspath $(VENV))/bin:$$PATH" python -m pytest -q $(PYTEST_ARGS)
+	@if (($$(id -u) == 0)) && command -v apt-get >/dev/null; then launch/slurm-lab/lab.sh install; \
+	  command -v tc >/dev/null || apt-get install -y -q --no-install-recommends iproute2 >/dev/null; fi
+	@PATH="$(abspath $(VENV))/bin:$$PATH" python -m pytest -q -n "$$(nproc)" --maxprocesses=8 \
+	  --dist=loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup
 	@$(PYTHON_ENV) -m ruff check -q . && $(PYTHON_ENV) -m ruff format -q --check . && $(PYTHON_ENV) -m mypy --no-error-summary
 
 docs: setup
 	@$(PYTHON_ENV) -c "from resnet_cpu import flags; print(flags.reference(), end='')" >docs/flags.md
+	@$(PYTHON_ENV) tests/machine_trees.py >docs/layouts.md
 
 # For machines without a network: docs/offline.md. Where this runs, Python and processor must be those of the nodes.
 wheelhouse: setup

@@ -10,7 +10,13 @@ from resnet_cpu.cluster import control, layout
 
 ROOT = pathlib.Path(__file__).parent.parent
 OUTSIDE = {**os.environ, "PYTHONPATH": str(ROOT)}  # what commands that the tests start are given: this very checkout
-layout.apply(0, control.physical_cores(os.sched_getaffinity(0)))  # before any test module imports TensorFlow
+# Each of pytest-xdist's workers computes on its share of the cores: threads that wait for a core that another worker
+# has spin meanwhile, and a run takes twice the processor time.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+THREADS = max(1, control.physical_cores(os.sched_getaffinity(0)) // WORKERS)
+SHARE = {name: str(THREADS) for name in ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")} if WORKERS > 1 else {}
+os.environ.update(SHARE)
+layout.apply(0, THREADS)  # before any test module imports TensorFlow
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -29,6 +35,29 @@ TINY_FLAGS = [
     "--phase=main:steps=10,lr=0.05,warmup_steps=3",
     "--phase=tail:steps=6,lr=0.01,decay=cosine,wd=5e-4,augment=light",
 ]
+
+
+# Longest first, so that no worker is left with one of them at the end.
+LONGEST = [f"test_{name}.py" for name in ("train", "benchmark", "tree", "layouts", "bare_install", "profile", "state")]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    """Keep the tests of a file on one worker, which share its fixtures, and all that start ranks on one, and first.
+
+    Sessions of several ranks use all cores: two at a time would only wait for each other.
+    """
+
+    def of_ranks(item: pytest.Item) -> bool:
+        return any(item.get_closest_marker(name) for name in ("mpi", "slurm", "multihost"))
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.name
+        return -1 if of_ranks(item) else LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ranks" if of_ranks(item) else item.path.name))
 
 
 def write_tiny_data(folder: str, train: int = 50, validation: int = 21, classes: int = 10) -> Dict[str, int]:
@@ -61,13 +90,13 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def run_command() -> Callable[..., subprocess.CompletedProcess]:
-    """Run `python -m resnet_cpu.COMMAND ARGUMENTS` to its end."""
+    """Run `python -m resnet_cpu.COMMAND ARGUMENTS` to its end, on this worker's share of the cores."""
 
-    def run(command: str, *arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    def run(command: str, *arguments: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, "-m", f"resnet_cpu.{command}", *arguments],
             cwd=ROOT,
-            env={**OUTSIDE, **environment},
+            env={**OUTSIDE, **SHARE, **environment},
             capture_output=True,
             text=True,
             timeout=timeout,

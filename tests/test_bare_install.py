@@ -58,7 +58,7 @@ def bare(tmp_path_factory):
 def run(python, cwd, *arguments, **more):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
-        [python, *arguments], cwd=cwd, env={**environment, **more}, capture_output=True, text=True, timeout=120
+        [python, *arguments], cwd=cwd, env={**environment, **more}, capture_output=True, text=True, timeout=600
     )
 
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import whole_runs as runs
-from conftest import last_line, told
+from conftest import last_line
 
+from resnet_cpu import evaluate
 from resnet_cpu.cluster import control
 from resnet_cpu.data import layouts
+from resnet_cpu.errors import FlagError
 from resnet_cpu.training import checkpoint
 
 SHORT = ["--phase=main:steps=2,lr=0.05", "--phase=tail:steps=1,lr=0.01"]
@@ -38,16 +40,14 @@ def test_arrays_are_those_of_the_checkpoint(run_dir, run_command, tmp_path):
     assert process.returncode == 0, process.stderr
     with np.load(target, allow_pickle=False) as arrays:
         assert not runs.differing(dict(arrays), checkpoint.read_weights(run_dir))
-    again = run_command("evaluate", f"--run_dir={run_dir}", f"--export={target}")
-    assert again.returncode == 64 and "is there already" in told(again)[0]
-    nowhere = run_command("evaluate", f"--run_dir={run_dir}", f"--export={tmp_path}/no/such/folder")
-    assert nowhere.returncode == 64 and "no folder" in told(nowhere)[0]
+    for place, part in ((target, "is there already"), (f"{tmp_path}/no/such/folder", "no folder")):
+        with pytest.raises(FlagError, match=part):
+            evaluate.main([f"--run_dir={run_dir}", f"--export={place}"])
 
 
-def test_a_saved_model_scores_raw_pixels_as_evaluate_does(run_dir, run_command, tiny_data, tmp_path):
-    process = run_command("evaluate", f"--run_dir={run_dir}", f"--export={tmp_path}/model")
-    assert process.returncode == 0, process.stderr
-    scores = json.loads(last_line(process.stdout))
+def test_a_saved_model_scores_raw_pixels_as_evaluate_does(run_dir, tiny_data, tmp_path, capsys):
+    evaluate.main([f"--run_dir={run_dir}", f"--export={tmp_path}/model"])
+    scores = json.loads(last_line(capsys.readouterr().out))
     split = layouts.open_data(tiny_data, "digits").validation
     examples = [tf.train.Example.FromString(record) for record in split.read(np.arange(split.examples))]
     pixels = [
@@ -60,7 +60,7 @@ def test_a_saved_model_scores_raw_pixels_as_evaluate_does(run_dir, run_command, 
         [sys.executable, "-c", CONSUMER, tmp_path / "model", tmp_path / "pixels.npy", tmp_path / "logits.npy"],
         check=True,
         cwd=tmp_path,
-        timeout=120,
+        timeout=600,
     )
     logits = np.load(tmp_path / "logits.npy").astype(np.float64)
     loss = np.mean(np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels])

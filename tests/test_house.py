@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "resnet_cpu"
-ENTRY_POINTS = {"train", "evaluate", "benchmark", "plan", "prepare", "tables"}
+ENTRY_POINTS = {"train", "evaluate", "benchmark", "plan", "prepare", "tables", "launch", "simulate"}
 # room -> rooms it may import from besides itself, errors and settings.
 ALLOWED = {
     "recipe": set(),
@@ -15,9 +15,10 @@ ALLOWED = {
     "model": {"recipe"},
     "optim": {"recipe"},
     "cluster": {"recipe"},
-    "report": {"recipe", "data"},
-    "training": {"recipe", "data", "model", "optim", "cluster", "report"},
-    "flags": {"recipe", "data"},
+    "scaling": {"recipe"},
+    "report": {"recipe", "data", "cluster", "scaling"},
+    "training": {"recipe", "data", "model", "optim", "cluster", "report", "scaling"},
+    "flags": {"recipe", "data", "scaling"},
     "settings": {"recipe"},
     "errors": set(),
 }
@@ -30,9 +31,15 @@ WITHOUT_TENSORFLOW = [
     "data/shards",
     "data/layouts",
     "data/datasets",
+    "scaling",
+    "launch",
+    "simulate",
     "cluster/control",
     "cluster/guard",
+    "cluster/topology",
     "cluster/layout",
+    "cluster/launchers",
+    "cluster/tuning",
     "report/provenance",
     "training/job",
     "training/checkpoint",

@@ -178,7 +178,7 @@ def test_more_shards_than_the_limit_of_open_files(tmp_path):
 
     def run(soft, hard):
         command = [sys.executable, "-c", LIMITED, str(tmp_path), str(soft), str(hard)]
-        return subprocess.run(command, cwd=ROOT, env=OUTSIDE, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=ROOT, env=OUTSIDE, capture_output=True, text=True, timeout=300)
 
     allowed = run(300, 3000)
     assert allowed.stdout.split() == ["600"], allowed.stderr

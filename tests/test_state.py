@@ -15,7 +15,7 @@ from resnet_cpu.errors import CheckpointError
 from resnet_cpu.training import checkpoint, state
 
 ALONE = control.World(1, 0)
-SHORT = ["--phase=main:steps=2,lr=0.05", "--phase=tail:steps=1,lr=0.01"]
+SHORT = [*runs.SYNTHETIC, "--phase=main:steps=2,lr=0.05", "--phase=tail:steps=1,lr=0.01"]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import pytest
 import whole_runs as runs
 from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, told, write_tiny_data
 
-from resnet_cpu import plan
+from resnet_cpu import evaluate, plan
 from resnet_cpu.cluster import control
 from resnet_cpu.data import order
 from resnet_cpu.data.sources import arrays
@@ -41,8 +41,8 @@ def finished(tiny_data, tmp_path_factory):
     return folder
 
 
-def test_resume_is_bit_identical(tiny_data, tmp_path):
-    runs.check_resume(ALONE, tiny_data, str(tmp_path))
+def test_resume_is_bit_identical(tiny_data, finished, tmp_path):
+    runs.check_resume(ALONE, tiny_data, str(tmp_path), whole=finished)
 
 
 def test_negative_control_another_seed_is_another_run(tiny_data, finished, tmp_path):
@@ -144,13 +144,12 @@ def test_evaluate_gives_the_score_of_the_run(finished, run_command, tmp_path):
     assert run_command("evaluate", f"--run_dir={tmp_path}").returncode == 66
 
 
-def test_bfloat16_resumes_bit_identically_and_is_scored_in_either_precision(tiny_data, tmp_path, run_command):
+def test_bfloat16_resumes_bit_identically_and_is_scored_in_either_precision(tiny_data, tmp_path, capsys):
     runs.check_resume(ALONE, tiny_data, str(tmp_path), "--precision=bfloat16", stops=(13,))
     losses = {}
     for precision in ("bfloat16", "float32"):
-        process = run_command("evaluate", f"--run_dir={tmp_path}/whole", f"--precision={precision}")
-        assert process.returncode == 0, process.stderr
-        losses[precision] = json.loads(last_line(process.stdout))["loss"]
+        evaluate.main([f"--run_dir={tmp_path}/whole", f"--precision={precision}"])
+        losses[precision] = json.loads(last_line(capsys.readouterr().out))["loss"]
     assert losses["float32"] != losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
 
 
@@ -176,10 +175,10 @@ def test_flags_of_a_run_that_never_did_a_step_bind_nobody(tiny_data, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(loop._Training, "run", fail)
         with pytest.raises(CheckpointError, match="before the first step"):
-            train(tiny_data, tmp_path / "run")
-    assert train(tiny_data, tmp_path / "run", "--seed=7")["complete"]
+            train(tiny_data, tmp_path / "run", *runs.SYNTHETIC)
+    assert train(tiny_data, tmp_path / "run", *runs.SYNTHETIC, "--seed=7")["complete"]
     with pytest.raises(CheckpointError, match="seed 7 there, 8 here"):
-        train(tiny_data, tmp_path / "run", "--seed=8")
+        train(tiny_data, tmp_path / "run", *runs.SYNTHETIC, "--seed=8")
 
 
 def test_labels_are_learned(tiny_data, tmp_path):
@@ -226,7 +225,7 @@ SHORT = ["--phase=main:steps=3,lr_per_256=2,warmup_steps=2,warmup_lr=0.01", "--p
 
 
 def weights_after(tiny_data, folder, *more):
-    train(tiny_data, folder, *SHORT, *more)
+    train(tiny_data, folder, *SHORT, *runs.SYNTHETIC, *more)
     return {name: array for name, array in runs.final_state(str(folder)).items() if name.startswith("weights/")}
 
 
@@ -254,8 +253,20 @@ def test_modes_record_what_they_are_for(tiny_data, tmp_path):
     peak = 2 * (12 / 256) ** 0.5
     assert found["peak_lr"] == pytest.approx(peak) and found["peak_lr_per_256"] == pytest.approx(peak * 256 / 12)
     assert (found["rule"], found["optimizer"], found["warmup_epochs"]) == ("sqrt", "lars", 2 * 12 / 50)
-    scaling = train(tiny_data, tmp_path / "scaling", *SHORT, "--experiment=scaling")
-    assert scaling["scaling"]["images_per_second_per_rank"] == scaling["images_per_second"] > 0
+    more = ["--experiment=scaling", "--untimed_steps=1", "--phase=tail:steps=3,lr=0.01", "--eval_every_epochs=0"]
+    scaling = train(tiny_data, tmp_path / "scaling", *SHORT, *more)["scaling"]
+    with np.load(tmp_path / "scaling" / "step_times.npz") as times:
+        assert times["steps"].tolist() == [1, 2, 4, 5]  # neither the first of a phase, which traces, nor untimed ones
+        assert times["seconds"].shape == (1, 4, 4) and (times["seconds"] >= 0).all()
+        step_s = times["seconds"].sum(-1).mean()
+    assert scaling["images_per_second"] == scaling["images_per_second_per_rank"] == pytest.approx(12 / step_s)
+    assert (scaling["timed_steps"], scaling["split_s"]["peers"]) == (4, 0)
+    assert sum(scaling["split_s"].values()) == pytest.approx(step_s)
+
+
+def test_a_scaling_run_that_is_too_short_to_be_timed_is_refused(tiny_data, tmp_path):
+    with pytest.raises(FlagError, match="only 4 in all"):
+        train(tiny_data, tmp_path / "run", *SHORT, "--experiment=scaling", "--untimed_steps=3")
 
 
 def test_accumulated_batches_train_like_ghost_batches_of_their_size(tiny_data, short, tmp_path):
@@ -269,8 +280,8 @@ def test_accumulated_batches_train_like_ghost_batches_of_their_size(tiny_data, s
 
 def test_a_resumed_run_may_cut_its_batch_up_otherwise_and_says_so(tiny_data, tmp_path, capfd):
     run_dir = tmp_path / "run"
-    train(tiny_data, run_dir, *SHORT, "--max_steps=2")
-    train(tiny_data, run_dir, *SHORT, "--accumulate_steps=3")
+    train(tiny_data, run_dir, *SHORT, *runs.SYNTHETIC, "--max_steps=2")
+    train(tiny_data, run_dir, *SHORT, *runs.SYNTHETIC, "--accumulate_steps=3")
     assert "ran on 1 ranks x 12 images x 1, these on 1 ranks x 4 images x 3" in capfd.readouterr().err
 
 
@@ -302,9 +313,9 @@ def test_a_run_that_was_stopped_is_not_stopped_again_earlier(tiny_data, tmp_path
 def test_resume_choices(tiny_data, tmp_path):
     with pytest.raises(CheckpointError, match="--resume=must"):
         train(tiny_data, tmp_path / "new", "--resume=must")
-    train(tiny_data, tmp_path / "run", "--max_steps=2")
+    train(tiny_data, tmp_path / "run", *runs.SYNTHETIC, "--max_steps=2")
     with pytest.raises(RunFolderError, match="holds a run already"):
-        train(tiny_data, tmp_path / "run", "--resume=never")
+        train(tiny_data, tmp_path / "run", *runs.SYNTHETIC, "--resume=never")
 
 
 @pytest.mark.parametrize(
@@ -431,12 +442,10 @@ def test_a_damaged_shard_is_65_and_names_the_record(tmp_path, run_command):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_stops_cleanly_with_75_and_the_rest_is_bit_identical(
-    tiny_data, tmp_path, finished, signum, run_command
-):
-    """Stopped at whatever step it has come to; then the same command goes on."""
-    long = ["--phase=main:steps=120,lr=0.05,warmup_steps=3", "--phase=tail:steps=6,lr=0.01"]
-    run_dir = tmp_path / "run"
+def test_a_signal_stops_cleanly_with_75_and_the_rest_is_bit_identical(tiny_data, tmp_path, signum, run_command):
+    """Stopped at whatever step it has come to; then the same command goes on, for 20 steps. On two threads."""
+    run_dir, whole = tmp_path / "run", tmp_path / "whole"
+    long = ["--phase=main:steps=400,lr=0.05,warmup_steps=3", "--threads=2"]
     process = subprocess.Popen(
         [sys.executable, "-m", "resnet_cpu.train", *command(tiny_data, run_dir, *long)],
         cwd=ROOT,
@@ -446,19 +455,22 @@ def test_a_signal_stops_cleanly_with_75_and_the_rest_is_bit_identical(
         text=True,
     )
     metrics = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not (metrics.exists() and metrics.read_text().count("\n") > 5) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.send_signal(signum)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 75 and out == "", err
     steps = checkpoint.steps(str(run_dir))
     assert len(steps) == 1 and f"stopped on request after step {steps[0]}" in err
     assert read_rows(str(metrics))[-1]["step"] == steps[0] - 1
     if signum == signal.SIGUSR1:
-        assert run_command("train", *command(tiny_data, run_dir, *long)).returncode == 0
-        train(tiny_data, tmp_path / "whole", *long)
-        assert not runs.differing(runs.final_state(str(run_dir)), runs.final_state(str(tmp_path / "whole")))
+        long.append(f"--max_steps={steps[0] + 20}")
+        for folder in (run_dir, whole):
+            assert run_command("train", *command(tiny_data, folder, *long)).returncode == 0
+        assert not runs.differing(runs.final_state(str(run_dir)), runs.final_state(str(whole)))
+        assert runs.losses(str(run_dir)) == runs.losses(str(whole))
 
 
 def test_prepare_says_what_it_takes(run_command, tmp_path):

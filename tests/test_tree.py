@@ -24,8 +24,8 @@ def tree(tiny_data, tmp_path_factory):
     return folder
 
 
-def test_cut_off_anywhere_members_come_out_the_same_bits(tiny_data, tmp_path):
-    runs.check_tree(ALONE, tiny_data, str(tmp_path))
+def test_cut_off_anywhere_members_come_out_the_same_bits(tiny_data, tree, tmp_path):
+    runs.check_tree(ALONE, tiny_data, str(tmp_path), whole=str(tree))
 
 
 def test_a_branch_leaves_no_trace_on_the_main_line(tiny_data, tree, tmp_path):
@@ -51,26 +51,34 @@ def test_from_names_the_phase_to_start_from(tiny_data, tmp_path):
     found = []
     for name, between in (("over", "lr=0.05"), ("still", "lr=0,wd=0,momentum=0")):
         run_dir = str(tmp_path / name)
-        runs.train(ALONE, tiny_data, run_dir, main, f"--phase=tail:steps=2,{between}", late)
+        runs.train(ALONE, tiny_data, run_dir, *runs.SYNTHETIC, main, f"--phase=tail:steps=2,{between}", late)
         found.append(checkpoint.load(checkpoint.folder(run_dir, 7), "weights"))
     trained = [name for name in found[0] if "moving" not in name]  # statistics move even where weights stand still
     assert all(found[0][name].tobytes() == found[1][name].tobytes() for name in trained)
 
 
-def test_end_states_are_kept_until_no_later_phase_needs_them(tiny_data, tmp_path):
-    run_dir = str(tmp_path / "run")
-    often = ["--checkpoint_every_steps=1", "--keep_checkpoints=2"]
-    runs.train(ALONE, tiny_data, run_dir, *runs.TREE, *often, "--max_steps=9")
+OFTEN = ["--checkpoint_every_steps=1", "--keep_checkpoints=2"]
+
+
+@pytest.fixture(scope="module")
+def after_the_branch(tiny_data, tmp_path_factory):
+    """The folder of an ensemble's run that was stopped at the end of its first branch, to be copied."""
+    folder = tmp_path_factory.mktemp("branch") / "run"
+    runs.train(ALONE, tiny_data, str(folder), *runs.TREE, *OFTEN, "--max_steps=9")
+    return folder
+
+
+def test_end_states_are_kept_until_no_later_phase_needs_them(tiny_data, after_the_branch, tmp_path):
+    run_dir = str(shutil.copytree(after_the_branch, tmp_path / "run"))
     assert checkpoint.steps(run_dir) == [6, 8, 9]
-    runs.train(ALONE, tiny_data, run_dir, *runs.TREE, *often, "--max_steps=11")
+    runs.train(ALONE, tiny_data, run_dir, *runs.TREE, *OFTEN, "--max_steps=11")
     assert checkpoint.steps(run_dir) == [10, 11]
-    shutil.rmtree(checkpoint.folder(run_dir, 10))
-    shutil.rmtree(checkpoint.folder(run_dir, 11))
 
 
-def test_predictions_that_are_gone_or_of_another_view_are_made_again_at_the_end(tiny_data, tree, tmp_path):
-    run_dir = str(tmp_path / "run")
-    runs.train(ALONE, tiny_data, run_dir, *runs.TREE, "--max_steps=9")
+def test_predictions_that_are_gone_or_of_another_view_are_made_again_at_the_end(
+    tiny_data, tree, after_the_branch, tmp_path
+):
+    run_dir = str(shutil.copytree(after_the_branch, tmp_path / "run"))
     path = str(tmp_path / "run" / "members" / "tail" / "predictions")
     kept = checkpoint.load(path, "predictions")
     info = {key: value for key, value in checkpoint.read_manifest(path).items() if key != "files"}
@@ -82,9 +90,8 @@ def test_predictions_that_are_gone_or_of_another_view_are_made_again_at_the_end(
     assert result["ensemble"]["top1"] == expected["ensemble"]["top1"]
 
 
-def test_a_missing_end_state_is_told(tiny_data, tmp_path):
-    run_dir = str(tmp_path / "run")
-    runs.train(ALONE, tiny_data, run_dir, *runs.TREE, "--max_steps=9")
+def test_a_missing_end_state_is_told(tiny_data, after_the_branch, tmp_path):
+    run_dir = str(shutil.copytree(after_the_branch, tmp_path / "run"))
     shutil.rmtree(checkpoint.folder(run_dir, 6))
     with pytest.raises(CheckpointError, match="step-00000006"):
         runs.train(ALONE, tiny_data, run_dir, *runs.TREE)

@@ -9,7 +9,9 @@ import dataclasses
 import json
 import os
 import sys
+import time
 import traceback
+from unittest import mock
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -29,7 +31,8 @@ from resnet_cpu.data import layouts  # noqa: E402
 from resnet_cpu.errors import UserError  # noqa: E402
 from resnet_cpu.model.resnet import resnet  # noqa: E402
 from resnet_cpu.recipe.batch_rule import resolve_batch  # noqa: E402
-from resnet_cpu.training import evaluation, job, loop  # noqa: E402
+from resnet_cpu.scaling import throughput  # noqa: E402
+from resnet_cpu.training import evaluation, job, loop, messages  # noqa: E402
 from resnet_cpu.training.state import build_model  # noqa: E402
 
 OUT, DATA = sys.argv[1:3]
@@ -142,7 +145,7 @@ def case_evaluation():
 
 
 def case_resume():
-    runs.check_resume(world, f"{DATA}/train", f"{OUT}/resume")
+    runs.check_resume(world, f"{DATA}/train", f"{OUT}/resume", whole=f"{OUT}/run")  # that of case_run_state
     write("resume", {"ok": True})
 
 
@@ -175,6 +178,31 @@ def case_what_rank_0_does_alone():
     write("what_rank_0_does_alone", {"result": result, "scores": scores, "step": step, "told": told})
 
 
+def case_scaling():
+    """Step times of a run in which rank 1 is held up before each step, and one in which nobody is."""
+
+    class Held(throughput.StepTimes):
+        def add(self, *arguments, **keywords):
+            super().add(*arguments, **keywords)
+            if world.rank == 1:
+                time.sleep(HELD_S)
+
+    more = ["--experiment=scaling", "--untimed_steps=2"]
+    with mock.patch.object(throughput, "StepTimes", Held):
+        held = runs.train(world, f"{DATA}/train", f"{OUT}/scaling", *more)
+    write("scaling", held["scaling"])
+
+
+def case_messages():
+    settings = flags.parse([*runs.TINY_FLAGS])
+    timed = messages.run(settings, world, 4096, 0.05, 1, 5)
+    if world.rank == 0:
+        timed.write(f"{OUT}/messages")
+    world.barrier()
+    write("messages", {"gradients": timed.gradient_bytes, "rate": timed.images_per_second, "told": timed.lines()})
+
+
+HELD_S = 0.1  # a tiny step takes a fifth of that
 ALL = ["control_plane", "allreduce", "equality", "evaluation"]
 CASES = {
     2: [
@@ -186,6 +214,8 @@ CASES = {
         "resume",
         "tree",
         "what_rank_0_does_alone",
+        "scaling",
+        "messages",
     ],
     3: ALL,
     4: ["allreduce", "equality"],
