@@ -154,8 +154,8 @@ def _follow(line: Sequence[str]) -> NoReturn:
         signal.signal(signum, hand_on)
     signal.signal(signal.SIGINT, lambda signum, frame: None)  # a terminal sends that to both
     process = subprocess.Popen(line)
-    for signum in early:
-        process.send_signal(signum)
+    for came in early:
+        process.send_signal(came)
     code = process.wait()
     if code in _LOST_HOST:
         raise PeerLost(f"a host was lost (mpirun ended with {code}); start again without it: the run goes on")
