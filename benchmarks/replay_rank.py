@@ -133,13 +133,9 @@ def of_networks(models: str, image_size: int, threads: int, computes: List[float
     return cases
 
 
-def of_messages(comm: MPI.Comm, sizes: List[int]) -> List[Case]:
+def of_messages_by_mpi(comm: MPI.Comm, sizes: List[int]) -> List[Case]:
     def by_mpi(sent: np.ndarray, received: np.ndarray) -> float:
         comm.Allreduce(sent, received)
-        return 0.0
-
-    def by_horovod(sent: tf.Tensor, name: str) -> float:
-        hvd.allreduce(sent, op=hvd.Sum, name=name)
         return 0.0
 
     cases = []
@@ -147,7 +143,17 @@ def of_messages(comm: MPI.Comm, sizes: List[int]) -> List[Case]:
         mine = np.zeros(size // 4, np.float32)
         work = functools.partial(by_mpi, mine, np.empty_like(mine))
         cases.append(Case("message", 1.0, 0, size, 1, 0.0, False, MESSAGE_S, work))
-        work = functools.partial(by_horovod, tf.constant(mine), f"message.{size}")
+    return cases
+
+
+def of_messages_by_horovod(sizes: List[int]) -> List[Case]:
+    def by_horovod(sent: tf.Tensor, name: str) -> float:
+        hvd.allreduce(sent, op=hvd.Sum, name=name)
+        return 0.0
+
+    cases = []
+    for size in sizes:
+        work = functools.partial(by_horovod, tf.zeros([size // 4]), f"message.{size}")
         cases.append(Case("horovod_message", 1.0, 0, size, 1, 0.0, True, MESSAGE_S, work))
     return cases
 
@@ -190,23 +196,26 @@ def main() -> None:
     comm = world.comm
     if comm is None or len(set(world.gather(socket.gethostname()))) != world.size:
         raise SystemExit("replay: start one rank on each of several hosts")
-    hvd.init()
     computes = [float(compute_s) for compute_s in arguments.compute_s.split(",")]
     sizes = [] if arguments.messages == "-" else [int(size) for size in arguments.messages.split(",")]
-    cases = of_messages(comm, sizes)
-    cases += of_networks(
-        arguments.models, arguments.image_size, arguments.inter_op_threads, computes, arguments.seconds
-    )
     speeds = [int(mbit) for mbit in arguments.mbit.split(",")]
-    for turn in range(1, arguments.rounds + 1):
-        # There and back, so that a machine that drifts does not favour the first.
-        there = 1 if turn % 2 else -1
-        for mbit in speeds[::there]:
-            shape(comm, mbit)
-            for case in cases[::there]:
-                repeats = timed(comm, case.work, case.seconds)
-                if comm.rank == 0:
-                    write(turn, comm.size, mbit, arguments.inter_op_threads, arguments.allreduce, case, repeats)
+
+    def measure(cases: List[Case]) -> None:
+        for turn in range(1, arguments.rounds + 1):
+            # There and back, so that a machine that drifts does not favour the first.
+            there = 1 if turn % 2 else -1
+            for mbit in speeds[::there]:
+                shape(comm, mbit)
+                for case in cases[::there]:
+                    repeats = timed(comm, case.work, case.seconds)
+                    if comm.rank == 0:
+                        write(turn, comm.size, mbit, arguments.inter_op_threads, arguments.allreduce, case, repeats)
+
+    # Before Horovod: its thread asks all ranks every cycle, and makes MPI's own messages wait.
+    measure(of_messages_by_mpi(comm, sizes))
+    hvd.init()
+    networks = arguments.models, arguments.image_size, arguments.inter_op_threads, computes, arguments.seconds
+    measure([*of_messages_by_horovod(sizes), *of_networks(*networks)])
     hvd.shutdown()
 
 

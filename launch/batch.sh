@@ -48,6 +48,9 @@ supervise() {
   if [[ -n $stop ]]; then code=75; return; fi
   "$@" &
   child=$!
+  # A signal that came in between found no child to hand it to.
+  [[ -z $stop ]] || kill -s USR1 -- "$child" 2>/dev/null || true
+  [[ -z $cancelled ]] || kill -s TERM -- "$child" 2>/dev/null || true
   while :; do # a signal ends `wait` before the child ends
     heard="" code=0
     wait "$child" || code=$?
@@ -61,7 +64,7 @@ on_ranks() {
   local flags prefix
   read -ra flags <<<"$LAUNCH_FLAGS"
   read -ra prefix <<<"$RANK_PREFIX"
-  supervise python -m resnet_cpu.launch --mpi="$LAUNCHER" "${flags[@]}" ${ranks:+--ranks="$ranks"} -- "${prefix[@]}" "$@"
+  supervise python -m resnet_cpu.launch --mpi="$LAUNCHER" ${flags[@]+"${flags[@]}"} ${ranks:+--ranks="$ranks"} -- ${prefix[@]+"${prefix[@]}"} "$@"
 }
 
 # Ends the job with `code`, or submits it again where that may help.
@@ -74,7 +77,7 @@ conclude() {
   fi
   [[ -z $cancelled ]] || refuse_to_restart "cancelled, or the time limit was reached"
   case $code in
-    75 | 76 | 137 | 143) ;; # stopped, a peer lost, killed
+    75 | 76 | 137) ;; # stopped, a peer lost, killed
     138) [[ -n $stop ]] || refuse_to_restart "ended by USR1 out of nowhere" ;; # it was still starting when USR1 came
     *) refuse_to_restart "another try would end the same" ;;
   esac

@@ -5,9 +5,10 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-from typing import Dict, List, NoReturn, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
 
 from resnet_cpu import flags
 from resnet_cpu.cluster import guard, launchers, layout, topology, tuning
@@ -45,7 +46,7 @@ def main(argv: List[str]) -> None:
     several = ranks > per_host or len(hosts) > 1
     shared = values.oversubscribe and per_host > machine.offered
     chosen = layout.shared(machine, per_host) if shared else layout.propose(machine, per_host, several)
-    launcher = values.mpi if values.mpi != "auto" else _recognise(in_batch_job)
+    launcher = values.mpi if values.mpi != "auto" else _recognise(in_batch_job and not hosts)
     placement = launchers.Placement(
         ranks=ranks,
         per_host=per_host,
@@ -61,19 +62,66 @@ def main(argv: List[str]) -> None:
     )
     environment = _without_the_users(chosen.environment)
     if values.threads:
-        environment.update(layout.environment(values.threads))
+        environment.update({name: str(values.threads) for name in layout.THREADS})
+    _tell_doubts({name: value for name, value in chosen.environment.items() if name not in environment})
+    _tell_elsewhere(in_batch_job, hosts)
+    sizes = [len(cpus) for cpus in chosen.cpus]
+    if chosen.bound and min(sizes) < max(sizes):
+        print(
+            f"launch: warning: ranks would have {min(sizes)} to {max(sizes)} cores; launchers give each {min(sizes)}, "
+            "one after the other, so a rank may reach into its neighbour's NUMA domain",
+            file=sys.stderr,
+        )
+    if in_batch_job and wanted is None and values.ranks is None:
+        _tell_tasks(per_host, layout.propose(machine, None, several).ranks_per_node)
+    if launcher == "ibrun" and wanted is not None:
+        raise FlagError(
+            f"--ranks_per_node={wanted}: ibrun places ranks as the batch job asks; submit with "
+            f"--ntasks-per-node={wanted}"
+        )
     line = launchers.line(launcher, placement, environment, os.environ, command)
     print("\n".join(f"launch: {reason}" for reason in chosen.reasons()), file=sys.stderr)
     if values.dry_run:
         print(shlex.join(line))
         return
-    _check_command(command[0], line)
+    _check_command(command[0], line[0] if line[0] != "env" else next(word for word in line[1:] if "=" not in word))
     _check_shared_memory(per_host)
     _check_hosts(hosts, values.launch_agent)
     print(f"launch: {shlex.join(line)}", file=sys.stderr, flush=True)
     if launcher == "openmpi" and placement.several_hosts:
         _follow(line)
     os.execvp(line[0], line)
+
+
+def _tell_doubts(replaced: Mapping[str, str]) -> None:
+    """Say where the user's own exports stand in place of what was laid out."""
+    for name, value in replaced.items():
+        if os.environ[name] != value:
+            print(
+                f"launch: warning: {name}={os.environ[name]} is exported and stands (laid out: {value})",
+                file=sys.stderr,
+            )
+
+
+def _tell_elsewhere(in_batch_job: bool, hosts: Sequence[str]) -> None:
+    """Say where another machine than this one is laid out."""
+    here = socket.gethostname()
+    elsewhere = hosts and not {here, here.split(".")[0]} & {*hosts, *(host.split(".")[0] for host in hosts)}
+    if elsewhere or (in_batch_job and not hosts and "SLURMD_NODENAME" not in os.environ):
+        print(
+            f"launch: warning: laid out for the processors of {here}, where no rank will be; start it on a host of the "
+            "job where they differ",
+            file=sys.stderr,
+        )
+
+
+def _tell_tasks(per_host: int, proposed: int) -> None:
+    if per_host != proposed:
+        print(
+            f"launch: warning: the batch job has {per_host} tasks a node, its nodes suggest "
+            f"--ntasks-per-node={proposed}",
+            file=sys.stderr,
+        )
 
 
 def _split(argv: Sequence[str]) -> Tuple[List[str], List[str]]:
@@ -116,6 +164,11 @@ def _without_the_users(environment: Dict[str, str]) -> Dict[str, str]:
 
 def _tune(values: flags.Values, benchmark_flags: Sequence[str]) -> None:
     """Time training with several numbers of ranks on this host; remember the fastest."""
+    for name in ("ranks", "threads", "hosts", "interface", "launch_agent", "oversubscribe", "dry_run"):
+        if values[name].present:
+            raise FlagError(f"--{name}: has no meaning with --tune, which tries layouts of this host; leave it out")
+    if values.ranks_per_node != "auto":
+        raise FlagError(f"--ranks_per_node={values.ranks_per_node}: is what --tune looks for; leave it out")
     machine = topology.read()
     counts = tuning.candidates(machine, layout.propose(machine).ranks_per_node)
     print(f"launch: timing {counts} ranks on this host, about a minute and a half each", file=sys.stderr, flush=True)
@@ -158,12 +211,15 @@ def _follow(line: Sequence[str]) -> NoReturn:
         process.send_signal(came)
     code = process.wait()
     if code in _LOST_HOST:
-        raise PeerLost(f"a host was lost (mpirun ended with {code}); start again without it: the run goes on")
+        raise PeerLost(
+            f"a host was lost, or could not be started (mpirun ended with {code}); start again without it: a run goes "
+            "on"
+        )
     sys.exit(code if code >= 0 else 128 - code)
 
 
-def _check_command(name: str, line: Sequence[str]) -> None:
-    for program in (name, line[0]):
+def _check_command(*programs: str) -> None:
+    for program in programs:
         if shutil.which(program) is None:
             raise FlagError(f"{program}: no such program in PATH; load its module, or activate the environment")
 
@@ -186,7 +242,7 @@ def _check_hosts(hosts: Sequence[str], agent: Optional[str]) -> None:
     if not hosts:
         return
     start = [agent] if agent else ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_ANSWER_S / 2:.0f}"]
-    _check_command(start[0], start)
+    _check_command(start[0])
 
     def answer(host: str) -> Optional[str]:
         try:

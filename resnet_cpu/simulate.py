@@ -5,14 +5,18 @@ import json
 import os
 import statistics
 import sys
+import zipfile
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
 
 from resnet_cpu import flags
 from resnet_cpu.cluster import guard, layout
 from resnet_cpu.data.datasets import facts_of
 from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.recipe import batch_rule
-from resnet_cpu.report.runlog import duration, read_json
+from resnet_cpu.recipe.batch_rule import Batch
+from resnet_cpu.report.runlog import duration, read_json, read_rows
 from resnet_cpu.scaling import calibrate, layers, simulator
 from resnet_cpu.scaling.network import NETWORKS, Network, World, check
 from resnet_cpu.scaling.simulator import Exchange, Node, Step
@@ -24,6 +28,18 @@ CSV_HEADER = "nodes,ranks,global_batch_size,images_per_second,efficiency,step_s,
 )
 BATCHES = (8, 16, 32, 64, 128)
 KEPT = 0.9  # of one node's speed: what the paper claims to keep (arXiv 1711.04291, abstract)
+
+
+class Rung(NamedTuple):
+    """A number of nodes, what a step of theirs holds and how long it takes."""
+
+    nodes: int
+    batch: Batch
+    step: Step
+
+    def speed(self) -> float:
+        """Return the images a second of a node."""
+        return self.batch.total / self.step.total / self.nodes
 
 
 class Cluster(NamedTuple):
@@ -46,24 +62,25 @@ def main(argv: List[str]) -> None:
         return
     settings = flags.make_settings(values)
     cluster = _cluster(settings, values)
-    batch = _batch(settings, values.nodes * cluster.ranks_per_node)
-    rows = curve(cluster, batch, values.nodes)
+    rows, left_out = curve(cluster, values.nodes)
     if values.format == "csv":
-        print("\n".join([CSV_HEADER, *(_csv_row(nodes, found, batch, cluster) for nodes, found in rows)]))
+        print("\n".join([CSV_HEADER, *(_csv_row(row, rows[0], cluster) for row in rows)]))
     elif values.format == "png":
         output = values.output or "simulate.png"
-        _draw(cluster, batch, rows, output)
+        _draw(cluster, rows, output)
         print(output)
     else:
         lines = [
             *cluster.told,
             "",
-            *_curve_lines(cluster, batch, rows),
+            *_curve_lines(cluster, rows),
+            *left_out,
             "",
             *_why(rows),
-            *_in_other_order(cluster, batch, rows),
+            *_in_other_order(cluster, rows),
         ]
-        lines += ["", *_training_lines(cluster, batch, values.nodes), "", *_batch_lines(cluster, values.nodes)]
+        most = rows[-1].nodes
+        lines += ["", *_training_lines(cluster, most), "", *_batch_lines(cluster, most)]
         print("\n".join([*lines, "", *published_lines()]))
 
 
@@ -165,29 +182,36 @@ def _past_node(run_dir: str, settings: Settings) -> Node:
             f"--past_run={run_dir}: its speed is of another network: {'; '.join(other[:4])}; name a run of this one, "
             "or give --images_per_second"
         )
-    times: List[float] = []
-    last: Optional[int] = None
-    spans = set()
-    with open(os.path.join(run_dir, "metrics.jsonl"), encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            if last is not None and row.get("step_s"):
-                times.append(row["step_s"])
-                spans.add(row["step"] - last)
-            last = row["step"]
+    measured = os.path.join(run_dir, "step_times.npz")
+    if os.path.exists(measured):
+        return _measured_node(measured, result)
+    rows = read_rows(os.path.join(run_dir, "metrics.jsonl"))
+    times = [row["step_s"] for row in rows[1:] if row.get("step_s")]
     if len(times) < 3:
         raise CheckpointError(f"--past_run={run_dir}: too few rows in metrics.jsonl; log more often")
     # A row is the mean over the steps since the row before: means of k independent steps vary less by sqrt(k).
-    jitter = simulator.fit_jitter(times) * max(spans) ** 0.5
-    return Node(image_s=result["ranks"] / result["images_per_second"], jitter=jitter)
+    span = statistics.median(after["step"] - before["step"] for before, after in zip(rows, rows[1:]))
+    return Node(image_s=result["ranks"] / result["images_per_second"], jitter=simulator.fit_jitter(times) * span**0.5)
 
 
-def _batch(settings: Settings, ranks: int) -> int:
-    """Return the images that a rank holds."""
+def _measured_node(path: str, result: Dict[str, Any]) -> Node:
+    """Return what ranks' own clocks said in a run of --experiment=scaling, without waiting for peers or messages."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            seconds = file["seconds"]  # [ranks, steps, (between, data, compute, after the last gradient)]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        raise CheckpointError(f"{path}: cannot be read; run the scaling run again, or remove the file") from None
+    work = seconds[..., :3].sum(-1)
+    each = work / work.mean(1, keepdims=True)  # a rank that is always slow is no jitter
+    # After the last gradient of a lone rank there is nothing but the update.
+    fixed_s = float(seconds[..., 3].mean()) if len(seconds) == 1 else 0.0
+    images = result["global_batch_size"] / result["ranks"]
+    return Node(image_s=float(work.mean()) / images, fixed_s=fixed_s, jitter=tuple(each.ravel().tolist()))
+
+
+def _batch(settings: Settings, ranks: int) -> Batch:
     recipe = settings.recipe
-    return batch_rule.resolve_batch(
-        recipe.batch_size, recipe.global_batch_size, ranks, recipe.accumulate_steps
-    ).per_rank
+    return batch_rule.resolve_batch(recipe.batch_size, recipe.global_batch_size, ranks, recipe.accumulate_steps)
 
 
 def _tensors(cluster: Cluster, image_size: int) -> Tuple[layers.Layer, ...]:
@@ -204,7 +228,7 @@ def _tensors(cluster: Cluster, image_size: int) -> Tuple[layers.Layer, ...]:
     )
 
 
-def _step(cluster: Cluster, nodes: int, batch: int, image_size: Optional[int] = None) -> Step:
+def _step(cluster: Cluster, nodes: int, batch: Batch, image_size: Optional[int] = None) -> Step:
     """Return the step of so many nodes; an image of another size takes as long as it has work."""
     usual = cluster.settings.data.image_size
     tensors = _tensors(cluster, image_size or usual)
@@ -213,38 +237,66 @@ def _step(cluster: Cluster, nodes: int, batch: int, image_size: Optional[int] = 
         work = [sum(tensor.backward_work for tensor in _tensors(cluster, size)) for size in (image_size, usual)]
         node = dataclasses.replace(node, image_s=node.image_s * work[0] / work[1])
     world = World(nodes, cluster.ranks_per_node)
-    return simulator.step(tensors, batch, node, world, cluster.network, cluster.exchange)
+    return simulator.step(
+        tensors, batch.per_rank, node, world, cluster.network, cluster.exchange, batch.accumulate_steps
+    )
 
 
-def curve(cluster: Cluster, batch: int, most: int) -> List[Tuple[int, Step]]:
-    """Return (nodes, step) for 1, 2, 4, ... nodes and `most`, at `batch` images a rank."""
-    ladder = [2**power for power in range(most.bit_length()) if 2**power < most]
-    return [(nodes, _step(cluster, nodes, batch)) for nodes in [*ladder, most]]
+def curve(cluster: Cluster, most: int) -> Tuple[List[Rung], List[str]]:
+    """Return the steps of 1, 2, 4, ... nodes and `most`, and a line on those that the global batch cannot be cut for.
+
+    Without a global batch a rank's images stay and the batch grows with the nodes; a global batch stays as it is, and
+    ranks accumulate as the flags say.
+    """
+    rows: List[Rung] = []
+    without, refused = [], None
+    for nodes in [*(2**power for power in range(most.bit_length()) if 2**power < most), most]:
+        try:
+            batch = _batch(cluster.settings, nodes * cluster.ranks_per_node)
+        except FlagError as error:
+            without.append(f"{nodes:,}")
+            refused = error
+            continue
+        rows.append(Rung(nodes, batch, _step(cluster, nodes, batch)))
+    if refused is not None and not rows:
+        raise refused
+    told = f"left out, since the global batch cannot be cut for them: {', '.join(without)}"
+    return rows, [told] if without else []
 
 
-def _csv_row(nodes: int, found: Step, batch: int, cluster: Cluster) -> str:
-    world = World(nodes, cluster.ranks_per_node)
-    one = _step(cluster, 1, batch)
-    cells = [nodes, world.ranks, world.ranks * batch, simulator.images_per_second(found, batch, world)]
-    cells += [simulator.efficiency(one, found), found.total, *dataclasses.astuple(found)]
-    return ",".join(repr(cell) for cell in cells)
+def efficiency(one: Rung, many: Rung) -> float:
+    """Return the share of the speed of a node of `one` that a node of `many` keeps."""
+    return many.speed() / one.speed()
 
 
-def _curve_lines(cluster: Cluster, batch: int, rows: List[Tuple[int, Step]]) -> List[str]:
+def _csv_row(row: Rung, one: Rung, cluster: Cluster) -> str:
+    ranks = row.nodes * cluster.ranks_per_node
+    cells = [row.nodes, ranks, row.batch.total, row.nodes * row.speed(), efficiency(one, row), row.step.total]
+    return ",".join(repr(cell) for cell in [*cells, *dataclasses.astuple(row.step)])
+
+
+def _held(batch: Batch) -> str:
+    times = f" x {batch.accumulate_steps} accumulated" if batch.accumulate_steps > 1 else ""
+    return f"{batch.per_rank} images{times} a rank"
+
+
+def _curve_lines(cluster: Cluster, rows: List[Rung]) -> List[str]:
     """Return the efficiency curve, milliseconds split into their parts."""
-    model = cluster.settings.model
+    settings = cluster.settings
     table = [["nodes", "ranks", "batch", "images/s", "a node", "efficiency", "step ms", "compute", "jitter"]]
     table[0] += ["allreduce", "coordinator", "input", "messages"]
-    for nodes, found in rows:
-        world = World(nodes, cluster.ranks_per_node)
-        speed = simulator.images_per_second(found, batch, world)
+    for row in rows:
+        found = row.step
         parts = (found.total, found.compute, found.jitter, found.allreduce, found.coordinator, found.input)
-        table.append([f"{nodes:,}", f"{world.ranks:,}", f"{world.ranks * batch:,}", f"{speed:,.0f}"])
-        table[-1] += [f"{speed / nodes:.1f}", f"{100 * simulator.efficiency(rows[0][1], found):.1f} %"]
+        table.append([f"{row.nodes:,}", f"{row.nodes * cluster.ranks_per_node:,}", f"{row.batch.total:,}"])
+        table[-1] += [f"{row.nodes * row.speed():,.0f}", f"{row.speed():.1f}"]
+        table[-1] += [f"{100 * efficiency(rows[0], row):.1f} %"]
         table[-1] += [*(f"{1000 * part:.1f}" for part in parts), f"{found.messages}"]
-    title = (
-        f"{model.model}, {batch} images a rank, {cluster.ranks_per_node} ranks a node, the batch grows with the nodes"
-    )
+    title = f"{settings.model.model}, {cluster.ranks_per_node} ranks a node, "
+    if settings.recipe.global_batch_size:
+        title += f"{rows[0].batch.total:,} images a step in all (strong scaling)"
+    else:
+        title += f"{_held(rows[0].batch)}, the batch grows with the nodes (weak scaling)"
     return [title, *_aligned(table)]
 
 
@@ -253,31 +305,35 @@ def _aligned(table: List[List[str]]) -> List[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table]
 
 
-def _why(rows: List[Tuple[int, Step]]) -> List[str]:
+def _why(rows: List[Rung]) -> List[str]:
     """Return where less than KEPT is left for the first time, and what takes it."""
-    one = rows[0][1]
-    below = [(nodes, found) for nodes, found in rows if simulator.efficiency(one, found) < KEPT]
-    nodes, found = below[0] if below else rows[-1]
-    lost = {part: getattr(found, part) - getattr(one, part) for part in ("jitter", "allreduce", "coordinator", "input")}
-    shares = sorted(((extra / found.total, part) for part, extra in lost.items()), reverse=True)
-    told = ", ".join(f"{part} {100 * share:.1f} %" for share, part in shares if share > 5e-4) or "nothing"
-    named = f"{nodes:,} node{'s' if nodes > 1 else ''}"
+    one = rows[0]
+    below = [row for row in rows if efficiency(one, row) < KEPT]
+    row = below[0] if below else rows[-1]
+    # What a step of `row` spends more on a part than the base does on as many images.
+    scale = row.batch.total / row.nodes / (one.batch.total / one.nodes)
+    named = {part: part for part in ("jitter", "allreduce", "coordinator", "input")}
+    named["compute"] = "the update and what else a step costs whatever its batch"
+    lost = [(getattr(row.step, part) - scale * getattr(one.step, part), what) for part, what in named.items()]
+    shares = sorted(((extra / row.step.total, what) for extra, what in lost), reverse=True)
+    told = ", ".join(f"{what} {100 * share:.1f} %" for share, what in shares if share > 5e-4) or "nothing"
+    nodes = f"{row.nodes:,} node{'s' if row.nodes > 1 else ''}"
     if below:
-        return [f"below {100 * KEPT:.0f} % at {named}; of the step there, beyond one node's: {told}"]
-    return [f"above {100 * KEPT:.0f} % up to {named}; of the step there, beyond one node's: {told}"]
+        return [f"below {100 * KEPT:.0f} % at {nodes}; of the step there, beyond one node's: {told}"]
+    return [f"above {100 * KEPT:.0f} % up to {nodes}; of the step there, beyond one node's: {told}"]
 
 
-def _in_other_order(cluster: Cluster, batch: int, rows: List[Tuple[int, Step]]) -> List[str]:
+def _in_other_order(cluster: Cluster, rows: List[Rung]) -> List[str]:
     """Return what would be left if TensorFlow yielded gradients layer by layer, where it does not."""
     if cluster.inter_op_threads != 1:
         return []
     other = cluster._replace(inter_op_threads=2)
-    one, many = (_step(other, nodes, batch) for nodes in (1, rows[-1][0]))
-    share, here = (100 * simulator.efficiency(*ends) for ends in ((one, many), (rows[0][1], rows[-1][1])))
-    return [f"at {rows[-1][0]:,}: {here:.1f} %; {share:.1f} % if gradients came layer by layer (inter_op_threads=2)"]
+    one, many = (row._replace(step=_step(other, row.nodes, row.batch)) for row in (rows[0], rows[-1]))
+    share, here = (100 * efficiency(*ends) for ends in ((one, many), (rows[0], rows[-1])))
+    return [f"at {many.nodes:,}: {here:.1f} %; {share:.1f} % if gradients came layer by layer (inter_op_threads=2)"]
 
 
-def _training_lines(cluster: Cluster, batch: int, nodes: int) -> List[str]:
+def _training_lines(cluster: Cluster, nodes: int) -> List[str]:
     """Return time and node-hours of the recipe on `nodes` nodes."""
     settings = cluster.settings
     examples = settings.data.train_examples or facts_of(settings.data.dataset).train_examples
@@ -285,7 +341,7 @@ def _training_lines(cluster: Cluster, batch: int, nodes: int) -> List[str]:
         return ["no --phase given, so no time to train: give a --flagfile"]
     if not examples:
         return [f"the size of {settings.data.dataset} is not known, so no time to train: give --train_examples"]
-    seconds = training_seconds(cluster, nodes, batch, examples)
+    seconds = training_seconds(cluster, nodes, examples)
     told = ", ".join(f"{what} {duration(part)}" for what, part in seconds.items())
     total = sum(seconds.values())
     return [
@@ -294,23 +350,21 @@ def _training_lines(cluster: Cluster, batch: int, nodes: int) -> List[str]:
     ]
 
 
-def training_seconds(cluster: Cluster, nodes: int, batch: int, examples: int) -> Dict[str, float]:
+def training_seconds(cluster: Cluster, nodes: int, examples: int) -> Dict[str, float]:
     """Return the seconds of a recipe by what they are spent on: `training`, `evaluation`, `checkpoints`."""
     settings, ranks = cluster.settings, nodes * cluster.ranks_per_node
     planned = plan(settings, ranks, examples)
-    micro_batches = planned.batch.accumulate_steps
     training, steps = 0.0, 0
     found: Dict[int, float] = {}
     for phase in planned.phases:
         if phase.image_size not in found:
-            again = (micro_batches - 1) * batch * cluster.node.image_s
-            found[phase.image_size] = _step(cluster, nodes, batch, phase.image_size).total + again
+            found[phase.image_size] = _step(cluster, nodes, planned.batch, phase.image_size).total
         training += phase.steps * found[phase.image_size]
         steps += phase.steps
     run, evaluations = settings.run, 0.0
     if run.eval_every_epochs:
         evaluations = steps * planned.batch.total / examples / run.eval_every_epochs
-    held = run.eval_batch_size or batch
+    held = run.eval_batch_size or planned.batch.per_rank
     rounds = -(-(facts_of(settings.data.dataset).validation_examples or 0) // (ranks * held))
     forward_s = (1 - simulator.BACKWARD_SHARE) * cluster.node.image_s
     saved = steps / run.checkpoint_every_steps if run.checkpoint_every_steps else len(planned.phases)
@@ -325,23 +379,23 @@ def training_seconds(cluster: Cluster, nodes: int, batch: int, examples: int) ->
 def _batch_lines(cluster: Cluster, nodes: int) -> List[str]:
     """Return what the local batch does: at so many nodes, and for a global batch that stays."""
     settings = cluster.settings
-    fixed = settings.recipe.global_batch_size or nodes * cluster.ranks_per_node * _batch(
-        settings, nodes * cluster.ranks_per_node
-    )
+    fixed = _batch(settings, nodes * cluster.ranks_per_node).total
     examples = settings.data.train_examples or facts_of(settings.data.dataset).train_examples or 0
     table = [["images a rank", "batch", "images/s", "efficiency", "|", "nodes", "epoch s", "node-h an epoch"]]
-    for batch in BATCHES:
-        world = World(nodes, cluster.ranks_per_node)
-        one, many = _step(cluster, 1, batch), _step(cluster, nodes, batch)
-        speed = simulator.images_per_second(many, batch, world)
-        share = 100 * simulator.efficiency(one, many)
-        row = [str(batch), f"{world.ranks * batch:,}", f"{speed:,.0f}", f"{share:.1f} %", "|"]
-        few, left = divmod(fixed, batch * cluster.ranks_per_node)
+
+    def of(count: int, held: int) -> Rung:
+        batch = Batch(held, 1, held * count * cluster.ranks_per_node)
+        return Rung(count, batch, _step(cluster, count, batch))
+
+    for held in BATCHES:
+        many = of(nodes, held)
+        share = 100 * efficiency(of(1, held), many)
+        row = [str(held), f"{many.batch.total:,}", f"{nodes * many.speed():,.0f}", f"{share:.1f} %", "|"]
+        few, left = divmod(fixed, held * cluster.ranks_per_node)
         if left or not few:
             table.append([*row, "-", "-", "-"])
             continue
-        other = simulator.images_per_second(_step(cluster, few, batch), batch, World(few, cluster.ranks_per_node))
-        seconds = examples / other
+        seconds = examples / (few * of(few, held).speed())
         table.append([*row, f"{few:,}", f"{seconds:.1f}", f"{seconds * few / 3600:.2f}"])
     return [f"local batch: on {nodes:,} nodes | for a global batch of {fixed:,}", *_aligned(table)]
 
@@ -388,15 +442,15 @@ def _left(table: List[List[str]]) -> List[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
 
 
-def _draw(cluster: Cluster, batch: int, rows: List[Tuple[int, Step]], path: str) -> None:
+def _draw(cluster: Cluster, rows: List[Rung], path: str) -> None:
     plots = _plots()
     model = cluster.settings.model.model
-    told = f"{model}, {batch} images a rank, {cluster.ranks_per_node} ranks a node, {cluster.network.name}"
+    told = f"{model}, {_held(rows[0].batch)}, {cluster.ranks_per_node} ranks a node, {cluster.network.name}"
     curves = {"this": _shares(rows)}
     for threads, label in ((1, "most kernels' gradients last"), (2, "gradients layer by layer")):
         other = cluster._replace(inter_op_threads=threads)
         if threads != cluster.inter_op_threads:
-            curves[f"if {label}"] = _shares(curve(other, batch, rows[-1][0]))
+            curves[f"if {label}"] = _shares(curve(other, rows[-1].nodes)[0])
     points = []
     for point in calibrate.published().points:
         row = calibrate.published_rows()[point.name]
@@ -408,8 +462,8 @@ def _draw(cluster: Cluster, batch: int, rows: List[Tuple[int, Step]], path: str)
     plots.draw_prediction(curves, points, path, told)
 
 
-def _shares(rows: List[Tuple[int, Step]]) -> Tuple[List[int], List[float]]:
-    return [nodes for nodes, _ in rows], [simulator.efficiency(rows[0][1], found) for _, found in rows]
+def _shares(rows: List[Rung]) -> Tuple[List[int], List[float]]:
+    return [row.nodes for row in rows], [efficiency(rows[0], row) for row in rows]
 
 
 def _plots() -> Any:
@@ -436,8 +490,10 @@ def _validate(path: str, output: Optional[str]) -> None:
         points = [dataclasses.asdict(point) for _, point in found.rows]
         _plots().draw_validation(points, output, os.path.basename(path))
         print(output, file=sys.stderr)
+    # Without a bandwidth: that was the links', not the network's to be predicted.
+    measured = ("latency_s", "memory_latency_s", "reduce_s_per_byte")
     constants = {
-        hosts: {key: value for key, value in dataclasses.asdict(network).items() if key != "name"}
+        hosts: {**{key: getattr(network, key) for key in measured}, "algorithm": "openmpi"}
         for hosts, network in found.networks.items()
     }
     print(json.dumps(constants))

@@ -105,6 +105,13 @@ def run_command() -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
+def lacking(what: str) -> None:
+    """Skip a test for want of something that only root can install; in continuous integration it has to be there."""
+    if os.environ.get("CI") and os.geteuid() == 0:
+        pytest.fail(f"in continuous integration this may not be skipped: {what}")
+    pytest.skip(what)
+
+
 def last_line(text: str) -> str:
     """Return the last line that is not empty."""
     return [line for line in text.splitlines() if line.strip()][-1]

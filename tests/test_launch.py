@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -112,7 +113,46 @@ def test_a_dry_run_prints_the_line_and_starts_nothing(starts, capsys):
     assert shlex.split(capsys.readouterr().out)[:4] == ["mpirun", "--quiet", "-np", "2"]
 
 
-def test_what_the_user_exported_stands(starts, monkeypatch):
+@pytest.mark.parametrize(
+    "launcher, first",
+    [
+        ("openmpi", "mpirun --quiet -np 4 --map-by ppr:2:node:PE=1"),
+        ("intel", "env I_MPI_JOB_RESPECT_PROCESS_PLACEMENT=0 mpiexec.hydra -n 4 -ppn 2"),
+        ("mpich", "mpiexec -n 4 -ppn 2"),
+        ("ibrun", "env MV2_ENABLE_AFFINITY=0"),
+        ("srun", "env TF_NUM_INTRAOP_THREADS=1"),
+    ],
+)
+def test_in_a_batch_job_every_launcher_gets_its_nodes_and_tasks(starts, monkeypatch, capsys, launcher, first):
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURMD_NODENAME": "n1"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    starts(f"--mpi={launcher}", "--dry_run", "--", "cat")
+    line, said = capsys.readouterr()
+    assert line.startswith(first) and line.endswith(" cat\n") and "RESNET_CPU_RANKS" in line
+    assert "warning" not in said
+    starts(f"--mpi={launcher}", "--ranks=2", "--dry_run", "--", "cat")  # fewer ranks fill fewer nodes
+    line = capsys.readouterr().out
+    assert launcher != "srun" or "--nodes=1 --ntasks=2 --ntasks-per-node=2" in line
+
+
+def test_what_does_not_fit_the_job_is_warned_of(starts, monkeypatch, capsys):
+    starts("--hosts=elsewhere", "--dry_run", "--", "cat")
+    assert "no rank will be" in capsys.readouterr().err
+    starts(f"--hosts={socket.gethostname()}", "--dry_run", "--", "cat")
+    assert "warning" not in capsys.readouterr().err
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    starts("--dry_run", "--", "cat")
+    said = capsys.readouterr().err
+    assert "no rank will be" in said  # as in the shell of salloc
+    assert "1 tasks a node, its nodes suggest --ntasks-per-node=2" in said
+
+
+def test_what_the_user_exported_stands_and_is_told(starts, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "9")
+    assert not any(word.startswith("OMP_NUM_THREADS") for word in starts("--ranks=1", "--", "cat"))
+    assert "warning: OMP_NUM_THREADS=9 is exported and stands (laid out: 2)" in capsys.readouterr().err
     monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "7")
     assert not any(word.startswith("TF_NUM_INTRAOP_THREADS") for word in starts("--ranks=1", "--", "cat"))
     assert "TF_NUM_INTRAOP_THREADS=5" in starts("--ranks=1", "--threads=5", "--", "cat")  # but for the flag
@@ -130,6 +170,10 @@ def test_what_the_user_exported_stands(starts, monkeypatch):
         (["--mpi=srun", "--", "cat"], ["--mpi=srun", "batch job"]),
         (["--hosts=-x", "--", "cat"], ["'-x'", "host"]),
         (["--dryrun", "--", "cat"], ["--dryrun", "--dry_run"]),
+        (["--mpi=ibrun", "--ranks_per_node=1", "--", "cat"], ["ibrun", "--ntasks-per-node=1"]),
+        (["--mpi=ibrun", "--", "cat"], ["ibrun", "PATH"]),
+        (["--tune", "--ranks=2"], ["--ranks", "--tune"]),
+        (["--tune", "--ranks_per_node=2"], ["--ranks_per_node=2", "--tune"]),
     ],
 )
 def test_what_cannot_be_started_is_told_in_one_line(starts, arguments, parts):
@@ -175,7 +219,7 @@ def test_full_shared_memory_is_told(monkeypatch, tmp_path):
     [
         ("exit 0", 0, ""),
         ("exit 75", 75, ""),
-        ("exit 205", 76, "a host was lost"),
+        ("exit 205", 76, "a host was lost, or could not be started"),
         ("exit 255", 76, "a host was lost"),
         ("kill -9 $$", 137, ""),
         ("trap 'exit 75' USR1; kill -USR1 $PPID; while :; do sleep 0.01; done", 75, ""),

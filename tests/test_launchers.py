@@ -21,6 +21,7 @@ HERE = Placement(ranks=2, per_host=2, cores=1, yields=True, as_root=True)
 SHARED = Placement(ranks=4, per_host=4, cores=1, bound=False, yields=True)
 NODES = Placement(ranks=8, per_host=2, cores=24, cpus_per_core=2, hosts=("n1", "n2", "n3", "n4"))
 WIRED = Placement(ranks=2, per_host=1, cores=8, hosts=("a", "b"), interface="eth1", agent="/sw/enter", yields=True)
+FEW = Placement(ranks=3, per_host=2, cores=4, cpus_per_core=2, hosts=("n1", "n2"), in_batch_job=True, bound=False)
 BATCH = Placement(ranks=128, per_host=2, cores=24, in_batch_job=True)
 
 TRAIN = "python -m resnet_cpu.train '--flagfile=my experiments/a.flags'"
@@ -32,7 +33,8 @@ LIST = "-genvlist KMP_BLOCKTIME,LD_LIBRARY_PATH,PATH"
 ALIVE = "--mca oob_tcp_keepalive_time 10 --mca oob_tcp_keepalive_intvl 5 --mca oob_tcp_keepalive_probes 3"
 AWAY = f"--mca btl_tcp_if_exclude lo,docker0,virbr0 --mca oob_tcp_if_exclude lo,docker0,virbr0 {ALIVE}"
 MV2 = "-genv MV2_ENABLE_AFFINITY 0"
-INTEL = "-genv I_MPI_PIN_DOMAIN 48:compact -genv I_MPI_JOB_RESPECT_PROCESS_PLACEMENT 0"
+INTEL = "-genv I_MPI_PIN_DOMAIN 48:compact"
+HYDRA_INTEL = "env I_MPI_JOB_RESPECT_PROCESS_PLACEMENT=0 mpiexec.hydra"
 PINS = "MV2_ENABLE_AFFINITY=0 I_MPI_PIN_DOMAIN=24:compact"
 
 GOLDEN = [
@@ -66,24 +68,44 @@ GOLDEN = [
         BATCH,
         f"mpirun --quiet -np 128 --map-by ppr:2:node:PE=24 --bind-to core {AWAY} {OMPI}128 {NAMES} {TRAIN}",
     ),
-    ("intel", NODES, f"mpiexec.hydra -n 8 -ppn 2 -hosts n1,n2,n3,n4 {INTEL} {HYDRA}8 {LIST} {TRAIN}"),
+    ("intel", NODES, f"{HYDRA_INTEL} -n 8 -ppn 2 -hosts n1,n2,n3,n4 {INTEL} {HYDRA}8 {LIST} {TRAIN}"),
     (
         "intel",
         WIRED,
-        "mpiexec.hydra -n 2 -ppn 1 -hosts a,b -iface eth1 -launcher rsh -launcher-exec /sw/enter "
-        "-genv I_MPI_PIN_DOMAIN 8:compact -genv I_MPI_JOB_RESPECT_PROCESS_PLACEMENT 0 -genv I_MPI_THREAD_YIELD 2 "
-        f"{HYDRA}2 {LIST} {TRAIN}",
+        f"{HYDRA_INTEL} -n 2 -ppn 1 -hosts a,b -iface eth1 -launcher rsh -launcher-exec /sw/enter "
+        f"-genv I_MPI_THREAD_YIELD 2 -genv I_MPI_PIN_DOMAIN 8:compact {HYDRA}2 {LIST} {TRAIN}",
     ),
-    ("intel", SHARED, f"mpiexec.hydra -n 4 -ppn 4 -genv I_MPI_PIN 0 -genv I_MPI_JOB_RESPECT_PROCESS_PLACEMENT 0 "
-     f"-genv I_MPI_THREAD_YIELD 2 {HYDRA}4 {TRAIN}"),
+    (
+        "intel",
+        SHARED,
+        f"{HYDRA_INTEL} -n 4 -ppn 4 -genv I_MPI_THREAD_YIELD 2 -genv I_MPI_PIN 0 {HYDRA}4 {TRAIN}",
+    ),
     ("mpich", NODES, f"mpiexec -n 8 -ppn 2 -hosts n1,n2,n3,n4 {MV2} {HYDRA}8 {LIST} -bind-to core:24 {TRAIN}"),
     ("mpich", SHARED, f"mpiexec -n 4 -ppn 4 {MV2} {HYDRA}4 -bind-to none {TRAIN}"),
     ("ibrun", BATCH, f"env {PINS} {ENV}128 ibrun -n 128 -o 0 {TRAIN}"),
     (
         "srun",
         BATCH,
-        f"env {ENV}128 srun --mpi=pmix --kill-on-bad-exit=1 --ntasks=128 --ntasks-per-node=2 "
+        f"env {ENV}128 srun --mpi=pmix --kill-on-bad-exit=1 --nodes=64 --ntasks=128 --ntasks-per-node=2 "
         f"--distribution=block:block --cpus-per-task=24 --cpu-bind=cores {TRAIN}",
+    ),
+    (
+        "srun",
+        FEW,
+        f"env {ENV}3 srun --mpi=pmix --kill-on-bad-exit=1 --nodes=2 --ntasks=3 --ntasks-per-node=2 --nodelist=n1,n2 "
+        f"--distribution=block:block --cpus-per-task=8 --overcommit --cpu-bind=none {TRAIN}",
+    ),
+    ("ibrun", FEW, f"env MV2_ENABLE_AFFINITY=0 I_MPI_PIN=0 {ENV}3 ibrun -n 3 -o 0 {TRAIN}"),
+    (
+        "mpich",
+        WIRED,
+        f"mpiexec -n 2 -ppn 1 -hosts a,b -iface eth1 -launcher rsh -launcher-exec /sw/enter {MV2} "
+        f"{HYDRA}2 {LIST} -bind-to core:8 {TRAIN}",
+    ),
+    (
+        "openmpi",
+        FEW,
+        f"mpirun --quiet -np 3 --host n1:2,n2:2 --oversubscribe --bind-to none {AWAY} {OMPI}3 {NAMES} {TRAIN}",
     ),
 ]  # fmt: skip
 
@@ -151,6 +173,7 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4"}
         (JOB, [], None, 2, (8, 2, (), True)),
         ({**JOB, "SLURM_NTASKS_PER_NODE": "2"}, [], 1, None, (1, 1, (), True)),
         ({"SLURM_JOB_ID": "7"}, [], None, None, (4, 4, (), False)),
+        (JOB, ["a:2", "b:2"], None, None, (4, 2, ("a", "b"), True)),
     ],
 )
 def test_places(environ, hosts, ranks, per_node, expected):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from resnet_cpu import flags, simulate
 from resnet_cpu.errors import CheckpointError, DataError, FlagError
-from resnet_cpu.recipe import batch_rule
+from resnet_cpu.recipe.batch_rule import Batch
 from resnet_cpu.scaling import calibrate, layers, network, simulator
 from resnet_cpu.scaling.network import Network, World
 from resnet_cpu.scaling.simulator import Exchange, Node
@@ -336,8 +336,10 @@ def test_constants_of_a_replay_are_found_again_and_the_rest_is_held_out(tmp_path
     assert f"models, held out: {len(errors)} settings" in "\n".join(printed)
     assert f"median error {100 * np.median(errors):.1f} %, largest {100 * max(errors):.1f} %" in "\n".join(printed)
     assert (tmp_path / "plot.png").stat().st_size > 5000
-    # The constants that it prints are a network that the command takes.
-    (tmp_path / "network.json").write_text(json.dumps(json.loads(printed[-1])["2"]))
+    # The constants that it prints and a bandwidth are a network that the command takes.
+    constants = json.loads(printed[-1])["2"]
+    assert "bandwidth" not in constants  # the links' is not the network's to be predicted
+    (tmp_path / "network.json").write_text(json.dumps({**constants, "bandwidth": 1.25e9}))
     simulate.main([f"--network={tmp_path}/network.json", "--nodes=4", "--format=csv"])
     assert "4,8," in capsys.readouterr().out
 
@@ -415,8 +417,8 @@ def test_time_to_train_counts_steps_evaluations_and_checkpoints():
     cluster = cluster_of(
         "--phase=a:steps=100,lr=1", "--phase=b:steps=10,lr=1,image_size=112", "--eval_every_epochs=0.001"
     )
-    found = simulate.training_seconds(cluster, 8, 32, 1_281_167)
-    full, small = (simulate._step(cluster, 8, 32, size) for size in (224, 112))
+    found = simulate.training_seconds(cluster, 8, 1_281_167)
+    full, small = (simulate._step(cluster, 8, Batch(32, 1, 512), size) for size in (224, 112))
     assert found["training"] == pytest.approx(100 * full.total + 10 * small.total)
     work = [sum(t.backward_work for t in layers.gradients(image_size=size)) for size in (224, 112)]
     node = cluster.node
@@ -428,12 +430,31 @@ def test_time_to_train_counts_steps_evaluations_and_checkpoints():
     assert found["checkpoints"] == pytest.approx(110 / 1000 * 2 * weights / simulator.DISK_BANDWIDTH)
 
 
-def test_accumulated_batches_are_computed_without_messages():
-    once = cluster_of("--phase=a:steps=10,lr=1", "--batch_size=32")
-    twice = cluster_of("--phase=a:steps=10,lr=1", "--batch_size=32", "--accumulate_steps=2")
-    gained = [simulate.training_seconds(cluster, 4, 32, 10**6)["training"] for cluster in (once, twice)]
-    assert gained[1] - gained[0] == pytest.approx(10 * 32 * once.node.image_s)
-    assert batch_rule.resolve_batch(32, None, 8, 2).total == 512
+@pytest.mark.parametrize("image_size", [224, 112])
+def test_accumulated_batches_are_computed_without_messages(image_size):
+    flags_of = [f"--phase=a:steps=10,lr=1,image_size={image_size}", "--batch_size=32", "--network=ethernet1"]
+    once, more = (cluster_of(*flags_of, f"--accumulate_steps={count}") for count in (1, 3))
+    gained = [simulate.training_seconds(cluster, 4, 10**6)["training"] for cluster in (once, more)]
+    work = [sum(t.backward_work for t in layers.gradients(image_size=size)) for size in (image_size, 224)]
+    image_s = once.node.image_s * simulator.slowest(once.node.jitter, 8) * work[0] / work[1]
+    assert gained[1] - gained[0] == pytest.approx(
+        10 * 2 * 32 * image_s, abs=10 * 1e-3
+    )  # the thread looks once a cycle of 1 ms
+
+
+def test_a_strong_ladder_keeps_its_batch_and_leaves_out_what_cannot_be_cut():
+    cluster = cluster_of("--global_batch_size=1024", "--accumulate_steps=0", "--batch_size=32", "--network=ethernet10")
+    rows, told = simulate.curve(cluster, 24)
+    assert [(row.nodes, row.batch) for row in rows] == [
+        (nodes, Batch(32, 16 // nodes, 1024)) for nodes in (1, 2, 4, 8, 16)
+    ]
+    assert told == ["left out, since the global batch cannot be cut for them: 24"]
+    assert rows[0].step.compute == pytest.approx(16 * 32 * cluster.node.image_s + cluster.node.fixed_s)
+    shares = [simulate.efficiency(rows[0], row) for row in rows]
+    assert shares[0] == 1 and shares == sorted(shares, reverse=True) and shares[-1] < 0.9
+    assert "whatever its batch" in simulate._why(rows)[0]  # paid once a step, however few images a rank has
+    with pytest.raises(FlagError, match="cannot be made of"):
+        simulate.curve(cluster_of("--global_batch_size=1000", "--accumulate_steps=0", "--batch_size=8"), 1)
 
 
 def test_a_past_run_gives_speed_and_jitter(tmp_path):
@@ -451,6 +472,24 @@ def test_a_past_run_gives_speed_and_jitter(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(CheckpointError, match="too few rows"):
         cluster_of(f"--past_run={tmp_path}", "--model=resnet18")
+
+
+def test_a_scaling_run_gives_what_its_ranks_did_by_themselves(tmp_path):
+    (tmp_path / "result.json").write_text('{"images_per_second": 40.0, "ranks": 2, "global_batch_size": 64}')
+    model = dataclasses.asdict(flags.parse([]).model)
+    (tmp_path / "run.json").write_text(json.dumps({"signature": {"model": model}}))
+    seconds = np.zeros([2, 4, 4])
+    seconds[..., 2] = [[1.0, 1.2, 0.8, 1.0], [2.0, 2.0, 2.0, 2.0]]
+    seconds[..., 3] = 5.0  # messages and peers, which are the network's
+    np.savez(tmp_path / "step_times.npz", seconds=seconds)
+    node = cluster_of(f"--past_run={tmp_path}").node
+    assert node.image_s == pytest.approx(1.5 / 32) and node.fixed_s == 0
+    assert sorted(node.jitter) == pytest.approx([0.8, 1, 1, 1, 1, 1, 1, 1.2])
+    np.savez(tmp_path / "step_times.npz", seconds=seconds[:1])
+    assert cluster_of(f"--past_run={tmp_path}").node.fixed_s == 5.0
+    (tmp_path / "step_times.npz").write_bytes(b"no zip")
+    with pytest.raises(CheckpointError, match="step_times.npz: cannot be read"):
+        cluster_of(f"--past_run={tmp_path}")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ _PEER_GRACE_S = 3.0  # what a rank that only heard of a failure waits for the ra
 LOST_HOST_S = 30.0
 _FIRST_STEP_GRACE_S = 300.0  # for tracing the graph and creating kernels, on top of the stall timeout
 _CONNECT_S = (10.0, 120.0)  # what the ranks are given to find each other, at least and at most
+_START_S = 600.0  # what MPI is given to come up
 _stop_signal: Optional[int] = None
 
 
@@ -134,9 +135,12 @@ def connect(expected: Optional[int], patience: float) -> control.World:
 
 def _await_answer(answered: threading.Event, patience: float) -> None:
     # Counted from when MPI is up on all ranks, which may take long where Python is read from a busy file system.
+    began = time.monotonic()
     while not hasattr(sys.modules.get("mpi4py.MPI"), "Is_finalized") or _mpi() is None:
         if answered.wait(0.2):
             return
+        if time.monotonic() - began > _START_S:
+            break
     if answered.wait(patience):
         return
     if _rank() != 0:
@@ -196,6 +200,6 @@ class Watchdog:
             if time.monotonic() - self._last > self.timeout:
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 _tell(f"no step finished for {self.timeout:g} s; where the threads are is above. Run the command again")
-                if control.several_hosts():
-                    time.sleep(LOST_HOST_S)
+                if control.several_hosts() and self._stopped.wait(LOST_HOST_S):
+                    return
                 abort(PeerLost.exit_code)

@@ -12,7 +12,8 @@ from resnet_cpu.errors import FlagError
 EXPECTED_RANKS = "RESNET_CPU_RANKS"  # tells every rank how many were asked for
 # What a rank on another host is given of this shell's environment, besides what the layout sets.
 _PASSED = re.compile(
-    r"(PATH|LD_LIBRARY_PATH|PYTHONPATH|TMPDIR|(OMP|KMP|TF|ITEX|ONEDNN|DNNL|HOROVOD|MALLOC|TCMALLOC|UCX|PSM2|FI|PYTHON)_\w+)"
+    r"(PATH|LD_LIBRARY_PATH|LD_PRELOAD|PYTHONPATH|TMPDIR|(OMP|KMP|TF|ITEX|ONEDNN|DNNL|HOROVOD|MALLOC|TCMALLOC|PYTHON"
+    r"|UCX|PSM2|FI|I_MPI|MPICH|MPIR|MV2)_\w+)"
 )
 # Bridges of containers and virtual machines have the same address on every host, and lead nowhere.
 _LOCAL_INTERFACES = "lo,docker0,virbr0"
@@ -124,13 +125,13 @@ def _intel_pinning(placement: Placement) -> Dict[str, str]:
 
 
 def _intel_mpi(placement: Placement, environment: Dict[str, str], outside: Mapping[str, str]) -> Line:
-    pinning = _intel_pinning(placement)
-    # The batch system would otherwise decide how many go on a host.
-    pinning["I_MPI_JOB_RESPECT_PROCESS_PLACEMENT"] = "0"
+    given = {**_intel_pinning(placement), **environment}
     if placement.yields:
-        pinning["I_MPI_THREAD_YIELD"] = "2"
-    # Not mpirun: that is a shell, which USR1 ends before it could hand it on.
-    return ["mpiexec.hydra", *_hydra(placement, {**pinning, **environment}, outside)]
+        given = {"I_MPI_THREAD_YIELD": "2", **given}
+    # The batch system would otherwise decide how many go on a host. Not mpirun: that is a shell, which USR1 ends before
+    # it could hand it on.
+    start = [*_env({"I_MPI_JOB_RESPECT_PROCESS_PLACEMENT": "0"}), "mpiexec.hydra"]
+    return [*start, *_hydra(placement, given, outside)]
 
 
 def _mpich(placement: Placement, environment: Dict[str, str], outside: Mapping[str, str]) -> Line:
@@ -159,6 +160,7 @@ def _srun(placement: Placement, environment: Dict[str, str], outside: Mapping[st
         "srun",
         "--mpi=pmix",
         "--kill-on-bad-exit=1",  # by default the other ranks would wait for a dead one for ever
+        f"--nodes={-(-placement.ranks // placement.per_host)}",  # else few ranks are spread over all nodes of the job
         f"--ntasks={placement.ranks}",
         f"--ntasks-per-node={placement.per_host}",
         *([f"--nodelist={','.join(placement.hosts)}"] if placement.hosts else []),
@@ -212,7 +214,8 @@ def place(
         most = per_node or slots or proposed(None, len(names) > 1)
         if slots and per_node and per_node > slots:
             raise FlagError(f"--ranks_per_node={per_node}: --hosts gives {slots} slots a host; lower it")
-        return _shared_out(ranks, most, names, len(names), f"--hosts gives {len(names)} hosts x {most} slots", False)
+        what = f"--hosts gives {len(names)} hosts x {most} slots"
+        return _shared_out(ranks, most, names, len(names), what, "SLURM_JOB_ID" in environ)
     if "SLURM_JOB_ID" in environ and ("SLURM_JOB_NUM_NODES" in environ or "SLURM_NNODES" in environ):
         nodes = int(environ.get("SLURM_JOB_NUM_NODES") or environ["SLURM_NNODES"])
         asked = _tasks_per_node(environ, nodes)

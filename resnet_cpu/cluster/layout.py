@@ -16,7 +16,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 from resnet_cpu.cluster.topology import Cpu, Topology, spans
 from resnet_cpu.errors import FlagError
 
-_THREADS = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
+THREADS = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
 _RANK_BYTES = 5.4e9  # what a rank of ResNet-50 took at 224x224 and batch 32
 _MOST_CORES = 40  # of a rank; the authors gave one 24, Intel's scripts a NUMA domain
 _FEWEST_CORES = 8  # of a NUMA domain that gets a rank of its own, where there are several
@@ -89,7 +89,7 @@ def apply(threads: int, cores: int) -> Dict[str, str]:
     """
     wanted = environment(threads or cores)
     for name, value in wanted.items():
-        if threads and name in _THREADS:
+        if threads and name in THREADS:
             os.environ[name] = value
         os.environ.setdefault(name, value)
     also = ("KMP_AFFINITY", "HOROVOD_THREAD_AFFINITY", "LD_PRELOAD")  # only of a launcher or a user

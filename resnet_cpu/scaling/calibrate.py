@@ -12,7 +12,7 @@ import numpy as np
 
 from resnet_cpu.errors import DataError
 from resnet_cpu.scaling import layers, simulator
-from resnet_cpu.scaling.network import NETWORKS, Network, World
+from resnet_cpu.scaling.network import NETWORKS, Network, World, allreduce, fused_allreduce
 from resnet_cpu.scaling.simulator import Exchange, Node
 
 IMAGENET_EPOCHS, IMAGENET_EXAMPLES = 90, 1_281_167
@@ -242,7 +242,7 @@ def replayed(setting: Setting, network: Network) -> float:
         network = dataclasses.replace(network, bandwidth=PAYLOAD * setting.mbit * 1e6 / 8)
     world = World(setting.hosts, setting.ranks // setting.hosts)
     if setting.model == "message":
-        return simulator.allreduce(setting.bytes, world, network)
+        return allreduce(setting.bytes, world, network)
     exchange = Exchange(cycle_s=setting.cycle_ms / 1e3, fusion_bytes=setting.fusion_bytes)
     if setting.model == "horovod_message":
         ready, sizes = [0.0], [setting.bytes]
@@ -258,12 +258,10 @@ def replayed(setting: Setting, network: Network) -> float:
         forward = setting.forward_share
         ready = [setting.compute_s * (forward + (1 - forward) * share) for share in shares]
 
-    def cost(size: float, copied: bool) -> float:
-        copies = 2 * size / network.memory_bandwidth if copied else 0.0
-        return simulator.allreduce(size, world, network) + copies
-
+    cost = functools.partial(fused_allreduce, world=world, network=network)
     negotiation_s = simulator.coordination(world, network, exchange, len(sizes))
-    return simulator.exchange_end(ready, sizes, setting.compute_s, cost, exchange, negotiation_s)[0]
+    end = simulator.exchange_end(ready, sizes, setting.compute_s, cost, exchange, negotiation_s)[0]
+    return max(end, exchange.cycle_s)  # steps follow each other, and the thread looks once a cycle
 
 
 @dataclasses.dataclass(frozen=True)

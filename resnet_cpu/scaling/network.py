@@ -142,6 +142,12 @@ def allreduce(size: float, world: World, network: Network) -> float:
     return ALGORITHMS[network.algorithm](size, world, network)
 
 
+def fused_allreduce(size: float, copied: bool, world: World, network: Network) -> float:
+    """Return the seconds of an allreduce of a buffer; `copied`: tensors are copied into it, and out of it after."""
+    copies = 2 * size / network.memory_bandwidth if copied else 0.0
+    return allreduce(size, world, network) + copies
+
+
 def check(network: Network) -> Network:
     """Return `network`; raise FlagError where a value cannot be."""
     for field in ("latency_s", "memory_latency_s", "reduce_s_per_byte"):

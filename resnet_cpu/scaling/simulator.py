@@ -13,7 +13,7 @@ import numpy as np
 from resnet_cpu.errors import FlagError
 from resnet_cpu.scaling import layers
 from resnet_cpu.scaling.layers import Layer
-from resnet_cpu.scaling.network import Network, World, allreduce, message, recursive_doubling
+from resnet_cpu.scaling.network import Network, World, fused_allreduce, message, recursive_doubling
 
 MIB = 2**20
 DISK_BANDWIDTH = 1e9  # bytes/s at which rank 0 writes a checkpoint; assumed
@@ -164,20 +164,27 @@ def fit_jitter(step_s: Sequence[float]) -> float:
     return float(np.log(times).std(ddof=1))
 
 
-def step(tensors: Sequence[Layer], batch: int, node: Node, world: World, network: Network, exchange: Exchange) -> Step:
-    """Return the step of `world` with `batch` images a rank."""
-    work = batch * node.image_s
+def step(
+    tensors: Sequence[Layer],
+    batch: int,
+    node: Node,
+    world: World,
+    network: Network,
+    exchange: Exchange,
+    micro_batches: int = 1,
+) -> Step:
+    """Return the step of `world` with `micro_batches` of `batch` images a rank; the last one's gradients are sent."""
+    work = micro_batches * batch * node.image_s
     stretch = slowest(node.jitter, world.ranks)
     shares = layers.ready_shares(tensors)
     sizes = [tensor.bytes for tensor in tensors]
 
-    def cost(size: float, copied: bool) -> float:
-        into_and_out = 2 * size / network.memory_bandwidth if copied else 0.0
-        return allreduce(size, world, network) + into_and_out
+    cost = functools.partial(fused_allreduce, world=world, network=network)
 
     def run(negotiation_s: float, handed: Exchange) -> Tuple[float, int]:
         end = work * stretch
-        ready = [end * (1 - BACKWARD_SHARE + BACKWARD_SHARE * share) for share in shares]
+        last_s = end / micro_batches
+        ready = [end - last_s * BACKWARD_SHARE * (1 - share) for share in shares]
         if world.ranks == 1:
             return end, 0
         last, buffers = exchange_end(ready, sizes, end, cost, handed, negotiation_s, node.interference)
@@ -189,7 +196,7 @@ def step(tensors: Sequence[Layer], batch: int, node: Node, world: World, network
     without = min(run(0.0, dataclasses.replace(exchange, cycle_s=0.0))[0], whole) if exchange.negotiated else whole
     slow = work * (stretch - 1)
     busy = whole + node.fixed_s
-    read = batch / node.input_images_per_s if node.input_images_per_s else 0.0
+    read = micro_batches * batch / node.input_images_per_s if node.input_images_per_s else 0.0
     return Step(
         compute=work + node.fixed_s,
         jitter=slow,

@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 
 import pytest
 import whole_runs as runs
-from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, told
+from conftest import OUTSIDE, ROOT, TINY_FLAGS, lacking, last_line, told
 
 from resnet_cpu.training import checkpoint
 
@@ -84,7 +84,7 @@ def lab(tmp_path_factory, tiny_data):
     lab = Lab(tmp_path_factory.mktemp("own"))
     up = lab("up", 2, "--own", lab.own, check=False)
     if up.returncode == 69:
-        pytest.skip(up.stderr.strip())
+        lacking(up.stderr.strip())
     assert up.returncode == 0, up.stderr
     try:
         for host in (lab.first, lab.second):
