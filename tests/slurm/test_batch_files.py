@@ -195,7 +195,7 @@ def jobs(lab, site, stand_in, tiny_data, tmp_path_factory):
     start("deaf", "launch/train.sbatch", "--run_dir=run", where=deaf, does="wait for USR1")
     start("words", "launch/train.sbatch", *HOSTILE, does="exit")
     unquoted = site("unquoted")
-    spoil(unquoted / "launch" / "batch.sh", '[@]}" "$@"\n', '[@]}" "$@"; for word; do eval "$word" || true; done\n')
+    spoil(unquoted / "launch" / "batch.sh", '[@]}"} "$@"\n', '[@]}"} "$@"; for word; do eval "$word" || true; done\n')
     start("unquoted", "launch/train.sbatch", *HOSTILE, where=unquoted, does="exit")
     rungs = ["--array=0-1", "launch/lr_scaling.sbatch", data, "--model=resnet18"]
     start("lr_scaling", *rungs, does="element 1 stops once", RUNGS="64 128")
