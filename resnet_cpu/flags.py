@@ -20,7 +20,6 @@ from resnet_cpu.recipe import batch_rule, phases
 
 EXPERIMENTS = ("train", "scaling", "lr_scaling", "collapsed_ensemble")
 OPTIMIZERS = ("sgd", "lars")
-MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 CROPS = ("inception", "authors")
 NORMALIZATIONS = ("auto", "dataset", "authors", "torch", "tf")
 SOURCES = ("fashion_mnist", "digits", "verify")
@@ -157,7 +156,7 @@ def _define() -> _Definer:
     d.integer("data_threads", 0, "Threads for decoding, per rank (0: as many as the rank has cores).", lower_bound=0)
 
     d.section("model")
-    d.enum("model", "resnet50", MODELS, "The network.")
+    d.enum("model", "resnet50", list(settings.DEPTHS), "The network.")
     d.float("width", 1.0, "Factor on every channel count.", 0.01, 16.0)
     d.enum("stem", "imagenet", ["imagenet", "small"], "imagenet: 7x7 stride 2 and pool; small: 3x3, for small images.")
     d.enum("stride_in", "3x3", ["3x3", "1x1"], "Where a stage's first bottleneck strides: 3x3 (v1.5) or 1x1 (v1).")
@@ -529,6 +528,16 @@ def resolved(values: flags.FlagValues) -> str:
         given = [flag.serialize() for flag in chosen if flag.value is not None and flag.value != []]
         lines += [f"# {title}", *given] if given else []
     return "\n".join(lines) + "\n"
+
+
+def ranks_per_node(values: flags.FlagValues) -> Optional[int]:
+    """Return the number of --ranks_per_node, None for auto."""
+    text = values.ranks_per_node
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise FlagError(f"--ranks_per_node={text}: must be a number above 0, or auto")
+    return int(text)
 
 
 def required(value: Optional[str], flag: str, remedy: str) -> str:

@@ -34,7 +34,7 @@ def main(argv: List[str]) -> None:
             "no command; write -- and the command after it, as in -- python -m resnet_cpu.train --flagfile=F"
         )
     machine = topology.read()
-    wanted = None if values.ranks_per_node == "auto" else _count("ranks_per_node", values.ranks_per_node)
+    wanted = flags.ranks_per_node(values)
 
     def proposed(per_node: Optional[int], several: bool) -> int:
         best = tuning.remembered(machine) if per_node is None else None
@@ -137,12 +137,6 @@ def _only_of_launch(values: flags.Values) -> None:
             and "launch" not in flags.OF_ONE_COMMAND.get(name, "").split()
         ):
             raise FlagError(f"--{name}: belongs to the command; write it after --")
-
-
-def _count(flag: str, text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise FlagError(f"--{flag}={text}: is neither auto nor a number from 1 on")
-    return int(text)
 
 
 def _recognise(in_batch_job: bool) -> str:

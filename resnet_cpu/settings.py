@@ -2,11 +2,20 @@
 
 import dataclasses
 import sys
-from typing import Optional, Tuple
+from typing import Dict, Optional, Tuple
 
 from resnet_cpu.errors import FlagError
 from resnet_cpu.recipe import batch_rule, phases
 from resnet_cpu.recipe.phases import Phase, PhaseText
+
+#: name -> (blocks of each stage, whether blocks are bottlenecks)
+DEPTHS: Dict[str, Tuple[Tuple[int, ...], bool]] = {
+    "resnet18": ((2, 2, 2, 2), False),
+    "resnet34": ((3, 4, 6, 3), False),
+    "resnet50": ((3, 4, 6, 3), True),
+    "resnet101": ((3, 4, 23, 3), True),
+    "resnet152": ((3, 8, 36, 3), True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +116,13 @@ class Plan:
 
     phases: Tuple[Phase, ...]
     batch: batch_rule.Batch
+
+
+def depths_of(model: str) -> Tuple[Tuple[int, ...], bool]:
+    """Return (blocks of each stage, whether blocks are bottlenecks); raise FlagError for an unknown network."""
+    if model not in DEPTHS:
+        raise FlagError(f"--model={model}: unknown; use one of {', '.join(DEPTHS)}")
+    return DEPTHS[model]
 
 
 def plan(settings: Settings, ranks: int, train_examples: int) -> Plan:

@@ -6,7 +6,7 @@ import os
 import statistics
 import sys
 import zipfile
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -86,10 +86,7 @@ def main(argv: List[str]) -> None:
 
 def _cluster(settings: Settings, values: Any) -> Cluster:
     """Return what the flags describe, with a line on where each constant comes from."""
-    text = values.ranks_per_node
-    if text != "auto" and not (text.isdigit() and int(text) > 0):
-        raise FlagError(f"--ranks_per_node={text}: must be a number above 0, or auto")
-    ranks_per_node = 2 if text == "auto" else int(text)
+    ranks_per_node = flags.ranks_per_node(values) or 2
     published = calibrate.published().node
     node, told = published, ["node: Intel Caffe's on 2x Xeon 8160, fitted to published points, see below"]
     model = settings.model
@@ -300,9 +297,9 @@ def _curve_lines(cluster: Cluster, rows: List[Rung]) -> List[str]:
     return [title, *_aligned(table)]
 
 
-def _aligned(table: List[List[str]]) -> List[str]:
+def _aligned(table: List[List[str]], to: Callable[[str, int], str] = str.rjust) -> List[str]:
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table]
+    return ["  ".join(map(to, row, widths)).rstrip() for row in table]
 
 
 def _why(rows: List[Rung]) -> List[str]:
@@ -423,7 +420,7 @@ def published_lines() -> List[str]:
             table.append(
                 [point.name, measured, predicted, f"{100 * point.error:+.1f} %", kind, rows[point.name]["what"]]
             )
-        lines += ["    " + line for line in _left(table)]
+        lines += ["    " + line for line in _aligned(table, str.ljust)]
     many = calibrate.many_cores(fits[False].node)
     lines.append(
         f"  104K cores, read as 1,536 Xeon Phi of 68 cores with 16 images each, speed fitted to 2,048 of them: "
@@ -435,11 +432,6 @@ def published_lines() -> List[str]:
         f"images/s, a step of {1000 * 16 / many.needed_images_per_s:.0f} ms, the slowest of them included"
     )
     return lines
-
-
-def _left(table: List[List[str]]) -> List[str]:
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
 
 
 def _draw(cluster: Cluster, rows: List[Rung], path: str) -> None:
@@ -482,7 +474,7 @@ def _validate(path: str, output: Optional[str]) -> None:
         kind = "fitted to" if point.fitted else "held out"
         table.append([point.name, f"{setting.compute_s:g}", f"{point.measured:.4f}", f"{point.predicted:.4f}"])
         table[-1] += [f"{100 * point.error:+.1f} %", kind]
-    print("\n".join(_left(table)))
+    print("\n".join(_aligned(table, str.ljust)))
     for label, errors in found.errors().items():
         median, largest = 100 * statistics.median(errors), 100 * max(errors)
         print(f"{label}: {len(errors)} settings, median error {median:.1f} %, largest {largest:.1f} %")

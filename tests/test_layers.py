@@ -6,6 +6,7 @@ import tensorflow as tf
 from resnet_cpu.errors import FlagError
 from resnet_cpu.model import resnet as network
 from resnet_cpu.scaling import layers
+from resnet_cpu.settings import DEPTHS, depths_of
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,8 @@ def test_names_shapes_and_flops_are_those_of_the_network(model, options):
 
 
 def test_depths_are_those_of_the_network():
-    assert layers.DEPTHS == network.DEPTHS
+    assert layers.depths_of is network.depths_of is depths_of  # one table
+    assert depths_of("resnet50") == ((3, 4, 6, 3), True)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_one_inter_op_thread_leaves_most_bytes_to_the_end():
 
 
 @pytest.mark.parametrize("inter_op_threads", [1, 2])
-@pytest.mark.parametrize("model", sorted(layers.DEPTHS))
+@pytest.mark.parametrize("model", sorted(DEPTHS))
 def test_shares_rise_to_one_and_both_orders_do_the_same_work(model, inter_op_threads):
     table = layers.gradients(model, width=0.5, inter_op_threads=inter_op_threads)
     shares = layers.ready_shares(table)

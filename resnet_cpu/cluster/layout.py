@@ -148,7 +148,7 @@ def propose(
     cpus = tuple(tuple(core[0].id for core in piece) for piece in pieces)
     masks = tuple(tuple(sorted(cpu.id for core in piece for cpu in core)) for piece in pieces)
     smt = any(len(mask) > len(first) for mask, first in zip(masks, cpus))
-    _explain_binding(cpus, masks, smt, bound, choices)
+    _explain_binding(cpus, smt, bound, choices)
     wanted = environment(threads, intel_openmp=intel_openmp)
     preload = allocator(topology.root)
     if preload is not None:
@@ -338,7 +338,6 @@ def _explain_threads(
 
 def _explain_binding(
     cpus: Sequence[Sequence[int]],
-    masks: Sequence[Sequence[int]],
     smt: bool,
     bound: bool,
     choices: List[Tuple[str, str, str]],

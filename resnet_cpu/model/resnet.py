@@ -6,23 +6,14 @@ named as in keras.applications, so that weights can be matched by name.
 
 import functools
 import zlib
-from typing import Callable, Dict, Optional, Tuple
+from typing import Callable, Optional
 
 import tensorflow as tf
 
-from resnet_cpu.errors import FlagError
 from resnet_cpu.model.ghost_batch_norm import GhostBatchNormalization
+from resnet_cpu.settings import depths_of
 
 layers = tf.keras.layers
-
-#: name -> (blocks of each stage, whether blocks are bottlenecks)
-DEPTHS: Dict[str, Tuple[Tuple[int, ...], bool]] = {
-    "resnet18": ((2, 2, 2, 2), False),
-    "resnet34": ((3, 4, 6, 3), False),
-    "resnet50": ((3, 4, 6, 3), True),
-    "resnet101": ((3, 4, 23, 3), True),
-    "resnet152": ((3, 8, 36, 3), True),
-}
 
 
 def resnet(
@@ -44,7 +35,7 @@ def resnet(
     """Return a ResNet from float32 images [batch, height, width, 3] to logits [batch, num_classes].
 
     Args:
-        name: one of DEPTHS.
+        name: one of `resnet_cpu.settings.DEPTHS`.
         num_classes: length of the logits.
         width: factor on every channel count.
         stem: `imagenet` (7x7 stride 2, pool 3x3 stride 2) or `small` (3x3 stride 1, no pool) for small images.
@@ -62,9 +53,7 @@ def resnet(
         seed: of the initial weights: normal with variance 2/fan_in, of the first convolution 2/fan_out, of the
             classifier standard deviation 0.01 (the authors' fillers).
     """
-    if name not in DEPTHS:
-        raise FlagError(f"--model={name}: unknown; use one of {', '.join(DEPTHS)}")
-    blocks, bottleneck = DEPTHS[name]
+    blocks, bottleneck = depths_of(name)
     net = _Builder(width, stride_in, padding, bn_momentum, bn_epsilon, bn_stats_batch, precision, seed)
     inputs = layers.Input([None, None, 3], name="images")
     x = net.stem(inputs, stem, conv1_bias)

@@ -28,7 +28,7 @@ def of_rank(threads: Dict[str, str]) -> Dict[str, Any]:
     machine = topology.read()
     return {
         "host": socket.gethostname(),
-        "cpu": cpu_name(),
+        "cpu": machine.model or platform.machine(),
         "instruction_sets": list(machine.instruction_sets),
         "topology": {
             "sockets": machine.sockets,
@@ -88,11 +88,6 @@ def git_id() -> Optional[str]:
     except OSError:
         pass
     return None
-
-
-def cpu_name() -> str:
-    """Return the processor's name as the kernel gives it."""
-    return topology.processor()[0] or platform.machine()
 
 
 def instruction_sets() -> List[str]:

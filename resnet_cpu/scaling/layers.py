@@ -8,18 +8,10 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import List, NamedTuple, Sequence, Tuple
 
-from resnet_cpu.errors import FlagError
+from resnet_cpu.settings import depths_of
 
-#: name -> (blocks of each stage, whether blocks are bottlenecks); the same as `resnet_cpu.model.resnet.DEPTHS`
-DEPTHS: Dict[str, Tuple[Tuple[int, ...], bool]] = {
-    "resnet18": ((2, 2, 2, 2), False),
-    "resnet34": ((3, 4, 6, 3), False),
-    "resnet50": ((3, 4, 6, 3), True),
-    "resnet101": ((3, 4, 23, 3), True),
-    "resnet152": ((3, 8, 36, 3), True),
-}
 BYTES_PER_WEIGHT = 4  # float32, whatever the activations are
 # Batch norm, ReLU and additions do little arithmetic and move much memory. For an element of a convolution's output
 # their backward takes as long as 400 FLOPs of a convolution's (BUILD_NOTES.md, "Where the time goes", float32: 266 + 91
@@ -71,9 +63,7 @@ def gradients(
 
     Raises FlagError for a model that is not known.
     """
-    if model not in DEPTHS:
-        raise FlagError(f"--model={model}: unknown; use one of {', '.join(DEPTHS)}")
-    blocks, bottleneck = DEPTHS[model]
+    blocks, bottleneck = depths_of(model)
     net = _Walk(width, image_size)
     net.conv("conv1", net.channels(64), 3, 7 if stem == "imagenet" else 3, 2 if stem == "imagenet" else 1, conv1_bias)
     if stem == "imagenet":

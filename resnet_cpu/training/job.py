@@ -86,7 +86,7 @@ def open_data(settings: Settings, world: World) -> Optional[layouts.ShardedData]
 
     def open_copy() -> Tuple[layouts.ShardedData, str]:
         data = opened or layouts.open_data(folder, dataset)
-        return data, _contents(data)
+        return data, _contents(data) if world.size > 1 else ""  # nobody to compare with
 
     data, contents = world.on_all(open_copy)
     rows = world.gather([socket.gethostname(), contents])
