@@ -6,12 +6,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 from conftest import OUTSIDE, ROOT
 
 from resnet_cpu import launch
-from resnet_cpu.cluster import topology
+from resnet_cpu.cluster import start, topology
 from resnet_cpu.errors import FlagError, OutputError, PeerLost
 
 NEEDED = ["bash", "dirname", "head", "sed", "cat", "sha256sum", "sort", "wc", "grep", "env"]
@@ -87,17 +89,17 @@ def starts(machine, monkeypatch, tmp_path):
     monkeypatch.setattr(launch.tuning, "remembered", lambda machine: None)
     lines = []
     monkeypatch.setattr(launch.os, "execvp", lambda name, line: lines.append(line))
-    monkeypatch.setattr(launch, "_follow", lines.append)
+    monkeypatch.setattr(launch.start, "follow", lines.append)
 
-    def start(*arguments):
+    def become(*arguments):
         launch.main(list(arguments))
         return lines[-1] if lines else None
 
-    return start
+    return become
 
 
 CORES = tuple(topology.Cpu(id=n, core=n, socket=0, node=0, cache=0, siblings=(n,)) for n in range(2))
-TWO_CORES = topology.Topology("", "", False, (), CORES, (topology.Node(0, (0, 1), 0),), (0, 1), root="/nowhere")
+TWO_CORES = topology.Topology("", (), CORES, (topology.Node(0, (0, 1), 0),), (0, 1), root="/nowhere")
 
 
 def test_launch_becomes_the_launcher_and_says_why(starts, capsys):
@@ -120,7 +122,7 @@ def test_a_dry_run_prints_the_line_and_starts_nothing(starts, capsys):
         ("intel", "env I_MPI_JOB_RESPECT_PROCESS_PLACEMENT=0 mpiexec.hydra -n 4 -ppn 2"),
         ("mpich", "mpiexec -n 4 -ppn 2"),
         ("ibrun", "env MV2_ENABLE_AFFINITY=0"),
-        ("srun", "env TF_NUM_INTRAOP_THREADS=1"),
+        ("srun", "env OMPI_MCA_btl_tcp_flags=send,"),
     ],
 )
 def test_in_a_batch_job_every_launcher_gets_its_nodes_and_tasks(starts, monkeypatch, capsys, launcher, first):
@@ -189,17 +191,26 @@ def test_oversubscribed_ranks_are_bound_nowhere(starts):
     assert "--oversubscribe" not in starts("--ranks=2", "--oversubscribe", "--", "cat")  # they need not
 
 
-def test_hosts_that_do_not_answer_are_named_before_anything_starts(starts, machine, monkeypatch):
+def test_hosts_that_do_not_answer_or_are_full_are_named_before_anything_starts(starts, machine, monkeypatch, tmp_path):
     put, _ = machine
     put(
         "enter",
-        'case $1 in good*) exec "${@:2}" ;; slow) while :; do :; done ;; *) echo "no way there" >&2; exit 9 ;; esac',
+        'case $1 in good*) eval "$2" ;; full) echo "$2" >asked; echo "tmpfs 65536 65436 100 99% /dev/shm" ;; '
+        'slow) while :; do :; done ;; *) echo "no way there" >&2; exit 9 ;; esac',
     )
-    put("true", "")
-    assert "good1:1,good2:1" in starts("--hosts=good1:1,good2:1", "--launch_agent=enter", "--", "cat")
-    monkeypatch.setattr(launch, "_ANSWER_S", 0.5)
+    put("df", "exit 1")  # no /dev/shm there
+    monkeypatch.chdir(tmp_path)
+    agent = "--launch_agent=enter"
+    assert "good1:1,good2:1" in starts("--hosts=good1:1,good2:1", agent, "--", "cat")
+    put("df", "echo Filesystem; echo tmpfs 65536 0 65536 0% /dev/shm")
+    assert "good1:1,good2:1" in starts("--hosts=good1:1,good2:1", agent, "--", "cat")
+    with pytest.raises(OutputError) as caught:
+        starts("--hosts=good1:1,full:1", agent, "--", "cat")
+    assert "full:/dev/shm: 0 MiB free, 1 ranks need 8" in str(caught.value) and "good1" not in str(caught.value)
+    assert "df -Pk /dev/shm" in (tmp_path / "asked").read_text()
+    monkeypatch.setattr(launch.start, "_ANSWER_S", 0.5)
     with pytest.raises(PeerLost) as caught:
-        starts("--hosts=good1,bad,slow", "--ranks_per_node=1", "--launch_agent=enter", "--", "cat")
+        starts("--hosts=good1,bad,slow", "--ranks_per_node=1", agent, "--", "cat")
     assert "bad (no way there)" in str(caught.value) and "slow (no answer in" in str(caught.value)
     assert "good1" not in str(caught.value)
 
@@ -208,10 +219,91 @@ def test_full_shared_memory_is_told(monkeypatch, tmp_path):
     class Full:
         f_bavail, f_frsize = 10, 4096
 
-    launch._check_shared_memory(2, str(tmp_path))  # a folder with room
-    monkeypatch.setattr(launch.os, "statvfs", lambda path: Full)
+    start.check_shared_memory(2, str(tmp_path))  # a folder with room
+    monkeypatch.setattr(start.os, "statvfs", lambda path: Full)
     with pytest.raises(OutputError, match="dead jobs"):
-        launch._check_shared_memory(2, str(tmp_path))
+        start.check_shared_memory(2, str(tmp_path))
+
+
+def stand_in_for_mpirun(folder, says):
+    """Return an environment whose mpirun prints for so many ranks what `says` has, and keeps its own process id."""
+    folder.mkdir()
+    program = folder / "mpirun"
+    program.write_text(
+        f"""#!{shutil.which("bash")}
+[ "$1" != --version ] || {{ echo "mpirun (Open MPI) 4.1.4"; exit; }}
+while [ "$1" != -np ]; do shift; done
+case $2 in {says} esac
+"""
+    )
+    program.chmod(0o755)
+    return {**OUTSIDE, "PATH": f"{folder}:{os.environ['PATH']}", "XDG_CONFIG_HOME": str(folder)}
+
+
+def tune(environment, **more):
+    command = [sys.executable, "-m", "resnet_cpu.launch", "--tune", "--mpi=openmpi", "--", "--image_size=64"]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more
+    )
+
+
+def test_tuning_times_layouts_and_later_starts_take_the_fastest(tmp_path):
+    says = '1) echo "total images/sec: 9.5" ;; *) echo broken >&2; exit 3 ;;'
+    environment = stand_in_for_mpirun(tmp_path / "bin", says)
+    process = tune(environment)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and out == "1\n", err
+    assert "1 ranks: 9.50 images/s" in err and "resnet_cpu/layouts.json" in err
+    assert "timing [1] ranks" in err or " ranks: failed with 3: broken" in err
+    command = [sys.executable, "-m", "resnet_cpu.launch", "--mpi=openmpi", "--dry_run", "--", "true"]
+    later = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert " -np 1 " in later.stdout and "1 ranks a node were the fastest here" in later.stderr
+
+
+def test_tuning_that_times_nothing_or_is_ended_leaves_nothing(tmp_path):
+    process = tune(stand_in_for_mpirun(tmp_path / "none", "*) exit 3 ;;"))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 64 and out == "" and "no layout could be timed" in err
+    folder = tmp_path / "slow"
+    sleeps = f"*) echo $$ >{folder}/pid.new; mv {folder}/pid.new {folder}/pid; exec sleep 60 ;;"
+    process = tune(stand_in_for_mpirun(folder, sleeps))
+    deadline = time.monotonic() + 60
+    while not (folder / "pid").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and out == "" and not (folder / "resnet_cpu").exists()
+    assert not psutil.pid_exists(int((folder / "pid").read_text()))
+
+
+@pytest.mark.parametrize(
+    "announced, message",
+    [
+        ("", "2 ranks were asked for, this process is one of 1: the launcher belongs to another MPI"),
+        ("export PMI_SIZE=2 PMI_RANK=0;", "sees 1: launcher and mpi4py belong to different MPIs"),
+    ],
+)
+def test_a_launcher_that_starts_worlds_of_one_is_told(tmp_path, announced, message):
+    """As mpirun of one MPI does with programs of another: every process is a job of its own."""
+    pytest.importorskip("mpi4py")
+    alone = """while :; do case $1 in
+    -x) case $2 in *=*) export "$2" ;; esac; shift 2 ;; --quiet | --oversubscribe | --allow-run-as-root) shift ;;
+    --mca) shift 3 ;; -*) shift 2 ;; *) break ;; esac; done;"""
+    environment = stand_in_for_mpirun(tmp_path / "bin", f'2) shift 2; {alone} {announced} exec "$@" ;;')
+    command = [sys.executable, "-m", "resnet_cpu.launch", "--mpi=openmpi", "--ranks=2", "--oversubscribe", "--"]
+    command += [sys.executable, "-m", "resnet_cpu.train", "--flagfile=experiments/smoke.flags"]
+    process = subprocess.run(
+        [*command, f"--run_dir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    told = [line for line in process.stderr.splitlines() if line.startswith("resnet_cpu:")]
+    assert process.returncode == 64 and process.stdout == "" and len(told) == 1 and message in told[0], process.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -227,8 +319,8 @@ def test_full_shared_memory_is_told(monkeypatch, tmp_path):
 )
 def test_over_several_hosts_signals_are_handed_on_and_a_lost_host_is_told(script, expected, message):
     program = (
-        f"import sys; from resnet_cpu import launch; from resnet_cpu.cluster import guard; "
-        f"guard.run(lambda _: launch._follow(['bash', '-c', {script!r}]))"
+        f"import sys; from resnet_cpu.cluster import guard, start; "
+        f"guard.run(lambda _: start.follow(['bash', '-c', {script!r}]))"
     )
     process = subprocess.run([sys.executable, "-c", program], env=OUTSIDE, capture_output=True, text=True, timeout=60)
     assert process.returncode == expected and message in process.stderr

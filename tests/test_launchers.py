@@ -1,5 +1,6 @@
 """The line that starts the ranks, against golden text, and where ranks go."""
 
+import dataclasses
 import shlex
 
 import pytest
@@ -30,8 +31,12 @@ HYDRA = "-genv OMP_NUM_THREADS 22 -genv LD_PRELOAD /usr/lib/libtcmalloc_minimal.
 ENV = "OMP_NUM_THREADS=22 LD_PRELOAD=/usr/lib/libtcmalloc_minimal.so.4 RESNET_CPU_RANKS="
 NAMES = "-x KMP_BLOCKTIME -x LD_LIBRARY_PATH -x PATH"
 LIST = "-genvlist KMP_BLOCKTIME,LD_LIBRARY_PATH,PATH"
-ALIVE = "--mca oob_tcp_keepalive_time 10 --mca oob_tcp_keepalive_intvl 5 --mca oob_tcp_keepalive_probes 3"
-AWAY = f"--mca btl_tcp_if_exclude lo,docker0,virbr0 --mca oob_tcp_if_exclude lo,docker0,virbr0 {ALIVE}"
+PARTS = "OMPI_MCA_btl_tcp_flags=send,inplace,need-ack,need-csum,hetero-rdma OMPI_MCA_btl_tcp_max_send_size=524288"
+BETWEEN = (
+    "--mca oob_tcp_keepalive_time 10 --mca oob_tcp_keepalive_intvl 5 --mca oob_tcp_keepalive_probes 3 "
+    "--mca btl_tcp_flags send,inplace,need-ack,need-csum,hetero-rdma --mca btl_tcp_max_send_size 524288"
+)
+AWAY = f"--mca btl_tcp_if_exclude lo,docker0,virbr0 --mca oob_tcp_if_exclude lo,docker0,virbr0 {BETWEEN}"
 MV2 = "-genv MV2_ENABLE_AFFINITY 0"
 INTEL = "-genv I_MPI_PIN_DOMAIN 48:compact"
 HYDRA_INTEL = "env I_MPI_JOB_RESPECT_PROCESS_PLACEMENT=0 mpiexec.hydra"
@@ -61,7 +66,7 @@ GOLDEN = [
         WIRED,
         "mpirun --quiet -np 2 --host a:1,b:1 --map-by ppr:1:node:PE=8 --bind-to core --mca mpi_yield_when_idle 1 "
         "--mca btl_tcp_if_include eth1 --mca oob_tcp_if_include eth1 "
-        f"{ALIVE} --mca plm_rsh_agent /sw/enter {OMPI}2 {NAMES} {TRAIN}",
+        f"{BETWEEN} --mca plm_rsh_agent /sw/enter {OMPI}2 {NAMES} {TRAIN}",
     ),
     (
         "openmpi",
@@ -86,14 +91,14 @@ GOLDEN = [
     (
         "srun",
         BATCH,
-        f"env {ENV}128 srun --mpi=pmix --kill-on-bad-exit=1 --nodes=64 --ntasks=128 --ntasks-per-node=2 "
+        f"env {PARTS} {ENV}128 srun --mpi=pmix --kill-on-bad-exit=1 --nodes=64 --ntasks=128 --ntasks-per-node=2 "
         f"--distribution=block:block --cpus-per-task=24 --cpu-bind=cores {TRAIN}",
     ),
     (
         "srun",
         FEW,
-        f"env {ENV}3 srun --mpi=pmix --kill-on-bad-exit=1 --nodes=2 --ntasks=3 --ntasks-per-node=2 --nodelist=n1,n2 "
-        f"--distribution=block:block --cpus-per-task=8 --overcommit --cpu-bind=none {TRAIN}",
+        f"env {PARTS} {ENV}3 srun --mpi=pmix --kill-on-bad-exit=1 --nodes=2 --ntasks=3 --ntasks-per-node=2 "
+        f"--nodelist=n1,n2 --distribution=block:block --cpus-per-task=8 --overcommit --cpu-bind=none {TRAIN}",
     ),
     ("ibrun", FEW, f"env MV2_ENABLE_AFFINITY=0 I_MPI_PIN=0 {ENV}3 ibrun -n 3 -o 0 {TRAIN}"),
     (
@@ -122,6 +127,26 @@ def test_every_launcher_has_a_line_and_nothing_secret_is_passed_on():
     for launcher, placement, _ in GOLDEN:
         line = launchers.line(launcher, placement, SET, OUTSIDE, COMMAND)
         assert "SECRET_KEY" not in " ".join(line) and "horovodrun" not in line
+
+
+def test_what_the_user_exports_for_open_mpi_stands():
+    mine = {
+        "APPTAINERENV_HOST_MPI": "/m",
+        "OMPI_MCA_btl_tcp_if_include": "ib0",
+        "OMPI_MCA_btl_tcp_flags": "1",
+        "OMPI_MCA_oob_tcp_keepalive_time": "7",
+    }
+    line = " ".join(launchers.line("openmpi", NODES, SET, mine, COMMAND))
+    assert "btl_tcp_if" not in line and "--mca oob_tcp_if_exclude lo" in line
+    assert "-x APPTAINERENV_HOST_MPI" in line  # for a container on another host
+    assert "--mca btl_tcp_flags 1" in line and "oob_tcp_keepalive_time 7" in line
+    assert "btl_tcp_flags" not in " ".join(launchers.line("srun", BATCH, SET, mine, COMMAND))
+
+
+def test_srun_counts_no_hyper_threads_where_the_job_leaves_them_out():
+    threaded = dataclasses.replace(BATCH, cpus_per_core=2)
+    for hint, cpus in (({}, 48), ({"SLURM_HINT": "nomultithread"}, 24)):
+        assert f"--cpus-per-task={cpus}" in launchers.line("srun", threaded, SET, hint, COMMAND)
 
 
 def test_srun_needs_a_batch_job():

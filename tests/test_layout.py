@@ -169,7 +169,7 @@ def machines(draw):
     allowed = draw(st.one_of(st.just(range(len(cpus))), st.sets(st.sampled_from(range(len(cpus))), min_size=1)))
     quota = draw(st.one_of(st.none(), st.floats(0.1, 2 * count)))
     total = memory * len(sizes)
-    return topology.Topology("", "", False, (), cpus, nodes, tuple(sorted(allowed)), quota, total, root="/nowhere")
+    return topology.Topology("", (), cpus, nodes, tuple(sorted(allowed)), quota, total, root="/nowhere")
 
 
 @given(machines(), st.booleans(), st.one_of(st.none(), st.integers(1, 40)))
@@ -290,6 +290,7 @@ def test_where_odd_hosts_sit():
         (rows(hosts=1)[:1] + rows(hosts=1, threads=12)[1:], ["ranks compute with 12 to 22 threads"]),
         (rows(hosts=1, cores=1, threads=1, host_cpus=96), ["ranks may use 2 of 96 CPUs"]),
         ([{"host": "a", "cpus": [0, 1], "cores": 1, "threads": 1}] * 3, ["3 ranks with 3 threads on 2 cores"]),
+        (rows(hosts=2, omp=1), ["c000 and 1 more hosts: OMP_NUM_THREADS=1, TF_NUM_INTRAOP_THREADS=22"]),
     ],
 )
 def test_doubts(seen, expected):
@@ -300,7 +301,7 @@ def test_doubts(seen, expected):
 
 
 def test_negative_control_healthy_placements_raise_no_doubt():
-    assert layout.doubts(rows()) == [] and layout.doubts(rows(host_cpus=96)) == []
+    assert layout.doubts(rows()) == [] and layout.doubts(rows(host_cpus=96, omp=22)) == []
     assert layout.doubts([{"host": "a", "cpus": [0, 1], "cores": 1, "threads": 1}] * 2) == []  # unbound, but enough
 
 

@@ -36,7 +36,7 @@ def test_machines(name, sockets, nodes, cores, smt, allowed):
     machine = machine_trees.read(name)
     assert (machine.sockets, len(machine.nodes), len(machine.cores())) == (sockets, nodes, cores)
     assert {len(core) for core in machine.cores()} == {smt} and len(machine.allowed) == allowed
-    assert machine.vendor in ("GenuineIntel", "AuthenticAMD") and machine.model
+    assert machine.model
     assert sorted(cpu for node in machine.nodes for cpu in node.cpus) == [cpu.id for cpu in machine.cpus]
 
 
@@ -51,7 +51,6 @@ def test_cores_lie_beside_those_they_share_with():
     milan = machine_trees.read("epyc_7763_nps4")
     assert len({core[0].cache for core in milan.cores()}) == 16
     assert milan.cpus[8].cache == 8 and milan.cpus[136].cache == 8 and milan.cpus[136].siblings == (8, 136)
-    assert milan.nodes[0].distances == (10, 12, 12, 12, 32, 32, 32, 32)
     assert machine_trees.read("knl_quadrant_cache").cpus[69].cache == 0  # a tile, by its second-level cache
 
 
@@ -61,14 +60,13 @@ def test_memory_without_cpus_is_seen():
     assert [node.memory_bytes >> 30 for node in knl.nodes] == [24] * 4 + [4] * 4
 
 
-def test_instruction_sets_and_hypervisor():
+def test_instruction_sets():
     sets = {name: set(machine_trees.read(name).instruction_sets) for name in machine_trees.NAMES}
     assert sets["stampede2_skx"] == {"avx2", "avx512f", "avx512bw"}
     assert sets["knl_snc4_flat"] == {"avx2", "avx512f"}
     assert sets["spr_8480_snc4"] >= AMX | {"avx512_bf16", "avx512_fp16", "avx512_vnni"}
     assert sets["epyc_7763_nps4"] == {"avx2"}
     assert "avx512_bf16" in sets["epyc_9654_nps1"] and not sets["epyc_9654_nps1"] & AMX
-    assert machine_trees.read("vm_2_cores").virtual and not machine_trees.read("stampede2_skx").virtual
 
 
 def test_limits_of_containers():

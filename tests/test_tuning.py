@@ -11,7 +11,7 @@ def machine(domains, cores_each, quota=None, model="Xeon"):
     count = domains * cores_each
     cpus = tuple(topology.Cpu(n, n, 0, n // cores_each, 0, (n,)) for n in range(count))
     nodes = tuple(topology.Node(d, tuple(range(d * cores_each, (d + 1) * cores_each)), 0) for d in range(domains))
-    return topology.Topology("", model, False, (), cpus, nodes, tuple(range(count)), quota)
+    return topology.Topology(model, (), cpus, nodes, tuple(range(count)), quota)
 
 
 @pytest.mark.parametrize(

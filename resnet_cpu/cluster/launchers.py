@@ -13,10 +13,24 @@ EXPECTED_RANKS = "RESNET_CPU_RANKS"  # tells every rank how many were asked for
 # What a rank on another host is given of this shell's environment, besides what the layout sets.
 _PASSED = re.compile(
     r"(PATH|LD_LIBRARY_PATH|LD_PRELOAD|PYTHONPATH|TMPDIR|(OMP|KMP|TF|ITEX|ONEDNN|DNNL|HOROVOD|MALLOC|TCMALLOC|PYTHON"
-    r"|UCX|PSM2|FI|I_MPI|MPICH|MPIR|MV2)_\w+)"
+    r"|UCX|PSM2|FI|I_MPI|MPICH|MPIR|MV2|APPTAINERENV|SINGULARITYENV)_\w+)"
 )
 # Bridges of containers and virtual machines have the same address on every host, and lead nowhere.
 _LOCAL_INTERFACES = "lo,docker0,virbr0"
+# What Open MPI over several hosts is told, unless OMPI_MCA_<name> is exported.
+_DAEMONS = {
+    # A lost host is noticed after 25 s, not after a quarter of an hour. Only the line reaches other hosts' daemons.
+    "oob_tcp_keepalive_time": "10",
+    "oob_tcp_keepalive_intvl": "5",
+    "oob_tcp_keepalive_probes": "3",
+}
+IN_PARTS = {
+    # Over TCP a large message is handed over as a whole by default (`put`). A rank whose partner comes late then sends
+    # all of its own before it answers, and the two messages of an exchange go one after the other: an allreduce of
+    # 34 MB on 3 hosts took 4.0 times the message instead of 3.1 (docs/network_lab.md). So it goes in parts of 512 KiB.
+    "btl_tcp_flags": "send,inplace,need-ack,need-csum,hetero-rdma",
+    "btl_tcp_max_send_size": "524288",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,17 +92,13 @@ def _open_mpi(placement: Placement, environment: Dict[str, str], outside: Mappin
         words += ["--mca", "mpi_yield_when_idle", "1"]
     if not placement.several_hosts:  # shared memory only: no network is looked for
         words += ["--mca", "btl", "self,vader", "--mca", "pml", "ob1"]
-    elif placement.interface:
-        for layer in ("btl", "oob"):
-            words += ["--mca", f"{layer}_tcp_if_include", placement.interface]
     else:
         for layer in ("btl", "oob"):
-            words += ["--mca", f"{layer}_tcp_if_exclude", _LOCAL_INTERFACES]
-    if placement.several_hosts:
-        # A lost host is noticed after 25 s, not after a quarter of an hour. On the line, since only that reaches the
-        # daemons of the other hosts.
-        for key, value in (("time", "10"), ("intvl", "5"), ("probes", "3")):
-            name = f"oob_tcp_keepalive_{key}"
+            if placement.interface:
+                words += ["--mca", f"{layer}_tcp_if_include", placement.interface]
+            elif not any(f"OMPI_MCA_{layer}_tcp_if_{which}" in outside for which in ("include", "exclude")):
+                words += ["--mca", f"{layer}_tcp_if_exclude", _LOCAL_INTERFACES]
+        for name, value in {**_DAEMONS, **IN_PARTS}.items():
             words += ["--mca", name, outside.get(f"OMPI_MCA_{name}", value)]
     if placement.agent:
         words += ["--mca", "plm_rsh_agent", placement.agent]
@@ -155,8 +165,11 @@ def _ibrun(placement: Placement, environment: Dict[str, str], outside: Mapping[s
 def _srun(placement: Placement, environment: Dict[str, str], outside: Mapping[str, str]) -> Line:
     if not placement.in_batch_job:
         raise FlagError("--mpi=srun: not inside a batch job; submit a launch/*.sbatch file, or call salloc first")
+    cpus_per_core = 1 if outside.get("SLURM_HINT") == "nomultithread" else placement.cpus_per_core
+    # Where the MPI below is another, nobody reads them.
+    parts = {f"OMPI_MCA_{name}": value for name, value in IN_PARTS.items() if placement.several_hosts}
     return [
-        *_env(environment),
+        *_env({**{name: value for name, value in parts.items() if name not in outside}, **environment}),
         "srun",
         "--mpi=pmix",
         "--kill-on-bad-exit=1",  # by default the other ranks would wait for a dead one for ever
@@ -165,7 +178,7 @@ def _srun(placement: Placement, environment: Dict[str, str], outside: Mapping[st
         f"--ntasks-per-node={placement.per_host}",
         *([f"--nodelist={','.join(placement.hosts)}"] if placement.hosts else []),
         "--distribution=block:block",  # neighbouring ranks on one socket; by default sockets take turns
-        f"--cpus-per-task={placement.cores * placement.cpus_per_core}",
+        f"--cpus-per-task={placement.cores * cpus_per_core}",
         *(["--cpu-bind=cores"] if placement.bound else ["--overcommit", "--cpu-bind=none"]),
     ]
 

@@ -432,7 +432,8 @@ def describe(rows: Sequence[Mapping[str, Any]]) -> List[str]:
 def doubts(rows: Sequence[Mapping[str, Any]]) -> List[str]:
     """Return what looks wrong about where ranks sit, one line each with the remedy; of `describe`'s rows.
 
-    With `host_cpus` (online logical CPUs of the host) in the rows, CPUs that no rank may use are seen too.
+    With `host_cpus` (online logical CPUs of the host) in the rows, CPUs that no rank may use are seen too; with `omp`
+    (its OMP_NUM_THREADS), kernels that compute with other threads than TensorFlow.
     """
     found: Dict[str, List[str]] = collections.defaultdict(list)  # what -> hosts
     hosts = _by_host(rows)
@@ -450,6 +451,12 @@ def doubts(rows: Sequence[Mapping[str, Any]]) -> List[str]:
             found[
                 f"{len(ranks)} rank{'s' * (len(ranks) != 1)} with {threads} threads on {cores} cores: they take turns, "
                 "and all wait for the slowest. Start fewer ranks, or leave --threads out"
+            ].append(host)
+        other = [rank for rank in ranks if rank.get("omp", rank["threads"]) != rank["threads"]]
+        if other:
+            found[
+                f"OMP_NUM_THREADS={other[0]['omp']}, TF_NUM_INTRAOP_THREADS={other[0]['threads']}: the extension's "
+                "kernels use the former, TensorFlow's the latter. Unset what you export of them, or give --threads"
             ].append(host)
         online = ranks[0].get("host_cpus")
         if online and 2 * len(used) < online and not narrow:

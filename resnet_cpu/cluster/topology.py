@@ -46,16 +46,13 @@ class Node:
     id: int
     cpus: Tuple[int, ...]
     memory_bytes: int  # 0: unknown
-    distances: Tuple[int, ...] = ()  # to the nodes, in their order; 10 is its own
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """A machine and the part of it that this process may use."""
 
-    vendor: str
     model: str
-    virtual: bool  # under a hypervisor
     instruction_sets: Tuple[str, ...]
     cpus: Tuple[Cpu, ...]  # online ones, by id
     nodes: Tuple[Node, ...]
@@ -107,9 +104,7 @@ def read(root: str = "/", allowed: Optional[Iterable[int]] = None) -> Topology:
     machine = _meminfo(_text(root, "proc/meminfo"))
     limits = [limit for limit in (machine, cgroup.memory_bytes()) if limit]
     return Topology(
-        vendor=about.get("vendor_id", ""),
         model=about.get("model name", ""),
-        virtual="hypervisor" in flags,
         instruction_sets=tuple(name for name in _INSTRUCTION_SETS if name in flags),
         cpus=_cpus(root, known, nodes),
         nodes=nodes,
@@ -234,8 +229,7 @@ def _nodes(root: str, known: Set[int]) -> Tuple[Node, ...]:
         folder = f"{_NODES}/node{node}"
         mine = cpu_list(_text(root, f"{folder}/cpulist")) & left
         left -= mine
-        distances = tuple(int(word) for word in _text(root, f"{folder}/distance").split() if word.isdigit())
-        nodes.append(Node(node, tuple(sorted(mine)), _meminfo(_text(root, f"{folder}/meminfo")), distances))
+        nodes.append(Node(node, tuple(sorted(mine)), _meminfo(_text(root, f"{folder}/meminfo"))))
     if left:  # no node claims them
         where = next((i for i, node in enumerate(nodes) if node.cpus), 0)
         if not nodes:

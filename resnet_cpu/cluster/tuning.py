@@ -5,12 +5,22 @@ The file is $XDG_CONFIG_HOME/resnet_cpu/layouts.json (~/.config/...), which a cl
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import tempfile
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, NoReturn, Optional, Sequence
 
 from resnet_cpu.cluster.topology import Topology
 
 _MOST_TRIED = 5
+_TIMED = ["--dataset=synthetic", "--benchmark=synthetic", "--timed_steps=1000", "--timed_seconds=40"]
+_TOTAL = "total images/sec: "
+_ENDING_S = 30.0  # what a launcher is given to end its ranks
+
+
+class Failed(Exception):
+    """A layout that could not be timed; says why."""
 
 
 def file(environ: Mapping[str, str] = os.environ) -> str:
@@ -33,6 +43,44 @@ def candidates(machine: Topology, proposed: int) -> List[int]:
     wanted = {1, machine.sockets, domains, 2 * domains, proposed, max(1, proposed // 2), 2 * proposed}
     near = sorted((n for n in wanted if 1 <= n <= cores), key=lambda n: (abs(n - proposed), n))
     return sorted(near[:_MOST_TRIED])
+
+
+def images_per_second(ranks: int, mpi: str, benchmark_flags: Sequence[str]) -> float:
+    """Return the images/s of training on this host with so many ranks, timed for 40 s; raise Failed otherwise.
+
+    Ranks are started as any job's are, outside the batch job that this may be. They end with this process.
+    """
+    launch = [sys.executable, "-m", "resnet_cpu.launch", f"--mpi={mpi}", f"--ranks_per_node={ranks}"]
+    work = [sys.executable, "-m", "resnet_cpu.benchmark", *_TIMED, *benchmark_flags]
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    process = subprocess.Popen(
+        [*launch, "--", *work], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=outside
+    )
+
+    def end(signum: int, frame: object) -> NoReturn:
+        sys.exit(128 + signum)
+
+    ending = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+    before = {signum: signal.getsignal(signum) for signum in ending}
+    for signum, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(signum, end)
+    try:
+        out, err = process.communicate()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.communicate(timeout=_ENDING_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    last = (out.strip().splitlines() or [""])[-1]
+    if process.returncode or not last.startswith(_TOTAL):
+        told = (err.strip().splitlines() or ["nothing was said"])[-1]
+        raise Failed(f"failed with {process.returncode}: {told}")
+    return float(last[len(_TOTAL) :])
 
 
 def remembered(machine: Topology, path: Optional[str] = None) -> Optional[int]:

@@ -226,9 +226,11 @@ def _tell_places(world: World, rows: List[Dict[str, Any]]) -> None:
             "cpus": row["cores"],
             "cores": row["own_cores"],
             "threads": int(row["environment"]["TF_NUM_INTRAOP_THREADS"]),
+            **({"omp": int(omp)} if omp.isdigit() else {}),
             "host_cpus": row["host_cores"],
         }
         for row in rows
+        for omp in [row["environment"].get("OMP_NUM_THREADS", "").split(",")[0].strip()]  # a list: by nesting
     ]
     for line in [*layout.describe(places), *(f"warning: {doubt}" for doubt in layout.doubts(places))]:
         print(line, file=sys.stderr, flush=True)

@@ -119,8 +119,7 @@ class _Training:
             f"{job.train_examples:,} training and {job.validation_examples:,} evaluation images; "
             f"{job.world.size} ranks x {job.batch.per_rank} images"
             + (f" x {job.batch.accumulate_steps} accumulated" if job.batch.accumulate_steps > 1 else "")
-            + f", {job.world.cores} cores each; "
-            f"{job.total_steps} steps = {self._epoch(job.total_steps):.2f} epochs; results in {job.run_dir}"
+            + f"; {job.total_steps} steps = {self._epoch(job.total_steps):.2f} epochs; results in {job.run_dir}"
         )
         doubt = layout.doubt_about(job.settings.model.precision, provenance.instruction_sets())
         if doubt is not None:

@@ -1,5 +1,6 @@
 """What one host cannot show: training over TCP between two hosts of the network lab, and how it ends without one."""
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -161,6 +162,22 @@ def test_another_version_of_the_code_on_one_host_is_refused(lab, tmp_path):
     assert process.returncode == 64, process.stderr
     (line,) = told(process)
     assert f"rank 1 on {lab.second} runs with other code" in line and f"rank 0 on {lab.first}" in line
+
+
+def test_another_version_of_a_package_on_one_host_is_refused(lab, tmp_path):
+    installed = importlib.metadata.distribution("horovod")
+    record = pathlib.Path(installed.locate_file(f"horovod-{installed.version}.dist-info/METADATA"))
+    changed = tmp_path / "METADATA"
+    changed.write_text(record.read_text().replace(f"\nVersion: {installed.version}\n", "\nVersion: 0.27.0\n"))
+    lab("run", lab.second, "mount", "--bind", changed, record)
+    try:
+        process = lab.run(*TRAIN, f"--data_dir={lab.own / 'data'}", f"--run_dir={tmp_path / 'run'}")
+    finally:
+        lab("run", lab.second, "umount", record)
+    assert process.returncode == 64, process.stderr
+    (line,) = told(process)
+    assert f"rank 1 on {lab.second} runs with other horovod (0.27.0) than rank 0 on {lab.first}" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_host_cut_off_ends_the_job_and_the_other_goes_on_alone_from_the_checkpoint(lab, tmp_path):
