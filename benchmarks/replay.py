@@ -21,6 +21,8 @@ from typing import Dict, Iterator, List, Tuple
 
 import paired
 
+from resnet_cpu.cluster import launchers
+
 LAB = paired.ROOT / "launch" / "network-lab" / "lab"
 RANK_PROGRAM = paired.ROOT / "benchmarks" / "replay_rank.py"
 COLUMNS = [
@@ -42,6 +44,7 @@ def mpirun(hosts: int, name: str, allreduce: str, environment: Dict[str, str], c
         "oob_tcp_if_include": "10.77.0.0/24",
         "pml": "ob1",
         "mpi_yield_when_idle": "1",
+        **launchers.IN_PARTS,
     }
     if ALLREDUCES[allreduce]:
         options["coll_tuned_use_dynamic_rules"] = "1"
@@ -119,7 +122,7 @@ def main() -> None:
     parser.add_argument("--mbit", default="500,1000,2500,10000", help="speeds of the links; 0: not limited")
     parser.add_argument("--models", default="resnet50,resnet18,resnet50:0.5", help="with :WIDTH where it is not 1")
     parser.add_argument("--compute_s", default="0,0.5", help="seconds of compute a step; 0: communication alone")
-    parser.add_argument("--messages", default="4096,262144,8388608", help="bytes of single allreduces; -: none")
+    parser.add_argument("--messages", default="4096,2097152,33554432", help="bytes of single allreduces; -: none")
     parser.add_argument("--rounds", type=int, default=2, help="over all speeds, models and computes, there and back")
     parser.add_argument("--seconds", type=float, default=3.0, help="of a setting in a round; three steps at least")
     parser.add_argument("--image_size", type=int, default=224, help="decides the layers' shares of compute")

@@ -26,6 +26,7 @@ from resnet_cpu.scaling import layers
 LAB = pathlib.Path(__file__).parent.parent / "launch" / "network-lab" / "lab"
 FORWARD_SHARE = 1 / 3  # backward does each product twice: for the data and for the weights
 MESSAGE_S = 0.3
+MOST_STEPS = 200  # of a setting in a round
 WARM_UP_STEPS = 2  # Horovod negotiates names at length the first time; TCP finds the new speed
 
 
@@ -86,12 +87,12 @@ class Replay:
 
 
 def timed(comm: MPI.Comm, work: Callable[[], float], seconds: float) -> List[Tuple[float, float]]:
-    """Do `work` on all ranks together for about `seconds`, three times at least.
+    """Do `work` on all ranks together for about `seconds`, three times at least, MOST_STEPS times at most.
 
     Returns (seconds, what `work` returned) of each repeat, both of the slowest rank.
     """
     slowest: List[Tuple[float, float]] = []
-    for repeat in range(-WARM_UP_STEPS, 10_000):
+    for repeat in range(-WARM_UP_STEPS, MOST_STEPS):
         comm.Barrier()
         start = time.perf_counter()
         late = work()

@@ -1,19 +1,17 @@
 """What a flagfile would do, without data, training or TensorFlow: `python -m resnet_cpu.plan --flagfile=F`."""
 
-import dataclasses
-import os
 import sys
-from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Tuple
+from typing import Callable, Iterator, List, Optional, Tuple
 
 from resnet_cpu import flags
 from resnet_cpu.cluster import guard
 from resnet_cpu.data.datasets import facts_of
-from resnet_cpu.errors import CheckpointError, DataError, FlagError
+from resnet_cpu.errors import DataError, FlagError
 from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.phases import Phase
-from resnet_cpu.report.runlog import duration, read_json
+from resnet_cpu.report.runlog import duration
 from resnet_cpu.settings import Plan, Settings, plan
-from resnet_cpu.training import checkpoint
+from resnet_cpu.training import past_run as past_runs
 
 CSV_HEADER = "step,phase,step_in_phase,epoch,lr,weight_decay,momentum,augment,image_size"
 
@@ -45,23 +43,8 @@ def _speed(
         return images_per_second
     if images_per_second is not None:
         raise FlagError(f"--past_run={past_run}: contradicts --images_per_second; leave one of the two out")
-    result = read_json(os.path.join(past_run, "result.json"))
-    if not result or not result.get("images_per_second"):
-        raise CheckpointError(f"--past_run={past_run}: no result.json with a speed in it; name a run that has ended")
-    signature = (read_json(os.path.join(past_run, "run.json")) or {}).get("signature", {})
-    there = {**signature.get("model", {}), "pixels": _pixels(signature.get("phases", {}).values())}
-    here = {**dataclasses.asdict(settings.model), "pixels": _pixels(map(dataclasses.asdict, planned.phases))}
-    other = checkpoint.differences(there, {**here, "num_classes": there.get("num_classes")})
-    if other:
-        raise CheckpointError(
-            f"--past_run={past_run}: its speed is of another network: {'; '.join(other[:4])}; name a run of this one, "
-            "or give --images_per_second"
-        )
-    return result["images_per_second"] / result["ranks"] * ranks
-
-
-def _pixels(phases: Iterable[Mapping[str, Any]]) -> List[int]:
-    return sorted({phase["image_size"] for phase in phases})
+    there = past_runs.result(past_run, settings.model, sorted({phase.image_size for phase in planned.phases}))
+    return there["images_per_second"] / there["ranks"] * ranks
 
 
 def _train_examples(settings: Settings) -> int:

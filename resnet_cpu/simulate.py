@@ -21,12 +21,13 @@ from resnet_cpu.scaling import calibrate, layers, simulator
 from resnet_cpu.scaling.network import NETWORKS, Network, World, check
 from resnet_cpu.scaling.simulator import Exchange, Node, Step
 from resnet_cpu.settings import Settings, plan
-from resnet_cpu.training import checkpoint
+from resnet_cpu.training import past_run
 
 CSV_HEADER = "nodes,ranks,global_batch_size,images_per_second,efficiency,step_s," + ",".join(
     f"{field.name}_s" if field.name != "messages" else "messages" for field in dataclasses.fields(Step)
 )
 BATCHES = (8, 16, 32, 64, 128)
+AIM = 0.05  # of a measured step, within which it should be predicted
 KEPT = 0.9  # of one node's speed: what the paper claims to keep (arXiv 1711.04291, abstract)
 
 
@@ -76,7 +77,7 @@ def main(argv: List[str]) -> None:
             *_curve_lines(cluster, rows),
             *left_out,
             "",
-            *_why(rows),
+            *_why(cluster, rows),
             *_in_other_order(cluster, rows),
         ]
         most = rows[-1].nodes
@@ -86,7 +87,13 @@ def main(argv: List[str]) -> None:
 
 def _cluster(settings: Settings, values: Any) -> Cluster:
     """Return what the flags describe, with a line on where each constant comes from."""
-    ranks_per_node = flags.ranks_per_node(values) or 2
+    there = past_run.ranks_per_node(values.past_run) if values.past_run else None
+    ranks_per_node = flags.ranks_per_node(values) or there or 2
+    if there not in (None, ranks_per_node):
+        raise FlagError(
+            f"--ranks_per_node={ranks_per_node}: --past_run={values.past_run} had {there} on a node, whose ranks slow "
+            "each other down; leave it out, or name a run with as many"
+        )
     published = calibrate.published().node
     node, told = published, ["node: Intel Caffe's on 2x Xeon 8160, fitted to published points, see below"]
     model = settings.model
@@ -120,6 +127,11 @@ def _cluster(settings: Settings, values: Any) -> Cluster:
     def given(kind: Any) -> Dict[str, Any]:
         return {key: value for key, value in constants.items() if key in of[kind]}
 
+    measured = {"--past_run": ("image_s", "fixed_s", "jitter"), "--images_per_second": ("image_s",)}
+    for flag, keys in measured.items():
+        twice = [key for key in keys if key in constants and values[flag[2:]].value]
+        if twice:
+            raise FlagError(f"--network={values.network}: {', '.join(twice)} is told by {flag}, too; leave one out")
     base = NETWORKS.get(values.network)
     if base is None:
         for key in ("latency_s", "bandwidth"):
@@ -168,17 +180,7 @@ def _positive(value: Any) -> bool:
 
 def _past_node(run_dir: str, settings: Settings) -> Node:
     """Return the speed of a past run's rank, and the jitter of its logged steps."""
-    result = read_json(os.path.join(run_dir, "result.json"))
-    if not result or not result.get("images_per_second"):
-        raise CheckpointError(f"--past_run={run_dir}: no result.json with a speed in it; name a run that has ended")
-    there = (read_json(os.path.join(run_dir, "run.json")) or {}).get("signature", {}).get("model", {})
-    here = {**dataclasses.asdict(settings.model), "num_classes": there.get("num_classes")}
-    other = checkpoint.differences(there, here)
-    if other:
-        raise CheckpointError(
-            f"--past_run={run_dir}: its speed is of another network: {'; '.join(other[:4])}; name a run of this one, "
-            "or give --images_per_second"
-        )
+    result = past_run.result(run_dir, settings.model, [settings.data.image_size])
     measured = os.path.join(run_dir, "step_times.npz")
     if os.path.exists(measured):
         return _measured_node(measured, result)
@@ -302,11 +304,32 @@ def _aligned(table: List[List[str]], to: Callable[[str, int], str] = str.rjust) 
     return ["  ".join(map(to, row, widths)).rstrip() for row in table]
 
 
-def _why(rows: List[Rung]) -> List[str]:
+def _first_below(cluster: Cluster, rows: List[Rung]) -> Optional[Rung]:
+    """Return where less than KEPT is left for the first time, to 2 % of the nodes; None if that is nowhere.
+
+    Efficiency is taken to fall between two rows of the curve. It does not where ranks past a power of two cost a
+    butterfly's messages more, and a global batch cannot be cut for any number of nodes: there it is the row itself.
+    """
+    smooth = cluster.network.algorithm in ("best", "ring", "hierarchical")
+
+    below = next((number for number, row in enumerate(rows) if efficiency(rows[0], row) < KEPT), None)
+    if not below:
+        return None
+    low, high = rows[below - 1], rows[below]
+    between = smooth and not cluster.settings.recipe.global_batch_size
+    while between and high.nodes - low.nodes > max(1, low.nodes // 50):
+        nodes = (low.nodes + high.nodes) // 2
+        batch = _batch(cluster.settings, nodes * cluster.ranks_per_node)
+        middle = Rung(nodes, batch, _step(cluster, nodes, batch))
+        low, high = (low, middle) if efficiency(rows[0], middle) < KEPT else (middle, high)
+    return high
+
+
+def _why(cluster: Cluster, rows: List[Rung]) -> List[str]:
     """Return where less than KEPT is left for the first time, and what takes it."""
     one = rows[0]
-    below = [row for row in rows if efficiency(one, row) < KEPT]
-    row = below[0] if below else rows[-1]
+    below = _first_below(cluster, rows)
+    row = below or rows[-1]
     # What a step of `row` spends more on a part than the base does on as many images.
     scale = row.batch.total / row.nodes / (one.batch.total / one.nodes)
     named = {part: part for part in ("jitter", "allreduce", "coordinator", "input")}
@@ -478,6 +501,14 @@ def _validate(path: str, output: Optional[str]) -> None:
     for label, errors in found.errors().items():
         median, largest = 100 * statistics.median(errors), 100 * max(errors)
         print(f"{label}: {len(errors)} settings, median error {median:.1f} %, largest {largest:.1f} %")
+    for hosts in found.networks:
+        errors = found.of_models(hosts)
+        if errors:
+            near = sum(error <= AIM for error in errors)
+            print(
+                f"models, held out, {hosts} hosts: {near} of {len(errors)} within {100 * AIM:g} %, median error "
+                f"{100 * statistics.median(errors):.1f} %, largest {100 * max(errors):.1f} %"
+            )
     if output:
         points = [dataclasses.asdict(point) for _, point in found.rows]
         _plots().draw_validation(points, output, os.path.basename(path))

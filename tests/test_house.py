@@ -44,6 +44,7 @@ WITHOUT_TENSORFLOW = [
     "training/job",
     "training/checkpoint",
     "training/ensemble",
+    "training/past_run",
 ]
 
 

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import pathlib
 import subprocess
 import sys
 
@@ -70,12 +71,14 @@ def test_what_open_mpi_picks(ranks, size, chosen):
     assert network.allreduce(size, World(ranks), told) == chosen(size, World(ranks), LINK)
 
 
-def test_ranks_past_a_power_of_two_cost_two_messages_more():
-    extra = 2 * (LINK.latency_s + SIZE / LINK.bandwidth) + SIZE * LINK.reduce_s_per_byte
-    for one in (network.recursive_doubling, network.rabenseifner):
-        base = World(4)
+def test_ranks_past_a_power_of_two_cost_two_or_three_messages_more():
+    bytes_s, gamma = 2 * SIZE / LINK.bandwidth, SIZE * LINK.reduce_s_per_byte
+    for one, extra in (
+        (network.recursive_doubling, 2 * LINK.latency_s + bytes_s + gamma),
+        (network.rabenseifner, 3 * LINK.latency_s + bytes_s + gamma / 2),  # halves there, one back, all in the end
+    ):
         # Sizes of Rabenseifner's parts depend on the power of two only.
-        assert one(SIZE, World(7), LINK) == pytest.approx(one(SIZE, base, LINK) + extra)
+        assert one(SIZE, World(7), LINK) == pytest.approx(one(SIZE, World(4), LINK) + extra)
 
 
 @given(
@@ -135,7 +138,7 @@ def test_exchange_against_the_background_loop_written_out(gaps, sizes, cycle, ne
             sent.append(size)
             end = now
         clock = max(clock + cycle, now)
-    exchange = Exchange(cycle_s=cycle, fusion_bytes=threshold)
+    exchange = Exchange(cycle_s=cycle, wake_s=0.0, fusion_bytes=threshold)
     cost = lambda size, copied: 2.0 + size
     assert simulator.exchange_end(ready, sizes, ready[-1], cost, exchange, negotiation) == (end, sent)
 
@@ -333,6 +336,7 @@ def test_constants_of_a_replay_are_found_again_and_the_rest_is_held_out(tmp_path
     printed = capsys.readouterr().out.splitlines()
     errors = calibrate.validate(calibrate.read_replay(noisy)).errors()["models, held out"]
     assert 0 < max(errors) < 0.1
+    assert sum(line.startswith("models, held out, ") and " of 10 within 5 %" in line for line in printed) == 2
     assert f"models, held out: {len(errors)} settings" in "\n".join(printed)
     assert f"median error {100 * np.median(errors):.1f} %, largest {100 * max(errors):.1f} %" in "\n".join(printed)
     assert (tmp_path / "plot.png").stat().st_size > 5000
@@ -355,6 +359,32 @@ def test_a_replay_goes_at_the_speed_that_links_were_shaped_to_less_headers():
     model = dataclasses.replace(setting, model="resnet18", compute_s=1.0, fusion_bytes=2**20, cycle_ms=1.0)
     late = dataclasses.replace(model, inter_op_threads=1)
     assert 1 < calibrate.replayed(model, free) < calibrate.replayed(late, free)
+
+
+def test_gradients_that_a_replay_released_late_are_predicted_late(tmp_path):
+    path = pathlib.Path(write_replay(tmp_path / "replay.csv"))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line[: line.rindex(",")] + ",0.5" if ",500," in line else line for line in lines))
+    measured = calibrate.read_replay(str(path))
+    setting = next(one for one in measured if one.mbit == 500 and one.model == "resnet50")
+    assert measured[setting].late_s == 0.5
+    later = calibrate.replayed(setting, TRUE, measured[setting].late_s)
+    slower = dataclasses.replace(setting, compute_s=setting.compute_s + 0.5)
+    assert later == calibrate.replayed(slower, TRUE) > calibrate.replayed(setting, TRUE)
+
+
+def test_a_replay_knows_of_the_shapers_burst_and_of_horovods_cycle():
+    free = dataclasses.replace(FREE, bandwidth=1.0)
+    setting = calibrate.Setting(2, 2, 1000, "message", 1.0, 224, 0.0, 1 / 3, 4096, 0, 0.0)
+    assert calibrate.replayed(setting, free) == 0  # a few bytes never wait for the link
+    horovod = dataclasses.replace(setting, model="horovod_message", fusion_bytes=2**27, cycle_ms=1.0)
+    assert calibrate.replayed(horovod, free) == pytest.approx(1.05e-3)
+    # Longer than a cycle: the wait for the next look, less what the link saves up in it.
+    link = calibrate.PAYLOAD * 1e9 / 8
+    alone = 10**7 / link + 24 / link
+    for mbit, saved in ((1000, 1.05e-3), (10000, calibrate.BURST / link / 10)):
+        long = dataclasses.replace(horovod, bytes=10**7, mbit=mbit)
+        assert calibrate.replayed(long, free) == pytest.approx(alone * 1000 / mbit + 1.05e-3 - saved, rel=1e-3)
 
 
 def test_bad_replays(tmp_path):
@@ -399,6 +429,14 @@ def test_table_answers_every_question(capsys):
     simulate.main([phase, "--nodes=64", "--network=ethernet1", "--batch_size=32"])
     text = capsys.readouterr().out
     assert "below 90 % at" in text and "allreduce" in text
+    cluster = cluster_of("--network=ethernet10", "--batch_size=32")
+    rows, _ = simulate.curve(cluster, 1024)
+    found = simulate._first_below(cluster, rows)
+    nodes = found.nodes - found.nodes // 40 - 1
+    batch = simulate._batch(cluster.settings, nodes * cluster.ranks_per_node)
+    before = simulate.Rung(nodes, batch, simulate._step(cluster, nodes, batch))
+    assert simulate.efficiency(rows[0], found) < 0.9 <= simulate.efficiency(rows[0], before)
+    assert simulate._first_below(cluster, rows[:1]) is None
     assert "the recipe on 64 nodes:" in text and "node-hours" in text
     assert "local batch: on 64 nodes | for a global batch of 4,096" in text
     assert "assumed" in text and "published points" in text
@@ -438,8 +476,8 @@ def test_accumulated_batches_are_computed_without_messages(image_size):
     work = [sum(t.backward_work for t in layers.gradients(image_size=size)) for size in (image_size, 224)]
     image_s = once.node.image_s * simulator.slowest(once.node.jitter, 8) * work[0] / work[1]
     assert gained[1] - gained[0] == pytest.approx(
-        10 * 2 * 32 * image_s, abs=10 * 1e-3
-    )  # the thread looks once a cycle of 1 ms
+        10 * 2 * 32 * image_s, abs=10 * Exchange().period_s
+    )  # the thread looks once a cycle
 
 
 def test_a_strong_ladder_keeps_its_batch_and_leaves_out_what_cannot_be_cut():
@@ -452,7 +490,7 @@ def test_a_strong_ladder_keeps_its_batch_and_leaves_out_what_cannot_be_cut():
     assert rows[0].step.compute == pytest.approx(16 * 32 * cluster.node.image_s + cluster.node.fixed_s)
     shares = [simulate.efficiency(rows[0], row) for row in rows]
     assert shares[0] == 1 and shares == sorted(shares, reverse=True) and shares[-1] < 0.9
-    assert "whatever its batch" in simulate._why(rows)[0]  # paid once a step, however few images a rank has
+    assert "whatever its batch" in simulate._why(cluster, rows)[0]  # paid once a step, however few images a rank has
     with pytest.raises(FlagError, match="cannot be made of"):
         simulate.curve(cluster_of("--global_batch_size=1000", "--accumulate_steps=0", "--batch_size=8"), 1)
 
@@ -466,11 +504,16 @@ def test_a_past_run_gives_speed_and_jitter(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"signature": {"model": model}}))
     with pytest.raises(CheckpointError, match="another network: model resnet18 there, resnet50 here"):
         cluster_of(f"--past_run={tmp_path}")
-    node = cluster_of(f"--past_run={tmp_path}", "--model=resnet18").node
+    alike = ["--model=resnet18", "--padding=caffe", "--bn_momentum=0.95"]  # which cost no time
+    node = cluster_of(f"--past_run={tmp_path}", *alike).node
     assert node.image_s == 0.1
     assert node.jitter == pytest.approx(2 * np.log(times).std(ddof=1))  # rows of four steps
     (tmp_path / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(CheckpointError, match="too few rows"):
+        cluster_of(f"--past_run={tmp_path}", "--model=resnet18")
+    phases = {"main": {"image_size": 64}}
+    (tmp_path / "run.json").write_text(json.dumps({"signature": {"model": model, "phases": phases}}))
+    with pytest.raises(CheckpointError, match=r"another network: pixels \[64\] there, \[224\] here"):
         cluster_of(f"--past_run={tmp_path}", "--model=resnet18")
 
 
@@ -487,6 +530,16 @@ def test_a_scaling_run_gives_what_its_ranks_did_by_themselves(tmp_path):
     assert sorted(node.jitter) == pytest.approx([0.8, 1, 1, 1, 1, 1, 1, 1.2])
     np.savez(tmp_path / "step_times.npz", seconds=seconds[:1])
     assert cluster_of(f"--past_run={tmp_path}").node.fixed_s == 5.0
+    record = {"signature": {"model": model}, "per_rank": [{"host": host} for host in "aaaabbbb"]}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert cluster_of(f"--past_run={tmp_path}").ranks_per_node == 4
+    with pytest.raises(FlagError, match="had 4 on a node"):
+        cluster_of(f"--past_run={tmp_path}", "--ranks_per_node=2")
+    constants = {"latency_s": 1e-5, "bandwidth": 1e9, "jitter": 0.1}
+    (tmp_path / "network.json").write_text(json.dumps(constants))
+    with pytest.raises(FlagError, match="jitter is told by --past_run, too"):
+        cluster_of(f"--past_run={tmp_path}", f"--network={tmp_path}/network.json")
+    assert cluster_of("--images_per_second=9", f"--network={tmp_path}/network.json").node.jitter == 0.1
     (tmp_path / "step_times.npz").write_bytes(b"no zip")
     with pytest.raises(CheckpointError, match="step_times.npz: cannot be read"):
         cluster_of(f"--past_run={tmp_path}")

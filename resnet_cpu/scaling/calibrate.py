@@ -17,7 +17,8 @@ from resnet_cpu.scaling.simulator import Exchange, Node
 
 IMAGENET_EPOCHS, IMAGENET_EXAMPLES = 90, 1_281_167
 MESSAGES = ("message", "horovod_message")  # rows of a replay that time one allreduce, by mpi4py and by Horovod
-SMALL = 2**16  # bytes; of a message that tells latency
+SMALL = 2**12  # bytes; of a message that tells latency
+BURST = 2**17  # bytes that the network lab's shaper lets through at once after a pause
 PAYLOAD = 1448 / 1514  # of a full Ethernet frame, which is what the shaper counts, TCP with time stamps carries so much
 CAFFE = Exchange(cycle_s=0.0, fusion_bytes=0, negotiated=False)  # MLSL reduces each layer when it comes
 
@@ -184,6 +185,14 @@ class Setting:
     allreduce: str = "auto"
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a replay measured of a setting: medians over its steps, seconds."""
+
+    step_s: float
+    late_s: float = 0.0  # how much later than meant the last gradient was released, of which the network knows nothing
+
+
 # The replay's names for what Open MPI is told to use, and the model's.
 _ALLREDUCES = {
     "auto": "openmpi",
@@ -194,9 +203,9 @@ _ALLREDUCES = {
 }
 
 
-def read_replay(path: str) -> Dict[Setting, float]:
-    """Return the median step time of every setting of a replay's CSV; raise DataError for other files."""
-    times: Dict[Setting, List[float]] = {}
+def read_replay(path: str) -> Dict[Setting, Measured]:
+    """Return what a replay's CSV says of every setting; raise DataError for other files."""
+    times: Dict[Setting, List[Tuple[float, float]]] = {}
     try:
         with open(path, newline="") as file:
             for number, row in enumerate(csv.DictReader(file), 2):
@@ -216,7 +225,7 @@ def read_replay(path: str) -> Dict[Setting, float]:
                         inter_op_threads=int(row.get("inter_op_threads") or 2),
                         allreduce=row.get("allreduce") or "auto",
                     )
-                    seconds = float(row["step_s"])
+                    seconds, late = float(row["step_s"]), float(row.get("lateness_s") or 0)
                 except KeyError as error:
                     raise DataError(f"{path}: no column {error}; give the file that the replay wrote") from None
                 except (TypeError, ValueError):
@@ -225,23 +234,35 @@ def read_replay(path: str) -> Dict[Setting, float]:
                     raise DataError(
                         f"{path}: line {number}: allreduce {setting.allreduce} is not known; remove the line"
                     )
-                if not 0 < seconds < math.inf or setting.hosts < 1 or setting.ranks % setting.hosts:
+                if (
+                    not 0 < seconds < math.inf
+                    or not 0 <= late < math.inf
+                    or setting.hosts < 1
+                    or setting.ranks % setting.hosts
+                ):
                     raise DataError(f"{path}: line {number} has times or ranks that cannot be; mend or remove it")
-                times.setdefault(setting, []).append(seconds)
+                times.setdefault(setting, []).append((seconds, late))
     except UnicodeDecodeError:
         raise DataError(f"{path}: is no text; give the file that the replay wrote") from None
     if not times:
         raise DataError(f"{path}: no row; give the file that the replay wrote")
-    return {setting: statistics.median(seconds) for setting, seconds in times.items()}
+    return {setting: Measured(*map(statistics.median, zip(*steps))) for setting, steps in times.items()}
 
 
-def replayed(setting: Setting, network: Network) -> float:
-    """Return the predicted step time of a replay's setting; bandwidth is what links were shaped to, less headers."""
+def replayed(setting: Setting, network: Network, late_s: float = 0.0) -> float:
+    """Return the predicted step time of a replay's setting whose last gradient is released `late_s` late.
+
+    Bandwidth is what links were shaped to, less headers.
+    """
     network = dataclasses.replace(network, algorithm=_ALLREDUCES[setting.allreduce])
     if setting.mbit:
         network = dataclasses.replace(network, bandwidth=PAYLOAD * setting.mbit * 1e6 / 8)
     world = World(setting.hosts, setting.ranks // setting.hosts)
     if setting.model == "message":
+        if (
+            setting.mbit and setting.bytes <= SMALL
+        ):  # what a link could have carried since the last one, it lets through at once
+            network = dataclasses.replace(network, bandwidth=math.inf)
         return allreduce(setting.bytes, world, network)
     exchange = Exchange(cycle_s=setting.cycle_ms / 1e3, fusion_bytes=setting.fusion_bytes)
     if setting.model == "horovod_message":
@@ -256,12 +277,18 @@ def replayed(setting: Setting, network: Network) -> float:
         sizes = [tensor.bytes for tensor in tensors]
         shares = layers.ready_shares(tensors)
         forward = setting.forward_share
-        ready = [setting.compute_s * (forward + (1 - forward) * share) for share in shares]
+        ready = [(setting.compute_s + late_s) * (forward + (1 - forward) * share) for share in shares]
 
     cost = functools.partial(fused_allreduce, world=world, network=network)
     negotiation_s = simulator.coordination(world, network, exchange, len(sizes))
-    end = simulator.exchange_end(ready, sizes, setting.compute_s, cost, exchange, negotiation_s)[0]
-    return max(end, exchange.cycle_s)  # steps follow each other, and the thread looks once a cycle
+    end = simulator.exchange_end(ready, sizes, setting.compute_s + late_s, cost, exchange, negotiation_s)[0]
+    if setting.compute_s:
+        return end
+    # Steps follow each other. Short ones wait for the thread's next look; after a longer one it has looked at once and
+    # found nothing, so that the next step waits for a whole period, in which the shaper saves up.
+    if end <= exchange.period_s:
+        return exchange.period_s
+    return end + exchange.period_s - (min(exchange.period_s, BURST / network.bandwidth) if setting.mbit else 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +307,14 @@ class Validation:
             kind = "messages, held out" if setting.model in MESSAGES else "models, held out"
             found.setdefault("fitted to" if point.fitted else kind, []).append(abs(point.error))
         return found
+
+    def of_models(self, hosts: int) -> List[float]:
+        """Return the relative errors, without sign, of models held out on so many hosts."""
+        return [
+            abs(point.error)
+            for setting, point in self.rows
+            if setting.hosts == hosts and setting.model not in MESSAGES and not point.fitted
+        ]
 
 
 def fitted_to(settings: Sequence[Setting]) -> Tuple[List[Setting], List[Setting]]:
@@ -309,7 +344,7 @@ def _network(latency_s: float, byte_s: float) -> Network:
     return Network("replay", latency_s, 100e9 / 8, latency_s, reduce_s_per_byte=byte_s)
 
 
-def fit_replay(times: Dict[Setting, float]) -> Network:
+def fit_replay(times: Dict[Setting, Measured]) -> Network:
     """Return the network of a replay: its latency, and the time that a byte costs a host beside the link's.
 
     Bandwidth is not fitted: it is what the links were shaped to, less headers.
@@ -317,7 +352,8 @@ def fit_replay(times: Dict[Setting, float]) -> Network:
     lone, chosen = fitted_to(list(times))
 
     def errors(network: Network, settings: Sequence[Setting]) -> np.ndarray:
-        return np.array([math.log(replayed(setting, network) / times[setting]) for setting in settings])
+        found = [(replayed(setting, network, times[setting].late_s), times[setting].step_s) for setting in settings]
+        return np.array([math.log(predicted / measured) for predicted, measured in found])
 
     start = [1e-4, 1e-9]
     if not lone:
@@ -338,21 +374,21 @@ def fit_replay(times: Dict[Setting, float]) -> Network:
     return _network(latency_s, byte_s)
 
 
-def validate(times: Dict[Setting, float]) -> Validation:
+def validate(times: Dict[Setting, Measured]) -> Validation:
     """Return the network for each number of hosts, fitted to a few settings, and what it predicts of all."""
     networks: Dict[int, Network] = {}
     rows: List[Tuple[Setting, Point]] = []
     for hosts in sorted({setting.hosts for setting in times}):
-        here = {setting: seconds for setting, seconds in times.items() if setting.hosts == hosts}
+        here = {setting: measured for setting, measured in times.items() if setting.hosts == hosts}
         networks[hosts] = fit_replay(here)
         lone, chosen = fitted_to(list(here))
-        for setting, seconds in here.items():
+        for setting, measured in here.items():
             name = f"{setting.model} x{setting.width:g}"
             if setting.model in MESSAGES:
                 name = f"{setting.model} of {setting.bytes:,} bytes"
             told = f"{hosts} hosts, {f'{setting.mbit:g} Mbit/s' if setting.mbit else 'not shaped'}, {name}"
             told += "" if setting.allreduce == "auto" else f", {setting.allreduce}"
             told += "" if setting.inter_op_threads != 1 else ", kernels last"
-            predicted = replayed(setting, networks[hosts])
-            rows.append((setting, Point(told, "s", seconds, predicted, setting in lone or setting in chosen)))
+            predicted = replayed(setting, networks[hosts], measured.late_s)
+            rows.append((setting, Point(told, "s", measured.step_s, predicted, setting in lone or setting in chosen)))
     return Validation(networks, tuple(rows))

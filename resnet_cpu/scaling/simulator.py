@@ -26,10 +26,16 @@ class Exchange:
     """How gradients are handed over. Defaults are those of Horovod 0.28.1 (operations.cc, global_state.h)."""
 
     cycle_s: float = 1e-3  # HOROVOD_CYCLE_TIME
+    wake_s: float = 5e-5  # how late a sleeping thread wakes: Linux's timer slack (prctl(2), PR_SET_TIMERSLACK)
     fusion_bytes: int = 128 * MIB  # HOROVOD_FUSION_THRESHOLD
     cached: bool = True  # HOROVOD_CACHE_CAPACITY > 0, and all tensors seen before
     negotiated: bool = True  # False: every tensor is reduced when it comes, as MLSL does it under Caffe
     request_s: float = 2e-6  # the coordinator's work on one rank's list of requests; assumed
+
+    @property
+    def period_s(self) -> float:
+        """Return the seconds from one look at what is ready to the next, where there is nothing to do."""
+        return self.cycle_s + self.wake_s if self.cycle_s else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +103,7 @@ def exchange_end(
     """
     done, lag, start = 0, 0.0, 0.0
     buffers: List[int] = []
-    period = max(exchange.cycle_s, negotiation_s)
+    period = max(exchange.period_s, negotiation_s)
     while done < len(ready):
         wait = ready[done] + lag - start
         if wait > 0:
@@ -113,7 +119,7 @@ def exchange_end(
             now += cost(size, count > 1)
         if start - lag < compute_end:
             lag += interference * min(now - start, (compute_end + lag - start) / max(1 - interference, 1e-9))
-        start = max(start + exchange.cycle_s, now)
+        start = max(start + exchange.period_s, now)
         end = now
     return max(end, compute_end + lag), buffers
 
