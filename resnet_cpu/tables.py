@@ -33,7 +33,8 @@ def main(argv: List[str]) -> None:
     spec, measured = results.read_csv(os.path.join(folder, "tables.csv")), results.read_csv(runs_csv)
     published = results.read_csv(os.path.join(folder, "published.csv"))
     tables = results.lines(spec, published, measured)
-    ladders = efficiency.tables(spec, published, results.read_csv(scaling_csv) if os.path.exists(scaling_csv) else [])
+    rungs = results.read_csv(scaling_csv) if os.path.exists(scaling_csv) else []
+    ladders = efficiency.tables(spec, published, rungs)
     texts: Dict[str, str] = {name: results.markdown(table) for name, table in tables.items()}
     for name, table in tables.items():
         base = os.path.join(folder, "results", name)
@@ -56,13 +57,14 @@ def main(argv: List[str]) -> None:
                 plots.draw_efficiency(ladder.ladders, points, os.path.join(folder, "results", f"{name}.png"))
     print("\n\n".join(f"{name}\n\n{text}" for name, text in texts.items()))
     print(f"tables: {', '.join(texts)} in {folder}/results", file=sys.stderr)
-    unplaced = results.unplaced(spec, measured)
-    if unplaced:
-        print(
-            f"tables: {len(unplaced)} runs are in {runs_csv} but in no table: {', '.join(unplaced[:6])}; the column "
-            f"`runs` of {folder}/tables.csv says which folders make up which line",
-            file=sys.stderr,
-        )
+    for path, rows in ((runs_csv, measured), (scaling_csv, rungs)):
+        unplaced = results.unplaced(spec, rows)
+        if unplaced:
+            print(
+                f"tables: {len(unplaced)} runs are in {path} but in no table: {', '.join(unplaced[:6])}; the column "
+                f"`runs` of {folder}/tables.csv says which folders make up which line",
+                file=sys.stderr,
+            )
 
 
 if __name__ == "__main__":

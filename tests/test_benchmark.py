@@ -1,5 +1,6 @@
 """`benchmark`: its last line, on one rank and on two, and what it refuses."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -32,6 +33,13 @@ def test_bandwidths_of_messages_are_those_of_nccl_tests():
     timed = messages.Timed(sent, 2_000_000, 64)
     assert timed.images_per_second == pytest.approx(64 / 1e-3)
     assert "nothing was trained" in timed.lines()[-1] and "2,000,000 bytes" in timed.lines()[-1]
+    assert timed.network() is None  # ranks of a host share its link
+    network = dataclasses.replace(timed, hosts=4).network()
+    assert network == {
+        "latency_s": pytest.approx(1024 / 2e9 / 2),
+        "bandwidth": pytest.approx(3e9),
+        "reduce_s_per_byte": 0,
+    }
     assert messages.sizes(5000, 100) == [100, 1024, 4096]
     assert messages.sizes(2**28, 4096)[-1] == 2**28 and len(messages.sizes(2**28, 4096)) == 10
 

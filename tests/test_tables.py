@@ -218,8 +218,9 @@ def ladder_place(tmp_path):
     return place
 
 
-def test_ladders_become_tables_of_efficiency_with_published_figures_apart(ladder_place, tmp_path):
+def test_ladders_become_tables_of_efficiency_with_published_figures_apart(ladder_place, tmp_path, capsys):
     tables.main([f"--runs={tmp_path}/runs", f"--experiments={ladder_place}"])
+    assert "in no table" not in capsys.readouterr().err
     rows = results.read_csv(str(ladder_place / "results" / "l.csv"))
     assert [(row["what"], row["ranks"], row["runs"], row["efficiency"]) for row in rows] == [
         ("mine", "1", "2", "1"),
@@ -234,6 +235,9 @@ def test_ladders_become_tables_of_efficiency_with_published_figures_apart(ladder
     kept = results.read_csv(str(ladder_place / "results" / "scaling_runs.csv"))
     assert len(kept) == 4 and {row["cores_per_rank"] for row in kept} == {"1"}
     assert results.read_csv(str(ladder_place / "results" / "runs.csv")) == []
+    write_scaling_run(tmp_path / "runs" / "scaling-17" / "ranks-1", 1, 0.5)  # where launch/scaling.sbatch puts it
+    tables.main([f"--runs={tmp_path}/runs", f"--experiments={ladder_place}"])
+    assert "scaling_runs.csv but in no table: scaling-17/ranks-1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

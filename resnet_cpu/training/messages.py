@@ -9,15 +9,19 @@ over ranks of the time in the call, which all enter from a barrier. For a messag
 """
 
 import dataclasses
+import json
+import math
 import os
+import socket
 import time
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 import numpy as np
 import tensorflow as tf
 
 from resnet_cpu.cluster import guard, horovod
 from resnet_cpu.cluster.control import World
+from resnet_cpu.data.shards import write_atomically
 from resnet_cpu.errors import FlagError, UserError
 from resnet_cpu.recipe import batch_rule
 from resnet_cpu.report import results
@@ -65,6 +69,7 @@ class Timed:
     messages: List[Message]
     gradient_bytes: int
     images: int  # of a step, all ranks
+    hosts: int = 1
 
     @property
     def images_per_second(self) -> float:
@@ -76,6 +81,19 @@ class Timed:
             message for message in self.messages if (message.library, message.size) == ("horovod", self.gradient_bytes)
         )
         return self.images / mine.latency
+
+    def network(self) -> Optional[Dict[str, float]]:
+        """Return the constants of a network for `resnet_cpu.simulate`; None unless every host has one rank.
+
+        Of mpi4py's calls: the smallest is ceil(log2 n) latencies, the largest 2 (n - 1) / n times the message at the
+        bandwidth. Adding up is in both, so it costs nothing besides.
+        """
+        alone = [message for message in self.messages if message.library == "mpi4py"]
+        small, large = min(alone, key=lambda one: one.size), max(alone, key=lambda one: one.size)
+        if self.hosts != small.ranks:
+            return None
+        latency = small.latency / math.ceil(math.log2(small.ranks))
+        return {"latency_s": latency, "bandwidth": large.bus_bandwidth, "reduce_s_per_byte": 0.0}
 
     def lines(self) -> List[str]:
         """Return the table that a person wants to see, and what the last line means."""
@@ -98,7 +116,7 @@ class Timed:
         ]
 
     def write(self, folder: str) -> None:
-        """Write allreduce.csv to `folder`."""
+        """Write allreduce.csv to `folder`, and network.json where it can be told."""
         rows = []
         for message in self.messages:
             low, high = np.percentile(message.seconds, [10, 90])
@@ -109,6 +127,10 @@ class Timed:
             rows.append(dict(zip(_COLUMNS, map(results.text, figures))))
         os.makedirs(folder, exist_ok=True)
         results.write_csv(os.path.join(folder, "allreduce.csv"), rows, _COLUMNS)
+        network = self.network()
+        if network is not None:
+            text = json.dumps(network, indent=1) + "\n"
+            write_atomically(os.path.join(folder, "network.json"), text.encode())
 
 
 def sizes(most_bytes: int, gradient_bytes: int) -> List[int]:
@@ -151,7 +173,7 @@ def run(
                     raise UserError(f"--benchmark=allreduce: {library}: a sum of {size} bytes over ranks is wrong")
                 seconds = _time(world, call, seconds_a_size, warmup_calls, timed_calls, watchdog.beat)
                 messages.append(Message(library, size, world.size, seconds))
-    return Timed(messages, 4 * gradients, batch.total)
+    return Timed(messages, 4 * gradients, batch.total, len(set(world.gather(socket.gethostname()))))
 
 
 def _by_mpi(world: World, size: int) -> Callable[[], np.ndarray]:

@@ -1,5 +1,6 @@
 """How jobs of two ranks end: at once, with the right code, told once; and what plain Python does instead."""
 
+import concurrent.futures
 import json
 import signal
 import socket
@@ -23,18 +24,38 @@ def start(*command, timeout=WAIT_S):
     )
 
 
-@pytest.mark.parametrize(
-    "mode, code, part",
-    [
-        ("exception", 70, "internal error"),
-        ("data", 65, "rank 1: shard 7: record 3: broken"),
-        ("collective", 66, "everyone knows"),
-        ("full", 74, "a file: No space left on device"),
-        ("watchdog", 76, "no step finished for 1 s"),
-    ],
-)
-def test_one_failing_rank_ends_the_job_with_its_code_and_is_told_once(mode, code, part):
-    process = start(sys.executable, "tests/faults/failing.py", mode)
+MODES = {
+    "exception": (70, "internal error"),
+    "data": (65, "rank 1: shard 7: record 3: broken"),
+    "collective": (66, "everyone knows"),
+    "full": (74, "a file: No space left on device"),
+    "watchdog": (76, "no step finished for 1 s"),
+}
+# Flags that are refused before TensorFlow is loaded: by which code, and what is said.
+REFUSED = {
+    "--learning_rate=1": (64, "unknown flag"),
+    "--ranks=3": (64, "--ranks=3: the launcher started 2"),
+    "--global_batch_size=13": (64, "not divisible by 2 ranks"),
+    "--phase=main:steps=2,lr=1,warmup_steps=3": (64, "warm-up of 3 steps"),
+    "--data_dir=/no/such": (65, "/no/such"),
+    "--resume=must": (66, "no checkpoint"),
+    "--run_dir=/proc/no/run": (73, "/proc/no/run"),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tiny_data, tmp_path_factory):
+    """Start what must end badly, three at a time: most of it is waiting, for a rank that is gone or for Python."""
+    commands = {mode: (sys.executable, "tests/faults/failing.py", mode) for mode in [*MODES, "kill", "exit", "fine"]}
+    for flag in REFUSED:
+        commands[flag] = tuple(tiny(tiny_data, tmp_path_factory.mktemp("ended") / "run", flag))
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        return dict(zip(commands, pool.map(lambda command: start(*command), commands.values())))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_failing_rank_ends_the_job_with_its_code_and_is_told_once(ended, mode):
+    process, (code, part) = ended[mode], MODES[mode]
     assert process.returncode == code, process.stderr
     # A stopped rank may be woken on its way out and tell the same.
     assert (len(told(process)) == 1 or mode == "watchdog") and part in told(process)[0], process.stderr
@@ -46,13 +67,12 @@ def test_one_failing_rank_ends_the_job_with_its_code_and_is_told_once(mode, code
 
 
 @pytest.mark.parametrize("mode", ["kill", "exit"])
-def test_a_rank_that_is_gone_takes_the_job_with_it(mode):
-    assert start(sys.executable, "tests/faults/failing.py", mode).returncode in (137, 5)
+def test_a_rank_that_is_gone_takes_the_job_with_it(ended, mode):
+    assert ended[mode].returncode in (137, 5)
 
 
-def test_negative_control_a_good_end_is_0():
-    process = start(sys.executable, "tests/faults/failing.py", "fine")
-    assert process.returncode == 0 and not told(process)
+def test_negative_control_a_good_end_is_0(ended):
+    assert ended["fine"].returncode == 0 and not told(ended["fine"])
 
 
 def test_negative_control_without_the_guard_the_other_rank_lives_on():
@@ -76,24 +96,20 @@ def tiny(tiny_data, run_dir, *more):
     ]
 
 
-@pytest.mark.parametrize(
-    "flags, code, part",
-    [
-        (["--learning_rate=1"], 64, "unknown flag"),
-        (["--ranks=3"], 64, "--ranks=3: the launcher started 2"),
-        (["--global_batch_size=13"], 64, "not divisible by 2 ranks"),
-        (["--phase=main:steps=2,lr=1,warmup_steps=3"], 64, "warm-up of 3 steps"),
-        (["--data_dir=/no/such"], 65, "/no/such"),
-        (["--resume=must"], 66, "no checkpoint"),
-        (["--phase=main:steps=10,lr=1e30,decay=constant"], 77, "no checkpoint yet; start again"),
-        (["--run_dir=/proc/no/run"], 73, "/proc/no/run"),
-    ],
-)
-def test_user_errors_are_told_once_by_all_ranks_together(tiny_data, tmp_path, flags, code, part):
-    process = start(*tiny(tiny_data, tmp_path / "run", *flags))
+def told_once(process, code, part):
     assert process.returncode == code, process.stderr
     assert len(told(process)) == 1 and part in told(process)[0], process.stderr
     assert "Traceback" not in process.stderr and process.stdout == ""
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_user_errors_are_told_once_by_all_ranks_together(ended, flag):
+    told_once(ended[flag], *REFUSED[flag])
+
+
+def test_a_loss_that_is_not_finite_is_told_once_by_all_ranks_together(tiny_data, tmp_path):
+    process = start(*tiny(tiny_data, tmp_path / "run", "--phase=main:steps=10,lr=1e30,decay=constant"))
+    told_once(process, 77, "no checkpoint yet; start again")
 
 
 def test_ranks_with_other_flags_are_refused(tiny_data, tmp_path):

@@ -202,6 +202,7 @@ def jobs(lab, site, stand_in, tiny_data, tmp_path_factory):
     start("scaling", "--array=0-2", "--nodes=1", "launch/scaling.sbatch", "--seed=1", does="exit", RUNGS="1 2")
     start("collapsed_ensemble", "launch/collapsed_ensemble.sbatch", data, does="exit")
     start("evaluate", "launch/evaluate.sbatch", "--run_dir=my run", does="exit", RANK_PREFIX="nice -n 5")
+    start("benchmark", "launch/benchmark.sbatch", "--benchmark=allreduce", does="exit")
     start("prepare", "launch/prepare.sbatch", "verify", "--dataset=digits", data)
     for name in ("told", "early", "deaf"):
         folder, job, _ = started[name]
@@ -395,6 +396,9 @@ def test_the_other_batch_files(lab, jobs):
     folder, job, notes = jobs["evaluate"]
     assert lab.await_state(job)["JobState"] == "COMPLETED", log_of(folder, job)
     assert words_of(notes, f"{job}.0") == ["nice", "-n", "5", "python", "-m", "resnet_cpu.evaluate", "--run_dir=my run"]
+    folder, job, notes = jobs["benchmark"]
+    assert lab.await_state(job)["JobState"] == "COMPLETED", log_of(folder, job)
+    assert words_of(notes, f"{job}.0") == ["python", "-m", "resnet_cpu.benchmark", "--benchmark=allreduce"]
     folder, job, _ = jobs["prepare"]
     assert lab.await_state(job)["JobState"] == "COMPLETED", log_of(folder, job)
     assert '{"train": 50, "validation": 21}' in log_of(folder, job)
