@@ -27,7 +27,9 @@ def main(argv: List[str]) -> None:
         sent = messages.run(settings, world, values.most_bytes, values.timed_seconds or 10.0, *steps)
         folder = settings.run.run_dir
         if folder is not None:
-            world.on_rank0(lambda: sent.write(folder))
+            told = world.on_rank0(lambda: sent.write(folder))
+            if world.rank == 0:
+                print(told, file=sys.stderr)
         timed = sent
     else:
         timed = timing.run(settings, world, data, values.benchmark, *steps, values.timed_seconds)

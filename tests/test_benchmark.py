@@ -1,6 +1,7 @@
 """`benchmark`: its last line, on one rank and on two, and what it refuses."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def test_the_rate_is_that_of_the_slowest_rank():
     assert "slowest rank 2.000 times the fastest" in timed.lines()[1]
 
 
-def test_bandwidths_of_messages_are_those_of_nccl_tests():
+def test_bandwidths_of_messages_are_those_of_nccl_tests(tmp_path):
     """B = S/t * 2 (n-1) / n (nccl-tests, doc/PERFORMANCE.md); the rate is a step's images over the gradients' time."""
     sent = [
         messages.Message(library, size, 4, np.array([size / 2e9] * 3))
@@ -40,6 +41,10 @@ def test_bandwidths_of_messages_are_those_of_nccl_tests():
         "bandwidth": pytest.approx(3e9),
         "reduce_s_per_byte": 0,
     }
+    assert "network.json" not in timed.write(str(tmp_path / "a"))
+    assert "network.json" in dataclasses.replace(timed, hosts=4).write(str(tmp_path / "b"))
+    assert json.loads((tmp_path / "b" / "network.json").read_text()) == network
+    assert (tmp_path / "a" / "allreduce.csv").exists() and not (tmp_path / "a" / "network.json").exists()
     assert messages.sizes(5000, 100) == [100, 1024, 4096]
     assert messages.sizes(2**28, 4096)[-1] == 2**28 and len(messages.sizes(2**28, 4096)) == 10
 

@@ -115,8 +115,8 @@ class Timed:
             f"for the model's gradients in one message ({self.gradient_bytes:,} bytes); nothing was trained",
         ]
 
-    def write(self, folder: str) -> None:
-        """Write allreduce.csv to `folder`, and network.json where it can be told."""
+    def write(self, folder: str) -> str:
+        """Write allreduce.csv to `folder`, and network.json where it can be told; return what was written."""
         rows = []
         for message in self.messages:
             low, high = np.percentile(message.seconds, [10, 90])
@@ -128,9 +128,10 @@ class Timed:
         os.makedirs(folder, exist_ok=True)
         results.write_csv(os.path.join(folder, "allreduce.csv"), rows, _COLUMNS)
         network = self.network()
-        if network is not None:
-            text = json.dumps(network, indent=1) + "\n"
-            write_atomically(os.path.join(folder, "network.json"), text.encode())
+        if network is None:
+            return f"in {folder}: allreduce.csv"
+        write_atomically(os.path.join(folder, "network.json"), (json.dumps(network, indent=1) + "\n").encode())
+        return f"in {folder}: allreduce.csv, and network.json for python -m resnet_cpu.simulate --network"
 
 
 def sizes(most_bytes: int, gradient_bytes: int) -> List[int]:
