@@ -149,16 +149,21 @@ def test_data_that_is_missing_or_other_on_one_host_is_told_with_its_name(lab, tm
     assert "Traceback" not in missing.stderr + other.stderr and not (tmp_path / "run").exists()
 
 
+def with_another(lab, changed, usual, run_dir) -> subprocess.CompletedProcess:
+    """Train while the second host sees `changed` in the place of `usual`."""
+    lab("run", lab.second, "mount", "--bind", changed, usual)
+    try:
+        return lab.run(*TRAIN, f"--data_dir={lab.own / 'data'}", f"--run_dir={run_dir}")
+    finally:
+        lab("run", lab.second, "umount", usual)
+
+
 def test_another_version_of_the_code_on_one_host_is_refused(lab, tmp_path):
     package = ROOT / "resnet_cpu"
     changed = tmp_path / "resnet_cpu"
     shutil.copytree(package, changed)
     (changed / "errors.py").write_text((package / "errors.py").read_text() + "# newer\n")
-    lab("run", lab.second, "mount", "--bind", changed, package)
-    try:
-        process = lab.run(*TRAIN, f"--data_dir={lab.own / 'data'}", f"--run_dir={tmp_path / 'run'}")
-    finally:
-        lab("run", lab.second, "umount", package)
+    process = with_another(lab, changed, package, tmp_path / "run")
     assert process.returncode == 64, process.stderr
     (line,) = told(process)
     assert f"rank 1 on {lab.second} runs with other code" in line and f"rank 0 on {lab.first}" in line
@@ -169,11 +174,7 @@ def test_another_version_of_a_package_on_one_host_is_refused(lab, tmp_path):
     record = pathlib.Path(installed.locate_file(f"horovod-{installed.version}.dist-info/METADATA"))
     changed = tmp_path / "METADATA"
     changed.write_text(record.read_text().replace(f"\nVersion: {installed.version}\n", "\nVersion: 0.27.0\n"))
-    lab("run", lab.second, "mount", "--bind", changed, record)
-    try:
-        process = lab.run(*TRAIN, f"--data_dir={lab.own / 'data'}", f"--run_dir={tmp_path / 'run'}")
-    finally:
-        lab("run", lab.second, "umount", record)
+    process = with_another(lab, changed, record, tmp_path / "run")
     assert process.returncode == 64, process.stderr
     (line,) = told(process)
     assert f"rank 1 on {lab.second} runs with other horovod (0.27.0) than rank 0 on {lab.first}" in line
