@@ -92,7 +92,7 @@ def _doubts(
     """Yield warnings; `kept` is what was laid out where the user's own export stands."""
     for name, value in kept.items():
         if os.environ[name] != value:
-            yield f"warning: {name}={os.environ[name]} is exported and stands (laid out: {value})"
+            yield f"warning: {name}={os.environ[name]} is exported and stands (laid out: {value}); unset it if in doubt"
     here, hosts = socket.gethostname(), placement.hosts
     elsewhere = hosts and not {here, here.split(".")[0]} & {*hosts, *(host.split(".")[0] for host in hosts)}
     if elsewhere or (placement.in_batch_job and not hosts and "SLURMD_NODENAME" not in os.environ):
@@ -117,6 +117,9 @@ def _doubts(
 
 def _split(argv: Sequence[str]) -> Tuple[List[str], List[str]]:
     where = argv.index("--") if "--" in argv else len(argv)
+    program = next((word for word in argv[:where] if not word.startswith("-")), "")
+    if where == len(argv) and program and shutil.which(program):
+        raise FlagError(f"{program}: write -- before the command, as in -- {program} ...")
     return list(argv[:where]), list(argv[where + 1 :])
 
 

@@ -127,7 +127,10 @@ def _cluster(settings: Settings, values: Any) -> Cluster:
     def given(kind: Any) -> Dict[str, Any]:
         return {key: value for key, value in constants.items() if key in of[kind]}
 
-    measured = {"--past_run": ("image_s", "fixed_s", "jitter"), "--images_per_second": ("image_s",)}
+    measured = {
+        "--past_run": ("image_s", "fixed_s", "batch_s", "jitter"),
+        "--images_per_second": ("image_s", "batch_s"),
+    }
     for flag, keys in measured.items():
         twice = [key for key in keys if key in constants and values[flag[2:]].value]
         if twice:
@@ -427,14 +430,14 @@ def published_lines() -> List[str]:
     fits = {False: calibrate.published(False), True: calibrate.published(True)}
     said = {
         False: "two constants, two points (speed, jitter)",
-        True: "a third, a fixed time a step, and a third point (DAWNBench)",
+        True: "a third, a fixed time a batch, and a third point (DAWNBench)",
     }
     for with_fixed, fit in fits.items():
         node = fit.node
         assert isinstance(node.jitter, float)
         lines.append(
             f"  {said[with_fixed]}: {1000 * node.image_s:.2f} ms an image and rank, jitter {100 * node.jitter:.2f} %"
-            + (f", {1000 * node.fixed_s:.0f} ms a step" if with_fixed else "")
+            + (f", {1000 * node.batch_s:.0f} ms a batch" if with_fixed else "")
         )
         table = [["", "published", "model", "error", "", ""]]
         for point in fit.points:

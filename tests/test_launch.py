@@ -164,6 +164,7 @@ def test_what_the_user_exported_stands_and_is_told(starts, monkeypatch, capsys):
     "arguments, parts",
     [
         (["--ranks=2"], ["no command", "--"]),
+        (["--ranks=2", "cat", "-n"], ["write -- before the command", "-- cat"]),
         (["--ranks=3", "--", "cat"], ["3", "2 cores"]),
         (["--ranks_per_node=many", "--", "cat"], ["--ranks_per_node=many", "auto"]),
         (["--ranks_per_node=0", "--", "cat"], ["--ranks_per_node=0"]),

@@ -460,7 +460,7 @@ def test_time_to_train_counts_steps_evaluations_and_checkpoints():
     assert found["training"] == pytest.approx(100 * full.total + 10 * small.total)
     work = [sum(t.backward_work for t in layers.gradients(image_size=size)) for size in (224, 112)]
     node = cluster.node
-    assert (small.compute - node.fixed_s) / (full.compute - node.fixed_s) == pytest.approx(work[1] / work[0])
+    assert (small.compute - node.batch_s) / (full.compute - node.batch_s) == pytest.approx(work[1] / work[0])
     rounds = -(-50_000 // (16 * 32))
     evaluations = 110 * 512 / 1_281_167 / 0.001
     assert found["evaluation"] == pytest.approx(evaluations * rounds * 32 * node.image_s / 3)
@@ -476,7 +476,7 @@ def test_accumulated_batches_are_computed_without_messages(image_size):
     work = [sum(t.backward_work for t in layers.gradients(image_size=size)) for size in (image_size, 224)]
     image_s = once.node.image_s * simulator.slowest(once.node.jitter, 8) * work[0] / work[1]
     assert gained[1] - gained[0] == pytest.approx(
-        10 * 2 * 32 * image_s, abs=10 * Exchange().period_s
+        10 * 2 * (32 * image_s + once.node.batch_s), abs=10 * Exchange().period_s
     )  # the thread looks once a cycle
 
 
@@ -487,10 +487,13 @@ def test_a_strong_ladder_keeps_its_batch_and_leaves_out_what_cannot_be_cut():
         (nodes, Batch(32, 16 // nodes, 1024)) for nodes in (1, 2, 4, 8, 16)
     ]
     assert told == ["left out, since the global batch cannot be cut for them: 24"]
-    assert rows[0].step.compute == pytest.approx(16 * 32 * cluster.node.image_s + cluster.node.fixed_s)
+    node = cluster.node
+    assert rows[0].step.compute == pytest.approx(16 * (32 * node.image_s + node.batch_s)) and node.batch_s > 0
     shares = [simulate.efficiency(rows[0], row) for row in rows]
     assert shares[0] == 1 and shares == sorted(shares, reverse=True) and shares[-1] < 0.9
-    assert "whatever its batch" in simulate._why(cluster, rows)[0]  # paid once a step, however few images a rank has
+    assert "whatever its batch" not in simulate._why(cluster, rows)[0]
+    updating = cluster._replace(node=dataclasses.replace(node, fixed_s=0.2))  # once a step, however many micro-batches
+    assert "whatever its batch" in simulate._why(updating, simulate.curve(updating, 16)[0])[0]
     with pytest.raises(FlagError, match="cannot be made of"):
         simulate.curve(cluster_of("--global_batch_size=1000", "--accumulate_steps=0", "--batch_size=8"), 1)
 
@@ -530,11 +533,15 @@ def test_a_scaling_run_gives_what_its_ranks_did_by_themselves(tmp_path):
     assert sorted(node.jitter) == pytest.approx([0.8, 1, 1, 1, 1, 1, 1, 1.2])
     np.savez(tmp_path / "step_times.npz", seconds=seconds[:1])
     assert cluster_of(f"--past_run={tmp_path}").node.fixed_s == 5.0
-    record = {"signature": {"model": model}, "per_rank": [{"host": host} for host in "aaaabbbb"]}
+    record = {"signature": {"model": model}, "per_rank": [{"host": host} for host in "aaaa"]}
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert cluster_of(f"--past_run={tmp_path}").ranks_per_node == 4
     with pytest.raises(FlagError, match="had 4 on a node"):
         cluster_of(f"--past_run={tmp_path}", "--ranks_per_node=2")
+    (tmp_path / "run.json").write_text(json.dumps({**record, "per_rank": [{"host": "a"}, {"host": "b"}]}))
+    with pytest.raises(CheckpointError, match="ran on 2 hosts"):
+        cluster_of(f"--past_run={tmp_path}")
+    (tmp_path / "run.json").write_text(json.dumps(record))
     constants = {"latency_s": 1e-5, "bandwidth": 1e9, "jitter": 0.1}
     (tmp_path / "network.json").write_text(json.dumps(constants))
     with pytest.raises(FlagError, match="jitter is told by --past_run, too"):

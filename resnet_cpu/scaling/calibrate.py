@@ -89,15 +89,15 @@ def published(with_fixed: bool = True) -> Published:
     """Return the fit to recipe B and to 32 C5 nodes, and what it predicts for recipe A and 64 C5 nodes.
 
     Without `with_fixed` two constants are fitted to two points: a node's speed to recipe B, jitter to 32 C5 nodes. With
-    it a third, a time of each step that does not depend on the batch, to a third, the DAWNBench run on 64 C5 nodes.
+    it a third, a time of each batch that does not depend on its size, to a third, the DAWNBench run on 64 C5 nodes.
     """
     rows = published_rows()
     tensors = layers.gradients(conv1_bias=True)
     fitted = ["recipe_b", "c5_32", *(["c5_dawnbench"] if with_fixed else [])]
 
     def node_of(parameters: np.ndarray) -> Node:
-        fixed_s = float(parameters[2]) if with_fixed else 0.0
-        return Node(image_s=float(parameters[0]), jitter=float(parameters[1]), fixed_s=fixed_s)
+        batch_s = float(parameters[2]) if with_fixed else 0.0
+        return Node(image_s=float(parameters[0]), jitter=float(parameters[1]), batch_s=batch_s)
 
     def errors(parameters: np.ndarray) -> np.ndarray:
         node = node_of(parameters)

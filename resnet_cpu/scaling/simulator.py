@@ -43,7 +43,8 @@ class Node:
     """How fast the ranks of a node compute and read."""
 
     image_s: float  # forward and backward of one image on one rank, seconds
-    fixed_s: float = 0.0  # of a step, whatever the batch: the update, reordering of weights
+    fixed_s: float = 0.0  # of a step, whatever the batch: the update
+    batch_s: float = 0.0  # of each micro-batch, however few images it holds
     jitter: Jitter = 0.0
     interference: float = 0.0  # share of a rank's compute that is lost while it communicates
     input_images_per_s: Optional[float] = None  # read and decoded by one rank; None: always in time
@@ -201,10 +202,11 @@ def step(
     # What would be left if negotiating took no time; waiting for more tensors can also pay, then nothing is lost by it.
     without = min(run(0.0, dataclasses.replace(exchange, cycle_s=0.0))[0], whole) if exchange.negotiated else whole
     slow = work * (stretch - 1)
-    busy = whole + node.fixed_s
+    fixed_s = node.fixed_s + micro_batches * node.batch_s
+    busy = whole + fixed_s
     read = micro_batches * batch / node.input_images_per_s if node.input_images_per_s else 0.0
     return Step(
-        compute=work + node.fixed_s,
+        compute=work + fixed_s,
         jitter=slow,
         allreduce=without - work * stretch,
         coordinator=whole - without,

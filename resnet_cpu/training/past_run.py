@@ -1,6 +1,5 @@
 """What a past run says of speed: of the same network only, whatever else it was."""
 
-import collections
 import dataclasses
 import os
 from typing import Any, Dict, List, Mapping, Optional
@@ -34,9 +33,14 @@ def result(run_dir: str, model: Model, pixels: List[int]) -> Dict[str, Any]:
 
 
 def ranks_per_node(run_dir: str) -> Optional[int]:
-    """Return how many ranks the run had on each host, None where it does not say, or they differed."""
-    counts = set(collections.Counter(row.get("host") for row in _record(run_dir).get("per_rank", [])).values())
-    return counts.pop() if len(counts) == 1 else None
+    """Return how many ranks the run had, which has to be of one host; None where it does not say."""
+    hosts = [row.get("host") for row in _record(run_dir).get("per_rank", [])]
+    if len(set(hosts)) > 1:
+        raise CheckpointError(
+            f"--past_run={run_dir}: ran on {len(set(hosts))} hosts, so its steps hold their messages; name one on one "
+            "node"
+        )
+    return len(hosts) or None
 
 
 def _record(run_dir: str) -> Mapping[str, Any]:
