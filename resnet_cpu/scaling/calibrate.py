@@ -259,9 +259,8 @@ def replayed(setting: Setting, network: Network, late_s: float = 0.0) -> float:
         network = dataclasses.replace(network, bandwidth=PAYLOAD * setting.mbit * 1e6 / 8)
     world = World(setting.hosts, setting.ranks // setting.hosts)
     if setting.model == "message":
-        if (
-            setting.mbit and setting.bytes <= SMALL
-        ):  # what a link could have carried since the last one, it lets through at once
+        # What a link could have carried since the last one, its shaper lets through at once.
+        if setting.mbit and setting.bytes <= SMALL:
             network = dataclasses.replace(network, bandwidth=math.inf)
         return allreduce(setting.bytes, world, network)
     exchange = Exchange(cycle_s=setting.cycle_ms / 1e3, fusion_bytes=setting.fusion_bytes)

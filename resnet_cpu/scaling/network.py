@@ -73,7 +73,7 @@ def ring(size: float, world: World, network: Network) -> float:
 
 def recursive_doubling(size: float, world: World, network: Network) -> float:
     """Return the seconds of log2(p) exchanges of all n bytes; ranks past a power of two cost two messages more."""
-    total = _past_power_of_two(size, 2, world, network) + _odd(world) * size * network.reduce_s_per_byte
+    total = _past_power_of_two(size, 2, size, world, network)
     for distance in _distances(world.ranks):
         total += _hop(size, distance, world, network) + size * network.reduce_s_per_byte
     return total
@@ -85,7 +85,7 @@ def rabenseifner(size: float, world: World, network: Network) -> float:
     On 2^k ranks, one a node: 2 log2(p) latency + 2 (p - 1) / p * n / bandwidth + (p - 1) / p * n * gamma. Ranks past a
     power of two exchange halves with a neighbour, both add one up, and it is sent the other's sum.
     """
-    total = _past_power_of_two(size, 3, world, network) + _odd(world) * size / 2 * network.reduce_s_per_byte
+    total = _past_power_of_two(size, 3, size / 2, world, network)
     part = size
     for distance in _distances(world.ranks):
         part /= 2
@@ -176,15 +176,14 @@ def _hop(size: float, distance: int, world: World, network: Network) -> float:
     return message(size, network, between, world.ranks_per_node)
 
 
-def _odd(world: World) -> int:
-    """Return 1 where there are ranks past a power of two, else 0."""
-    return int(world.ranks & (world.ranks - 1) != 0)
+def _past_power_of_two(size: float, messages: int, added: float, world: World, network: Network) -> float:
+    """Return the seconds that ranks past the power of two cost; nothing where there are none.
 
-
-def _past_power_of_two(size: float, messages: int, world: World, network: Network) -> float:
-    """Return the seconds in which ranks past the power of two hand over all n bytes, and in the end get n back."""
-    if not _odd(world):
+    They hand over all `size` bytes and in the end get as many back, in so many `messages`; `added` bytes are added up.
+    """
+    if world.ranks & (world.ranks - 1) == 0:
         return 0.0
     between = world.ranks_per_node == 1
     latency = message(0.0, network, between)
-    return messages * latency + 2 * (message(size, network, between) - latency)
+    moved = 2 * (message(size, network, between) - latency)
+    return messages * latency + moved + added * network.reduce_s_per_byte
