@@ -19,7 +19,7 @@ MEAN_BYTES = 110_000
 # A process of its own for each measurement: seconds to open, MiB for that, MiB for an epoch's permutation.
 OPENER = """
 import sys, time, psutil
-from resnet_cpu.data import layouts, order
+from resnet_cpu.data import folders as layouts, order
 memory = lambda: psutil.Process().memory_info().rss / 2**20
 before, started = memory(), time.perf_counter()
 data = layouts.open_data(sys.argv[1], "imagenet")

@@ -24,7 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import tensorflow as tf
 
-    from resnet_cpu.data import layouts
+    from resnet_cpu.data import folders as layouts
 
     with tempfile.TemporaryDirectory() as folder:
         data_dir = pathlib.Path(folder)

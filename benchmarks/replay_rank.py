@@ -21,7 +21,7 @@ import tensorflow as tf
 from mpi4py import MPI
 
 from resnet_cpu.cluster import control
-from resnet_cpu.scaling import layers
+from resnet_cpu.model import tensors as layers
 
 LAB = pathlib.Path(__file__).parent.parent / "launch" / "network-lab" / "lab"
 FORWARD_SHARE = 1 / 3  # backward does each product twice: for the data and for the weights

@@ -246,7 +246,8 @@ def memory_set(folder: str, largest: int, seconds: float) -> Callable[[], Dict[s
 def training_step(arguments: argparse.Namespace) -> Tuple[Callable[[], Any], Any]:
     """Return (a call that takes the step that `resnet_cpu.benchmark` times, the model whose layers know shapes)."""
     from resnet_cpu import flags
-    from resnet_cpu.cluster import control, layout
+    from resnet_cpu.cluster import control
+    from resnet_cpu.cluster import placement as layout
 
     command = ["--dataset=synthetic", f"--batch_size={arguments.batch_size}", f"--image_size={arguments.image_size}"]
     values, _ = flags.parse_values(command, "benchmark")
@@ -258,7 +259,7 @@ def training_step(arguments: argparse.Namespace) -> Tuple[Callable[[], Any], Any
     import tensorflow as tf
 
     from resnet_cpu.cluster import horovod
-    from resnet_cpu.recipe import batch_rule
+    from resnet_cpu.recipe import batch as batch_rule
     from resnet_cpu.training import batches, state, step
 
     tf.get_logger().setLevel("ERROR")  # it warns of functions that are traced again; here each is another

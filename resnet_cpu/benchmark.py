@@ -4,7 +4,8 @@ import sys
 from typing import List, Union
 
 from resnet_cpu import flags
-from resnet_cpu.cluster import guard, layout
+from resnet_cpu.cluster import guard
+from resnet_cpu.cluster import placement as layout
 
 
 def main(argv: List[str]) -> None:
@@ -16,10 +17,11 @@ def main(argv: List[str]) -> None:
     settings = flags.make_settings(values)
     world = guard.connect(settings.system.ranks, settings.system.stall_timeout)
     layout.apply(settings.system.threads, world.cores)
-    from resnet_cpu.training import job
+    from resnet_cpu.training import opening as job
 
     data = job.open_data(settings, world) if values.benchmark == "pipeline" else None
-    from resnet_cpu.training import messages, timing
+    from resnet_cpu.bench import messages
+    from resnet_cpu.bench import steps as timing
 
     timed: Union[messages.Timed, timing.Timed]
     steps = values.warmup_steps, values.timed_steps

@@ -6,9 +6,10 @@ import sys
 from typing import Dict, List
 
 from resnet_cpu import flags
-from resnet_cpu.cluster import guard, layout
+from resnet_cpu.cluster import guard
+from resnet_cpu.cluster import placement as layout
 from resnet_cpu.errors import CheckpointError, FlagError
-from resnet_cpu.report import runlog
+from resnet_cpu.run import folder as runlog
 from resnet_cpu.settings import Settings
 
 
@@ -27,7 +28,7 @@ def main(argv: List[str]) -> None:
     settings = _settings_of(run_dir, argv)
     world = guard.connect(given.ranks, given.stall_timeout)
     layout.apply(settings.system.threads, world.cores)
-    from resnet_cpu.training import job
+    from resnet_cpu.training import opening as job
 
     data = job.open_data(settings, world)
     assert data is not None  # synthetic was refused above
@@ -61,7 +62,9 @@ def _ensemble(argv: List[str], given: flags.Values) -> None:
     if given.export and not given.export.endswith(".npz"):
         raise FlagError(f"--export={given.export}: the mean of the members' weights goes to an .npz file; name one")
     world = guard.connect(given.ranks, given.stall_timeout)
-    from resnet_cpu.training import checkpoint, ensemble, job
+    from resnet_cpu.run import checkpoint
+    from resnet_cpu.training import ensemble
+    from resnet_cpu.training import opening as job
 
     def check() -> List[List[str]]:
         if given.export is not None:

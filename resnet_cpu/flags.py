@@ -16,7 +16,8 @@ from absl import flags
 from resnet_cpu import settings
 from resnet_cpu.data.datasets import DATASETS, facts_of
 from resnet_cpu.errors import FlagError
-from resnet_cpu.recipe import batch_rule, phases
+from resnet_cpu.recipe import batch as batch_rule
+from resnet_cpu.recipe import phases
 
 EXPERIMENTS = ("train", "scaling", "lr_scaling", "collapsed_ensemble")
 OPTIMIZERS = ("sgd", "lars")

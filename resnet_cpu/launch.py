@@ -9,7 +9,9 @@ import sys
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from resnet_cpu import flags
-from resnet_cpu.cluster import guard, launchers, layout, start, topology, tuning
+from resnet_cpu.cluster import guard, launchers, start, tuning
+from resnet_cpu.cluster import machine as topology
+from resnet_cpu.cluster import placement as layout
 from resnet_cpu.errors import FlagError
 
 

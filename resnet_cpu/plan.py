@@ -9,9 +9,9 @@ from resnet_cpu.data.datasets import facts_of
 from resnet_cpu.errors import DataError, FlagError
 from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.phases import Phase
-from resnet_cpu.report.runlog import duration
+from resnet_cpu.run import past_run as past_runs
+from resnet_cpu.run.folder import duration
 from resnet_cpu.settings import Plan, Settings, plan
-from resnet_cpu.training import past_run as past_runs
 
 CSV_HEADER = "step,phase,step_in_phase,epoch,lr,weight_decay,momentum,augment,image_size"
 
@@ -50,7 +50,7 @@ def _speed(
 def _train_examples(settings: Settings) -> int:
     known = settings.data.train_examples or facts_of(settings.data.dataset).train_examples
     if known is None and settings.data.data_dir:
-        from resnet_cpu.data import layouts
+        from resnet_cpu.data import folders as layouts
 
         rows = layouts.describe(settings.data.data_dir, settings.data.dataset)["splits"].get("train", [])
         known = sum(row["examples"] for row in rows)
@@ -131,7 +131,7 @@ def notes(settings: Settings, planned: Plan) -> List[str]:
 
 
 def _draw(planned: Tuple[Phase, ...], epochs_per_step: float, path: str) -> None:
-    from resnet_cpu.report import plots
+    from resnet_cpu.report import run_plots as plots
 
     if not plots.available():
         raise FlagError("--format=png: matplotlib is not installed; use --format=table, or pip install matplotlib")

@@ -5,8 +5,9 @@ import os
 from typing import List
 
 from resnet_cpu import flags
-from resnet_cpu.cluster import control, guard, layout
-from resnet_cpu.data import layouts
+from resnet_cpu.cluster import control, guard
+from resnet_cpu.cluster import placement as layout
+from resnet_cpu.data import folders as layouts
 from resnet_cpu.errors import FlagError
 
 

@@ -5,7 +5,8 @@ import sys
 from typing import Dict, Optional, Tuple
 
 from resnet_cpu.errors import FlagError
-from resnet_cpu.recipe import batch_rule, phases
+from resnet_cpu.recipe import batch as batch_rule
+from resnet_cpu.recipe import phases
 from resnet_cpu.recipe.phases import Phase, PhaseText
 
 #: name -> (blocks of each stage, whether blocks are bottlenecks)

@@ -11,17 +11,20 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 import numpy as np
 
 from resnet_cpu import flags
-from resnet_cpu.cluster import guard, layout
+from resnet_cpu.cluster import guard
+from resnet_cpu.cluster import placement as layout
 from resnet_cpu.data.datasets import facts_of
 from resnet_cpu.errors import CheckpointError, FlagError
-from resnet_cpu.recipe import batch_rule
-from resnet_cpu.recipe.batch_rule import Batch
-from resnet_cpu.report.runlog import duration, read_json, read_rows
-from resnet_cpu.scaling import calibrate, layers, simulator
-from resnet_cpu.scaling.network import NETWORKS, Network, World, check
-from resnet_cpu.scaling.simulator import Exchange, Node, Step
+from resnet_cpu.model import tensors as layers
+from resnet_cpu.recipe import batch as batch_rule
+from resnet_cpu.recipe.batch import Batch
+from resnet_cpu.run import past_run
+from resnet_cpu.run.folder import duration, read_json, read_rows
 from resnet_cpu.settings import Settings, plan
-from resnet_cpu.training import past_run
+from resnet_cpu.simulator import exchange as simulator
+from resnet_cpu.simulator import published as calibrate
+from resnet_cpu.simulator.exchange import Exchange, Node, Step
+from resnet_cpu.simulator.network import NETWORKS, Network, World, check
 
 CSV_HEADER = "nodes,ranks,global_batch_size,images_per_second,efficiency,step_s," + ",".join(
     f"{field.name}_s" if field.name != "messages" else "messages" for field in dataclasses.fields(Step)
@@ -485,7 +488,7 @@ def _shares(rows: List[Rung]) -> Tuple[List[int], List[float]]:
 
 
 def _plots() -> Any:
-    from resnet_cpu.report import plots
+    from resnet_cpu.report import run_plots as plots
 
     if not plots.available():
         raise FlagError("a plot was asked for, and matplotlib is not installed; pip install matplotlib")

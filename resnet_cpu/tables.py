@@ -8,7 +8,9 @@ from resnet_cpu import flags
 from resnet_cpu.cluster import guard
 from resnet_cpu.data.shards import write_atomically
 from resnet_cpu.errors import DataError
-from resnet_cpu.report import efficiency, plots, results
+from resnet_cpu.report import efficiency
+from resnet_cpu.report import run_plots as plots
+from resnet_cpu.report import tables as results
 
 
 def main(argv: List[str]) -> None:

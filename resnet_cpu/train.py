@@ -3,8 +3,9 @@
 from typing import List
 
 from resnet_cpu import flags
-from resnet_cpu.cluster import guard, layout
-from resnet_cpu.report import runlog
+from resnet_cpu.cluster import guard
+from resnet_cpu.cluster import placement as layout
+from resnet_cpu.run import folder as runlog
 
 
 def main(argv: List[str]) -> None:
@@ -13,7 +14,7 @@ def main(argv: List[str]) -> None:
     guard.catch_stop_signals()  # before the slow imports: a batch system's signal may come at any time
     world = guard.connect(settings.system.ranks, settings.system.stall_timeout)
     threads = layout.apply(settings.system.threads, world.cores)
-    from resnet_cpu.training import job
+    from resnet_cpu.training import opening as job
 
     opened = job.open_job(settings, world, threads)
     result = opened.finished

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from typing import Callable, Dict, List
 
-from resnet_cpu.cluster import control, layout
+from resnet_cpu.cluster import control
+from resnet_cpu.cluster import placement as layout
 
 ROOT = pathlib.Path(__file__).parent.parent
 OUTSIDE = {**os.environ, "PYTHONPATH": str(ROOT)}  # what commands that the tests start are given: this very checkout
@@ -38,7 +39,7 @@ TINY_FLAGS = [
 
 
 # Longest first, so that no worker is left with one of them at the end.
-LONGEST = [f"test_{name}.py" for name in ("train", "benchmark", "tree", "layouts", "bare_install", "profile", "state")]
+LONGEST = [f"test_{name}.py" for name in ("train", "benchmark", "tree", "folders", "bare_install", "profile", "state")]
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

@@ -15,7 +15,8 @@ from typing import Any, Dict, List, Optional, Set, Tuple
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from resnet_cpu.cluster import layout, topology  # noqa: E402
+from resnet_cpu.cluster import machine as topology  # noqa: E402
+from resnet_cpu.cluster import placement as layout  # noqa: E402
 
 # The order of the page: clusters first.
 NAMES = (

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, told
 
-from resnet_cpu.training import messages
-from resnet_cpu.training.timing import Timed
+from resnet_cpu.bench import messages
+from resnet_cpu.bench.steps import Timed
 
 TOTAL = re.compile(r"total images/sec: (\d+\.\d+)")
 QUICK = ["--warmup_steps=1", "--timed_steps=4", "--global_batch_size=8"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from resnet_cpu.errors import CheckpointError, NotFinite, OutputError
-from resnet_cpu.training import checkpoint
+from resnet_cpu.run import checkpoint
 
 GROUPS = {
     "weights": {"a/kernel:0": np.arange(12, dtype=np.float32).reshape(3, 4), "a/bias:0": np.ones(4, np.float32)},

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from resnet_cpu import flags
 from resnet_cpu.cluster.control import World
-from resnet_cpu.data import layouts
+from resnet_cpu.data import folders as layouts
 from resnet_cpu.errors import CheckpointError
 from resnet_cpu.training import ensemble, evaluation
 from resnet_cpu.training.ensemble import Predictions

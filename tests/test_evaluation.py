@@ -7,7 +7,9 @@ import whole_runs as runs
 
 from resnet_cpu import flags
 from resnet_cpu.cluster.control import World
-from resnet_cpu.data import layouts, order, pipeline
+from resnet_cpu.data import batches as pipeline
+from resnet_cpu.data import folders as layouts
+from resnet_cpu.data import order
 from resnet_cpu.training import evaluation
 from resnet_cpu.training.state import build_model
 

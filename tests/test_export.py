@@ -12,9 +12,9 @@ from conftest import last_line
 
 from resnet_cpu import evaluate
 from resnet_cpu.cluster import control
-from resnet_cpu.data import layouts
+from resnet_cpu.data import folders as layouts
 from resnet_cpu.errors import FlagError
-from resnet_cpu.training import checkpoint
+from resnet_cpu.run import checkpoint
 
 SHORT = ["--phase=main:steps=2,lr=0.05", "--phase=tail:steps=1,lr=0.01"]
 # A program of someone else's: nothing of this package is imported.

@@ -178,7 +178,7 @@ NOT_IN_THE_SIGNATURE = {
 
 def test_every_flag_of_recipe_data_and_model_is_in_the_signature_of_a_checkpoint():
     from resnet_cpu.settings import plan
-    from resnet_cpu.training import job
+    from resnet_cpu.training import opening as job
 
     def signature(*more):
         recipe = ["--phase=m:steps=2,lr_per_256=1", "--global_batch_size=20", "--optimizer=lars"]

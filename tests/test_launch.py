@@ -13,7 +13,8 @@ import pytest
 from conftest import OUTSIDE, ROOT
 
 from resnet_cpu import launch
-from resnet_cpu.cluster import start, topology
+from resnet_cpu.cluster import machine as topology
+from resnet_cpu.cluster import start
 from resnet_cpu.errors import FlagError, OutputError, PeerLost
 
 NEEDED = ["bash", "dirname", "head", "sed", "cat", "sha256sum", "sort", "wc", "grep", "env"]

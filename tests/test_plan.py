@@ -14,7 +14,7 @@ from conftest import ROOT, last_line
 
 from resnet_cpu import flags, plan
 from resnet_cpu.errors import FlagError, UserError
-from resnet_cpu.report import plots
+from resnet_cpu.report import run_plots as plots
 
 RECIPE = [
     "--phase=main:steps=20,lr=0.2,warmup_steps=4,wd=5e-5",

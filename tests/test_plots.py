@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from resnet_cpu.report import plots, results
-from resnet_cpu.scaling import throughput
+from resnet_cpu.report import run_plots as plots
+from resnet_cpu.report import tables as results
+from resnet_cpu.scaling import steptimes as throughput
 
 EVALUATIONS = [{"epoch": 1.0, "top1": 0.5, "loss": 1.0}, {"epoch": 2.0, "top1": 0.75, "loss": 0.5}]
 METRICS = [{"epoch": 0.5, "loss": 2.0, "lr": 0.1}, {"epoch": 1.5, "loss": 1.0, "lr": 0.05}]

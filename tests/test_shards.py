@@ -12,7 +12,8 @@ import pytest
 import tensorflow as tf
 from conftest import OUTSIDE, ROOT
 
-from resnet_cpu.data import layouts, shards
+from resnet_cpu.data import folders as layouts
+from resnet_cpu.data import shards
 from resnet_cpu.errors import DataError
 
 

@@ -18,10 +18,13 @@ from hypothesis import strategies as st
 
 from resnet_cpu import flags, simulate
 from resnet_cpu.errors import CheckpointError, DataError, FlagError
-from resnet_cpu.recipe.batch_rule import Batch
-from resnet_cpu.scaling import calibrate, layers, network, simulator
-from resnet_cpu.scaling.network import Network, World
-from resnet_cpu.scaling.simulator import Exchange, Node
+from resnet_cpu.model import tensors as layers
+from resnet_cpu.recipe.batch import Batch
+from resnet_cpu.simulator import exchange as simulator
+from resnet_cpu.simulator import network
+from resnet_cpu.simulator import published as calibrate
+from resnet_cpu.simulator.exchange import Exchange, Node
+from resnet_cpu.simulator.network import Network, World
 
 LINK = Network("a", latency_s=3e-6, bandwidth=2e9, memory_latency_s=5e-7, memory_bandwidth=8e9, reduce_s_per_byte=1e-10)
 FREE = Network("free", 0.0, math.inf, 0.0, math.inf, 0.0)
@@ -603,7 +606,7 @@ def test_bad_flags(arguments, told):
 
 def test_plot_shows_the_curve_and_the_points(tmp_path, monkeypatch, capsys):
     drawn = {}
-    from resnet_cpu.report import plots
+    from resnet_cpu.report import run_plots as plots
 
     real = plots.draw_prediction
     monkeypatch.setattr(plots, "draw_prediction", lambda *given: drawn.update(given=given) or real(*given))

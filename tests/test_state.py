@@ -12,7 +12,8 @@ from conftest import TINY_FLAGS
 from resnet_cpu import flags
 from resnet_cpu.cluster import control
 from resnet_cpu.errors import CheckpointError
-from resnet_cpu.training import checkpoint, state
+from resnet_cpu.run import checkpoint
+from resnet_cpu.training import state
 
 ALONE = control.World(1, 0)
 SHORT = [*runs.SYNTHETIC, "--phase=main:steps=2,lr=0.05", "--phase=tail:steps=1,lr=0.01"]

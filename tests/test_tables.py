@@ -15,8 +15,9 @@ from conftest import ROOT
 from resnet_cpu import tables
 from resnet_cpu.cluster.control import World
 from resnet_cpu.errors import DataError
-from resnet_cpu.report import efficiency, results
-from resnet_cpu.scaling import throughput
+from resnet_cpu.report import efficiency
+from resnet_cpu.report import tables as results
+from resnet_cpu.scaling import steptimes as throughput
 
 EXPERIMENTS = ROOT / "experiments"
 

@@ -23,8 +23,9 @@ from resnet_cpu.cluster import control
 from resnet_cpu.data import order
 from resnet_cpu.data.sources import arrays
 from resnet_cpu.errors import CheckpointError, DataError, FlagError, NotFinite, RunFolderError, UserError
-from resnet_cpu.report.runlog import RunFolder, read_rows
-from resnet_cpu.training import batches, checkpoint, loop
+from resnet_cpu.run import checkpoint
+from resnet_cpu.run.folder import RunFolder, read_rows
+from resnet_cpu.training import batches, loop
 
 ALONE = control.World(1, 0)
 

@@ -10,8 +10,8 @@ from conftest import last_line
 
 from resnet_cpu.cluster import control
 from resnet_cpu.errors import CheckpointError
-from resnet_cpu.report.runlog import read_rows
-from resnet_cpu.training import checkpoint
+from resnet_cpu.run import checkpoint
+from resnet_cpu.run.folder import read_rows
 
 ALONE = control.World(1, 0)
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from resnet_cpu.cluster import topology, tuning
+from resnet_cpu.cluster import machine as topology
+from resnet_cpu.cluster import tuning
 
 
 def machine(domains, cores_each, quota=None, model="Xeon"):

@@ -8,10 +8,13 @@ import numpy as np
 from conftest import TINY_FLAGS
 
 from resnet_cpu import flags
-from resnet_cpu.cluster import control, layout
-from resnet_cpu.report import plots
-from resnet_cpu.report.runlog import read_json, read_rows
-from resnet_cpu.training import checkpoint, job, loop
+from resnet_cpu.cluster import control
+from resnet_cpu.cluster import placement as layout
+from resnet_cpu.report import run_plots as plots
+from resnet_cpu.run import checkpoint
+from resnet_cpu.run.folder import read_json, read_rows
+from resnet_cpu.training import loop
+from resnet_cpu.training import opening as job
 
 # Where neither reading images nor scoring is the subject: as many examples and classes, a second less of each run.
 SYNTHETIC = ["--dataset=synthetic", "--data_dir=", "--train_examples=50", "--num_classes=10"]

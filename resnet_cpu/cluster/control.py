@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple
 import numpy as np
 
 from resnet_cpu.cluster.launchers import EXPECTED_RANKS
-from resnet_cpu.cluster.topology import physical_cores, quota
+from resnet_cpu.cluster.machine import physical_cores, quota
 from resnet_cpu.errors import BY_CODE, FlagError, OutputError, UserError
 
 # (ranks in all, my rank), as launchers announce them.

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from typing import Any, Dict, List, Mapping, NoReturn, Optional, Sequence
 
-from resnet_cpu.cluster.topology import Topology
+from resnet_cpu.cluster.machine import Topology
 
 _MOST_TRIED = 5
 _TIMED = ["--dataset=synthetic", "--benchmark=synthetic", "--timed_steps=1000", "--timed_seconds=40"]

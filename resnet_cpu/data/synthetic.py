@@ -5,7 +5,8 @@ from typing import Iterator, Tuple
 import numpy as np
 import tensorflow as tf
 
-from resnet_cpu.data import order, pipeline
+from resnet_cpu.data import batches as pipeline
+from resnet_cpu.data import order
 
 POOL = 64  # distinct images; enough that a batch is no copy of one image, small enough to stay in memory
 

@@ -11,7 +11,7 @@ import re
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 from resnet_cpu.errors import FlagError
-from resnet_cpu.recipe import batch_rule
+from resnet_cpu.recipe import batch as batch_rule
 
 DECAYS = ("poly", "step", "cosine", "constant")
 AUGMENTATIONS = ("full", "light", "none")

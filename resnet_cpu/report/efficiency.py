@@ -13,11 +13,11 @@ import os
 from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from resnet_cpu.errors import DataError
-from resnet_cpu.report import results
-from resnet_cpu.report.results import NOT_RUN, Column, Row
-from resnet_cpu.report.runlog import read_json
-from resnet_cpu.scaling import throughput
-from resnet_cpu.scaling.throughput import PARTS, Rung
+from resnet_cpu.report import tables as results
+from resnet_cpu.report.tables import NOT_RUN, Column, Row
+from resnet_cpu.run.folder import read_json
+from resnet_cpu.scaling import steptimes as throughput
+from resnet_cpu.scaling.steptimes import PARTS, Rung
 
 WHAT = "efficiency"
 COLUMNS = (

@@ -3,9 +3,10 @@
 from typing import Iterator, Optional
 
 from resnet_cpu.cluster.control import World
-from resnet_cpu.data import order, pipeline, synthetic
-from resnet_cpu.data.layouts import ShardedData
-from resnet_cpu.recipe.batch_rule import Batch
+from resnet_cpu.data import batches as pipeline
+from resnet_cpu.data import order, synthetic
+from resnet_cpu.data.folders import ShardedData
+from resnet_cpu.recipe.batch import Batch
 from resnet_cpu.settings import Settings
 
 

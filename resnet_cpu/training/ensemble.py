@@ -13,9 +13,9 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 
 from resnet_cpu.errors import CheckpointError, FlagError
-from resnet_cpu.report.runlog import read_json
+from resnet_cpu.run import checkpoint
+from resnet_cpu.run.folder import read_json
 from resnet_cpu.settings import Settings
-from resnet_cpu.training import checkpoint
 
 ECE_BINS = 15  # of equal width, as in Guo et al., arXiv 1706.04599
 MOST_FOR_SUBSETS = 6  # members; more have too many subsets to try them all on 50,000 x 1,000 probabilities

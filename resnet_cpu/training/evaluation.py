@@ -8,12 +8,14 @@ import tensorflow as tf
 
 from resnet_cpu.cluster import guard, horovod
 from resnet_cpu.cluster.control import World
-from resnet_cpu.data import order, pipeline
-from resnet_cpu.data.layouts import ShardedData
+from resnet_cpu.data import batches as pipeline
+from resnet_cpu.data import order
+from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.errors import UserError
-from resnet_cpu.recipe import batch_rule
+from resnet_cpu.recipe import batch as batch_rule
+from resnet_cpu.run import checkpoint
 from resnet_cpu.settings import Settings
-from resnet_cpu.training import checkpoint, ensemble, export, state
+from resnet_cpu.training import ensemble, export, state
 from resnet_cpu.training.ensemble import Predictions
 
 

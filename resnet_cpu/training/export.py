@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from resnet_cpu.data import preprocess
 from resnet_cpu.errors import OutputError
-from resnet_cpu.training import checkpoint
+from resnet_cpu.run import checkpoint
 
 
 def write(model: tf.keras.Model, view: preprocess.View, path: str) -> None:

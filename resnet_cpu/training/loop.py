@@ -9,17 +9,22 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 import tensorflow as tf
 
-from resnet_cpu.cluster import guard, horovod, layout
-from resnet_cpu.data import pipeline
+from resnet_cpu.cluster import guard, horovod
+from resnet_cpu.cluster import placement as layout
+from resnet_cpu.data import batches as pipeline
 from resnet_cpu.errors import CheckpointError, NotFinite, StopRequested
-from resnet_cpu.recipe import batch_rule, schedule
+from resnet_cpu.recipe import batch as batch_rule
+from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.phases import Phase
-from resnet_cpu.report import plots, profile, provenance, results
-from resnet_cpu.report.runlog import Progress, read_json, read_rows
-from resnet_cpu.scaling import throughput
-from resnet_cpu.training import checkpoint, ensemble, evaluation, state
+from resnet_cpu.report import profile
+from resnet_cpu.report import run_plots as plots
+from resnet_cpu.report import tables as results
+from resnet_cpu.run import checkpoint, provenance
+from resnet_cpu.run.folder import Progress, read_json, read_rows
+from resnet_cpu.scaling import steptimes as throughput
+from resnet_cpu.training import ensemble, evaluation, state
 from resnet_cpu.training.batches import training_batches
-from resnet_cpu.training.job import Job
+from resnet_cpu.training.opening import Job
 from resnet_cpu.training.state import State, build_model
 from resnet_cpu.training.step import Knobs, TrainStep, make_knobs, make_optimizer
 

@@ -7,8 +7,8 @@ import tensorflow as tf
 
 from resnet_cpu.errors import CheckpointError
 from resnet_cpu.model import resnet
+from resnet_cpu.run import checkpoint
 from resnet_cpu.settings import Settings
-from resnet_cpu.training import checkpoint
 
 
 def build_model(settings: Settings) -> tf.keras.Model:

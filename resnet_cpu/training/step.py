@@ -7,7 +7,7 @@ from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 import tensorflow as tf
 
 from resnet_cpu.cluster import horovod
-from resnet_cpu.data import pipeline
+from resnet_cpu.data import batches as pipeline
 from resnet_cpu.optim import lars, sgd
 from resnet_cpu.settings import Recipe
 

@@ -12,7 +12,7 @@ import pytest
 import whole_runs as runs
 from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, told
 
-from resnet_cpu.training import checkpoint
+from resnet_cpu.run import checkpoint
 
 pytestmark = pytest.mark.mpi
 WAIT_S = 300  # half of what the other rank sleeps

@@ -142,7 +142,7 @@ def one_rank_evaluation(data_sets):
 
     from resnet_cpu import flags
     from resnet_cpu.cluster.control import World
-    from resnet_cpu.data import layouts
+    from resnet_cpu.data import folders as layouts
     from resnet_cpu.training import evaluation
     from resnet_cpu.training.state import build_model
 

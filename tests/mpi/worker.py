@@ -15,7 +15,8 @@ from unittest import mock
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from resnet_cpu.cluster import control, layout
+from resnet_cpu.cluster import control
+from resnet_cpu.cluster import placement as layout
 
 world = control.connect(None)
 layout.apply(1, world.cores)
@@ -26,13 +27,15 @@ import tensorflow as tf  # noqa: E402
 import whole_runs as runs  # noqa: E402
 
 from resnet_cpu import flags  # noqa: E402
+from resnet_cpu.bench import messages  # noqa: E402
 from resnet_cpu.cluster import horovod  # noqa: E402
-from resnet_cpu.data import layouts  # noqa: E402
+from resnet_cpu.data import folders as layouts  # noqa: E402
 from resnet_cpu.errors import UserError  # noqa: E402
 from resnet_cpu.model.resnet import resnet  # noqa: E402
-from resnet_cpu.recipe.batch_rule import resolve_batch  # noqa: E402
-from resnet_cpu.scaling import throughput  # noqa: E402
-from resnet_cpu.training import evaluation, job, loop, messages  # noqa: E402
+from resnet_cpu.recipe.batch import resolve_batch  # noqa: E402
+from resnet_cpu.scaling import steptimes as throughput  # noqa: E402
+from resnet_cpu.training import evaluation, loop  # noqa: E402
+from resnet_cpu.training import opening as job  # noqa: E402
 from resnet_cpu.training.state import build_model  # noqa: E402
 
 OUT, DATA = sys.argv[1:3]

@@ -15,7 +15,7 @@ import pytest
 import whole_runs as runs
 from conftest import OUTSIDE, ROOT, TINY_FLAGS, lacking, last_line, told
 
-from resnet_cpu.training import checkpoint
+from resnet_cpu.run import checkpoint
 
 pytestmark = [pytest.mark.mpi, pytest.mark.multihost]
 LAB, AGENT = (str(ROOT / "launch" / "network-lab" / name) for name in ("lab", "agent"))

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from conftest import OUTSIDE, ROOT, TINY_FLAGS, lacking
 
-from resnet_cpu.training import checkpoint
+from resnet_cpu.run import checkpoint
 
 pytestmark = pytest.mark.slurm
 LAB = str(ROOT / "launch" / "slurm-lab" / "lab.sh")

@@ -10,7 +10,8 @@ from typing import Dict, Iterator, Tuple
 import numpy as np
 import tensorflow as tf
 
-from resnet_cpu.data import layouts, shards
+from resnet_cpu.data import folders as layouts
+from resnet_cpu.data import shards
 from resnet_cpu.errors import DataError
 
 JPEG_QUALITY = 100  # tiny images are read from memory anyway, and the loss of a lower quality shows on 28 pixels

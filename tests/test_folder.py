@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from resnet_cpu.errors import RunFolderError
-from resnet_cpu.report import runlog
+from resnet_cpu.run import folder as runlog
 
 
 def test_rows_are_appended_over_attempts_and_the_last_one_of_a_step_counts(tmp_path):

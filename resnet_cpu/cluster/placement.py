@@ -13,7 +13,7 @@ import platform
 import re
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from resnet_cpu.cluster.topology import Cpu, Topology, spans
+from resnet_cpu.cluster.machine import Cpu, Topology, spans
 from resnet_cpu.errors import FlagError
 
 THREADS = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")

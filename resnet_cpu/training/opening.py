@@ -10,18 +10,18 @@ import socket
 import sys
 from typing import Any, Dict, List, Optional, Tuple
 
-from resnet_cpu.cluster import control, layout
+from resnet_cpu.cluster import control
+from resnet_cpu.cluster import placement as layout
 from resnet_cpu.cluster.control import World
-from resnet_cpu.data import layouts
+from resnet_cpu.data import folders as layouts
 from resnet_cpu.data.datasets import DATASETS
 from resnet_cpu.errors import CheckpointError, DataError, FlagError, RunFolderError
 from resnet_cpu.recipe import schedule
-from resnet_cpu.recipe.batch_rule import Batch
+from resnet_cpu.recipe.batch import Batch
 from resnet_cpu.recipe.phases import Phase
-from resnet_cpu.report import provenance
-from resnet_cpu.report.runlog import RunFolder, Stopwatch, read_json
+from resnet_cpu.run import checkpoint, provenance
+from resnet_cpu.run.folder import RunFolder, Stopwatch, read_json
 from resnet_cpu.settings import Plan, Settings, plan
-from resnet_cpu.training import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import sys
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 _TRAIN, _EVAL, _LR = "#4c72b0", "#c44e52", "#55a868"
-_PARTS = {  # of a step, as resnet_cpu.scaling.throughput names them
+_PARTS = {  # of a step, as resnet_cpu.scaling.steptimes names them
     "between": "#8c8c8c",
     "data": "#ccb974",
     "compute": _TRAIN,
@@ -200,7 +200,7 @@ def draw_scaling(found: Dict[str, Any], path: str, title: str) -> None:
 def draw_efficiency(
     ladders: Mapping[str, Sequence[Any]], published: Sequence[Tuple[str, int, float]], path: str
 ) -> None:
-    """Draw rates and efficiencies of ladders (rungs of resnet_cpu.scaling.throughput) over ranks.
+    """Draw rates and efficiencies of ladders (rungs of resnet_cpu.scaling.steptimes) over ranks.
 
     `published` are (label, nodes, efficiency as a fraction) of others: kept apart as hollow marks, over nodes.
     """

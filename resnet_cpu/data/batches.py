@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from resnet_cpu.data import order, preprocess
-from resnet_cpu.data.layouts import ShardedData
+from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.data.shards import Split
 from resnet_cpu.errors import DataError
 from resnet_cpu.settings import Data

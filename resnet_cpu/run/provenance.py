@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Optional
 
 import psutil
 
-from resnet_cpu.cluster import topology
+from resnet_cpu.cluster import machine as topology
 
 _PACKAGES = ("tensorflow", "intel-extension-for-tensorflow", "horovod", "mpi4py", "numpy", "keras")
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resnet_cpu.cluster import control, topology
+from resnet_cpu.cluster import control
+from resnet_cpu.cluster import machine as topology
 
 AMX = {"amx_tile", "amx_int8", "amx_bf16"}
 

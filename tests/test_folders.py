@@ -11,9 +11,10 @@ import whole_runs as runs
 from conftest import last_line, told
 
 from resnet_cpu.cluster.control import World
-from resnet_cpu.data import layouts, shards
+from resnet_cpu.data import folders as layouts
+from resnet_cpu.data import shards
 from resnet_cpu.errors import DataError, FlagError
-from resnet_cpu.training import job
+from resnet_cpu.training import opening as job
 
 ALONE = World(1, 0)
 CLASSES = 1000

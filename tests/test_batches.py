@@ -7,7 +7,9 @@ import pytest
 import tensorflow as tf
 from conftest import write_tiny_data
 
-from resnet_cpu.data import layouts, order, pipeline, preprocess, shards, synthetic
+from resnet_cpu.data import batches as pipeline
+from resnet_cpu.data import folders as layouts
+from resnet_cpu.data import order, preprocess, shards, synthetic
 from resnet_cpu.errors import DataError
 
 VIEW = preprocess.make_view(16, "bilinear", 1.0, "dataset", (100.0,) * 3, (50.0,) * 3)

@@ -21,7 +21,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Seque
 
 from resnet_cpu.data.shards import write_atomically
 from resnet_cpu.errors import DataError
-from resnet_cpu.report.runlog import read_json, read_rows
+from resnet_cpu.run.folder import read_json, read_rows
 
 Row = Dict[str, str]
 SCORES = ("top1", "top5", "loss", "ece")

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resnet_cpu.errors import FlagError
-from resnet_cpu.recipe.batch_rule import resolve_batch
+from resnet_cpu.recipe.batch import resolve_batch
 
 
 @pytest.mark.parametrize(

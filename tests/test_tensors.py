@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from resnet_cpu.errors import FlagError
 from resnet_cpu.model import resnet as network
-from resnet_cpu.scaling import layers
+from resnet_cpu.model import tensors as layers
 from resnet_cpu.settings import DEPTHS, depths_of
 
 

@@ -11,9 +11,10 @@ from typing import Callable, Dict, List, Sequence, Tuple
 import numpy as np
 
 from resnet_cpu.errors import DataError
-from resnet_cpu.scaling import layers, simulator
-from resnet_cpu.scaling.network import NETWORKS, Network, World, allreduce, fused_allreduce
-from resnet_cpu.scaling.simulator import Exchange, Node
+from resnet_cpu.model import tensors as layers
+from resnet_cpu.simulator import exchange as simulator
+from resnet_cpu.simulator.exchange import Exchange, Node
+from resnet_cpu.simulator.network import NETWORKS, Network, World, allreduce, fused_allreduce
 
 IMAGENET_EPOCHS, IMAGENET_EXAMPLES = 90, 1_281_167
 MESSAGES = ("message", "horovod_message")  # rows of a replay that time one allreduce, by mpi4py and by Horovod

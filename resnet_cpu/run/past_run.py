@@ -5,9 +5,9 @@ import os
 from typing import Any, Dict, List, Mapping, Optional
 
 from resnet_cpu.errors import CheckpointError
-from resnet_cpu.report.runlog import read_json
+from resnet_cpu.run import checkpoint
+from resnet_cpu.run.folder import read_json
 from resnet_cpu.settings import Model
-from resnet_cpu.training import checkpoint
 
 # What of a network a step costs as much with as without, or nearly so.
 _NOT_OF_SPEED = ("num_classes", "padding", "conv1_bias", "zero_gamma", "bn_momentum", "bn_epsilon")

@@ -10,11 +10,12 @@ import tensorflow as tf
 from resnet_cpu.cluster import guard, horovod
 from resnet_cpu.cluster.control import World
 from resnet_cpu.data import synthetic
-from resnet_cpu.data.layouts import ShardedData
+from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.errors import FlagError
-from resnet_cpu.recipe import batch_rule
+from resnet_cpu.recipe import batch as batch_rule
 from resnet_cpu.settings import Settings
-from resnet_cpu.training import evaluation, job
+from resnet_cpu.training import evaluation
+from resnet_cpu.training import opening as job
 from resnet_cpu.training.batches import training_batches
 from resnet_cpu.training.state import build_model
 from resnet_cpu.training.step import TrainStep, make_knobs, make_optimizer

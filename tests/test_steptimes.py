@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resnet_cpu.errors import DataError
-from resnet_cpu.scaling import throughput
-from resnet_cpu.scaling.throughput import PARTS, Run, StepTimes
+from resnet_cpu.scaling import steptimes as throughput
+from resnet_cpu.scaling.steptimes import PARTS, Run, StepTimes
 
 
 def times_of(*ranks, steps=1):

@@ -10,7 +10,8 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resnet_cpu.cluster import layout, topology
+from resnet_cpu.cluster import machine as topology
+from resnet_cpu.cluster import placement as layout
 from resnet_cpu.errors import FlagError
 
 GIB = 2**30

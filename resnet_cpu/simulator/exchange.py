@@ -11,9 +11,9 @@ from typing import Callable, List, Optional, Sequence, Tuple, Union
 import numpy as np
 
 from resnet_cpu.errors import FlagError
-from resnet_cpu.scaling import layers
-from resnet_cpu.scaling.layers import Layer
-from resnet_cpu.scaling.network import Network, World, fused_allreduce, message, recursive_doubling
+from resnet_cpu.model import tensors as layers
+from resnet_cpu.model.tensors import Layer
+from resnet_cpu.simulator.network import Network, World, fused_allreduce, message, recursive_doubling
 
 MIB = 2**20
 DISK_BANDWIDTH = 1e9  # bytes/s at which rank 0 writes a checkpoint; assumed
