@@ -9,8 +9,8 @@ from resnet_cpu.data.datasets import facts_of
 from resnet_cpu.errors import DataError, FlagError
 from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.phases import Phase
+from resnet_cpu.report.text import duration
 from resnet_cpu.run import past_run as past_runs
-from resnet_cpu.run.folder import duration
 from resnet_cpu.settings import Plan, Settings, plan
 
 CSV_HEADER = "step,phase,step_in_phase,epoch,lr,weight_decay,momentum,augment,image_size"

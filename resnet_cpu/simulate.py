@@ -18,8 +18,9 @@ from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.model import tensors as layers
 from resnet_cpu.recipe import batch as batch_rule
 from resnet_cpu.recipe.batch import Batch
+from resnet_cpu.report.text import duration
 from resnet_cpu.run import past_run
-from resnet_cpu.run.folder import duration, read_json, read_rows
+from resnet_cpu.run.folder import read_json, read_rows
 from resnet_cpu.settings import Settings, plan
 from resnet_cpu.simulator import exchange as simulator
 from resnet_cpu.simulator import published as calibrate

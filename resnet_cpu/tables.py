@@ -6,11 +6,11 @@ from typing import Dict, List
 
 from resnet_cpu import flags
 from resnet_cpu.cluster import guard
-from resnet_cpu.data.shards import write_atomically
 from resnet_cpu.errors import DataError
 from resnet_cpu.report import efficiency
 from resnet_cpu.report import run_plots as plots
 from resnet_cpu.report import tables as results
+from resnet_cpu.run.atomic import write_atomically
 
 
 def main(argv: List[str]) -> None:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from resnet_cpu.errors import RunFolderError
+from resnet_cpu.report import text as text_of
 from resnet_cpu.run import folder as runlog
+from resnet_cpu.training import report
 
 
 def test_rows_are_appended_over_attempts_and_the_last_one_of_a_step_counts(tmp_path):
@@ -51,7 +53,7 @@ def test_what_json_cannot_hold_becomes_null():
 
 @pytest.mark.parametrize("seconds, text", [(0.4, "0s"), (59.4, "59s"), (250, "4m10s"), (7500, "2h05m")])
 def test_durations(seconds, text):
-    assert runlog.duration(seconds) == text
+    assert text_of.duration(seconds) == text
 
 
 def test_progress_is_one_plain_line_where_there_is_no_terminal(capsys):
@@ -64,7 +66,7 @@ def test_progress_is_one_plain_line_where_there_is_no_terminal(capsys):
         "data_wait_s": 0.01,
         "step_s": 0.1,
     }
-    runlog.Progress(20, 1.0, 2).show(row, 0.1)
+    report.Progress(20, 1.0, 2).show(row, 0.1)
     assert capsys.readouterr().err == (
         "main  step 10/20  epoch 0.50/1.00  loss 1.2500  lr 0.1  80.0 img/s (40.0/core)  data wait 10.0%  left 1s\n"
     )
@@ -80,5 +82,5 @@ def test_progress_of_the_first_step_has_no_speed_yet(capsys):
         "data_wait_s": None,
         "step_s": None,
     }
-    runlog.Progress(20, 1.0, 2).show(row, 0.0)
+    report.Progress(20, 1.0, 2).show(row, 0.0)
     assert "first step" in capsys.readouterr().err

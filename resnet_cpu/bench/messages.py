@@ -21,10 +21,10 @@ import tensorflow as tf
 
 from resnet_cpu.cluster import guard, horovod
 from resnet_cpu.cluster.control import World
-from resnet_cpu.data.shards import write_atomically
 from resnet_cpu.errors import FlagError, UserError
 from resnet_cpu.recipe import batch as batch_rule
 from resnet_cpu.report import tables as results
+from resnet_cpu.run.atomic import write_atomically
 from resnet_cpu.settings import Settings
 from resnet_cpu.training.state import build_model
 

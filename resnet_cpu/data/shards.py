@@ -5,19 +5,19 @@ holds where every payload starts, so any record is one `pread` away. It is mappe
 its pages, and a rank's own memory does not grow with the data set.
 """
 
-import contextlib
 import dataclasses
 import io
 import json
 import os
 import resource
 import struct
-from typing import Dict, Iterator, List, Tuple, Union
+from typing import Dict, Iterator, List, Tuple
 
 import google_crc32c
 import numpy as np
 
 from resnet_cpu.errors import DataError
+from resnet_cpu.run.atomic import write_atomically
 
 MANIFEST = "manifest.json"
 _HEADER = struct.Struct("<QI")
@@ -97,21 +97,6 @@ def read_index(path: str) -> np.ndarray:
             "replaced; copy or prepare the shard again"
         )
     return starts
-
-
-def write_atomically(path: str, content: Union[bytes, memoryview]) -> None:
-    """Write a file that is either absent, old or complete, also after a power loss."""
-    temporary = f"{path}.tmp{os.getpid()}"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
 
 
 def write_split(folder: str, split: str, examples: Iterator[bytes], count: int, shards: int) -> List[Dict]:

@@ -19,8 +19,8 @@ import statistics
 import sys
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from resnet_cpu.data.shards import write_atomically
 from resnet_cpu.errors import DataError
+from resnet_cpu.run.atomic import write_atomically
 from resnet_cpu.run.folder import read_json, read_rows
 
 Row = Dict[str, str]

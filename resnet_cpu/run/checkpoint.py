@@ -17,8 +17,8 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple
 
 import numpy as np
 
-from resnet_cpu.data.shards import write_atomically
 from resnet_cpu.errors import CheckpointError, FlagError, NotFinite, OutputError
+from resnet_cpu.run.atomic import write_atomically
 
 Arrays = Dict[str, np.ndarray]
 MANIFEST = "manifest.json"

@@ -20,11 +20,12 @@ from resnet_cpu.report import profile
 from resnet_cpu.report import run_plots as plots
 from resnet_cpu.report import tables as results
 from resnet_cpu.run import checkpoint, provenance
-from resnet_cpu.run.folder import Progress, read_json, read_rows
+from resnet_cpu.run.folder import read_json, read_rows
 from resnet_cpu.scaling import steptimes as throughput
 from resnet_cpu.training import ensemble, evaluation, state
 from resnet_cpu.training.batches import training_batches
 from resnet_cpu.training.opening import Job
+from resnet_cpu.training.report import Progress
 from resnet_cpu.training.state import State, build_model
 from resnet_cpu.training.step import Knobs, TrainStep, make_knobs, make_optimizer
 
