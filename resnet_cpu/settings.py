@@ -1,13 +1,23 @@
-"""What a run is made of, as frozen dataclasses: `flags.py` fills them, everything below reads them."""
+"""Every setting, exactly once: a field with its default, bounds, help, the commands that take it, and what it decides.
+
+`commandline.py` derives flags, `--help`, docs/flags.md and these frozen dataclasses from the fields, and
+`run/signature.py` what two runs must have in common. A new setting is one field here and its use.
+"""
 
 import dataclasses
 import sys
-from typing import Dict, Optional, Tuple
+from typing import Any, Callable, Dict, FrozenSet, Optional, Sequence, Tuple
 
 from resnet_cpu.errors import FlagError
-from resnet_cpu.recipe import batch as batch_rule
+from resnet_cpu.recipe import batch as batches
 from resnet_cpu.recipe import phases
+from resnet_cpu.recipe.batch import Batch
 from resnet_cpu.recipe.phases import Phase, PhaseText
+
+#: Commands that take the settings of a run.
+OF_A_RUN = ("train", "evaluate", "benchmark", "plan", "simulate")
+UNTIMED_STEPS = 10  # at the start of an attempt, in mode scaling: caches and threads settle meanwhile
+SOURCES = ("fashion_mnist", "digits", "verify")  # of python -m resnet_cpu.prepare
 
 #: name -> (blocks of each stage, whether blocks are bottlenecks)
 DEPTHS: Dict[str, Tuple[Tuple[int, ...], bool]] = {
@@ -19,104 +29,472 @@ DEPTHS: Dict[str, Tuple[Tuple[int, ...], bool]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """The network (see `resnet_cpu.model.resnet.resnet`)."""
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    low: Optional[float] = None,
+    high: Optional[float] = None,
+    decides: bool = False,
+    also: Sequence[str] = (),
+    path: bool = False,
+    flag: Optional[str] = None,
+    parse: Optional[Callable[[str], Any]] = None,
+    shown: Optional[str] = None,
+) -> Any:
+    """Return a dataclass field that is a flag as well.
 
-    model: str
-    width: float
-    stem: str
-    stride_in: str
-    padding: str
-    zero_gamma: str
-    bn_momentum: float
-    bn_epsilon: float
-    bn_stats_batch: Optional[int]  # images; None: all that a rank holds
-    conv1_bias: bool
-    precision: str
-    num_classes: int
+    Args:
+        default: the value where the flag is not given; None may be replaced by what is known of the data set.
+        help: one or two sentences for `--help`, with the unit.
+        choices: the texts that are allowed.
+        low, high: the least and the greatest number that are allowed.
+        decides: whether the result of a training run depends on it; such fields make up the signature of a run.
+        also: commands that take the flag besides those of its group.
+        path: whether `~` and `$VAR` are expanded.
+        flag: name of the flag, where it is not that of the field.
+        parse: function from the text (or the list of texts) to the value; raises ValueError with the remedy.
+        shown: the default as text, for a field with `parse`.
+    """
+    about = {
+        "help": help,
+        "choices": tuple(choices),
+        "low": low,
+        "high": high,
+        "decides": decides,
+        "also": tuple(also),
+        "path": path,
+        "flag": flag,
+        "parse": parse,
+        "shown": shown,
+    }
+    return dataclasses.field(default=default, metadata=about)
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Where the images come from and what is done to them."""
+def _pair(text: str, kind: Callable[[str], Any]) -> Tuple[Any, Any]:
+    low, high = (kind(part) for part in text.split(","))
+    if not low <= high:
+        raise ValueError
+    return low, high
 
-    dataset: str
-    data_dir: Optional[str]
-    train_examples: Optional[int]  # None: all there are
-    image_size: int  # pixels
-    resize: str
-    normalization: str
-    eval_crop: float  # share of the short side
-    crop: str
-    crop_area: Tuple[float, float]  # share of the image, least and most
-    crop_aspect: Tuple[float, float]
-    order_block: int  # records
-    data_threads: int  # 0: as many as the rank has cores
+
+def parse_crop(text: str) -> Dict[str, Any]:
+    """Return `crop` and `crop_area` of NAME or NAME:LEAST,MOST; raise ValueError for anything else."""
+    name, colon, area = text.partition(":")
+    remedy = "write inception or authors, with the range of areas behind a colon if wanted, as in inception:0.25,1"
+    if name not in ("inception", "authors"):
+        raise ValueError(remedy)
+    if not colon:
+        return {"crop": name, "crop_area": (0.08, 1.0)}
+    try:
+        low, high = _pair(area, float)
+    except ValueError:
+        raise ValueError(remedy) from None
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"areas are shares of the image, above 0 and up to 1; {remedy}")
+    return {"crop": name, "crop_area": (low, high)}
+
+
+def parse_steps(text: str) -> Optional[Tuple[int, int]]:
+    """Return the pair FIRST,LAST, None for an empty text; raise ValueError for anything else."""
+    if not text:
+        return None
+    try:
+        first, last = _pair(text, int)
+        if first >= 0:
+            return first, last
+    except ValueError:
+        pass
+    raise ValueError("write the first and the last step, counted from 0, as in 10,12") from None
+
+
+def parse_count_or_auto(text: str) -> Optional[int]:
+    """Return the number, None for `auto`; raise ValueError for anything else."""
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError("must be a whole number above 0, or auto")
+    return int(text)
+
+
+def parse_phases(texts: Sequence[str]) -> Tuple[PhaseText, ...]:
+    """Return the phases of `--phase`, see `recipe.phases.parse`."""
+    return tuple(phases.parse(texts))
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How it is trained; the phases are still texts, since steps depend on the ranks and the data."""
+    """recipe: what is trained when, and at which rate"""
 
-    phases: Tuple[PhaseText, ...]
-    batch_size: Optional[int]  # images per rank
-    global_batch_size: Optional[int]  # images
-    accumulate_steps: int  # micro-batches a rank and step; 0: as many as the global batch needs
-    lr_scaling: str
-    optimizer: str
-    lars_eta: float
-    momentum_correction: bool
-    label_smoothing: float
-    wd_on_bn: bool
-    seed: int
+    phases: Tuple[PhaseText, ...] = setting(
+        (),
+        "A phase of the recipe, NAME:key=value,... Repeat the flag for more phases; a later one of the same NAME "
+        "replaces the earlier one at its place. Required keys: a length (steps or epochs) and a peak learning rate "
+        "(lr or lr_per_256). docs/phases.md lists all keys.",
+        flag="phase",
+        parse=parse_phases,
+    )
+    batch_size: Optional[int] = setting(None, "Images per rank and step (default 32).", low=1)
+    global_batch_size: Optional[int] = setting(None, "Images per step over all ranks, in place of --batch_size.", low=1)
+    accumulate_steps: int = setting(
+        1,
+        "Micro-batches per rank whose gradients are averaged before each update, to train with a large global batch on "
+        "few ranks. 0: as many as --global_batch_size needs.",
+        low=0,
+    )
+    lr_scaling: str = setting("linear", "How lr_per_256 grows with the global batch.", choices=batches.SCALINGS)
+    optimizer: str = setting(
+        "sgd",
+        "sgd: momentum SGD with weight decay in the gradient. lars: the same with a learning rate per layer.",
+        choices=("sgd", "lars"),
+        decides=True,
+    )
+    momentum_correction: bool = setting(
+        False,
+        "Rescale the velocity whenever the learning rate changes (Goyal et al., arXiv 1706.02677).",
+        decides=True,
+    )
+    label_smoothing: float = setting(
+        0.0,
+        "Share of the label that is spread evenly over all classes in training. Logged losses exclude it.",
+        low=0.0,
+        high=0.99,
+        decides=True,
+    )
+    wd_on_bn: bool = setting(False, "Apply weight decay to gamma and beta of batch norm as well.", decides=True)
+    seed: int = setting(
+        0, "Seed of the initial weights, the data order and the augmentation.", low=0, high=2**31 - 1, decides=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """data: where the images come from and how they are viewed"""
+
+    dataset: str = setting(
+        "imagenet",
+        "imagenet, fashion_mnist, digits, synthetic, or tfds:NAME for an image-classification set prepared by TFDS.",
+        decides=True,
+        also=("prepare",),
+    )
+    data_dir: Optional[str] = setting(
+        None,
+        "Folder of the shards, as python -m resnet_cpu.prepare, TF-slim (imagenet) or TFDS write them. Not needed for "
+        "synthetic data.",
+        also=("prepare",),
+        path=True,
+    )
+    train_examples: Optional[int] = setting(
+        None, "Number of training examples to use, from the first on (default: all).", low=1, decides=True
+    )
+    image_size: int = setting(None, "Side of the square input image, pixels (default: that of the data set).", low=8)
+    resize: str = setting(
+        "bilinear", "Interpolation used when images are resized.", choices=("bilinear", "bicubic"), decides=True
+    )
+    normalization: str = setting(
+        "auto",
+        "Mean and scale applied to pixels 0..255. dataset: measured mean and deviation of the training pixels; "
+        "authors: BGR, -104/117/123, /128; torch: RGB, mean and deviation of ImageNet; tf: -1..1. auto: dataset if "
+        "measured, else authors for imagenet and tf for others.",
+        choices=("auto", "dataset", "authors", "torch", "tf"),
+        decides=True,
+    )
+    crop: str = setting(
+        "inception",
+        "Random crop of augment=full, NAME or NAME:LEAST,MOST with the range of its area as shares of the image "
+        "(default 0.08,1). inception: area uniform, aspect ratio log-uniform in 3/4..4/3; authors: as in the authors' "
+        "Caffe, aspect ratios up to the square of 4/3.",
+        decides=True,
+        parse=parse_crop,
+        shown="inception",
+    )
+    crop_area: Tuple[float, float] = dataclasses.field(default=(0.08, 1.0), metadata={"decides": True})  # of --crop
+    eval_crop: float = setting(
+        None,
+        "Share of the short side that evaluation uses (default: that of the data set).",
+        low=0.1,
+        high=1.0,
+        decides=True,
+    )
+    data_threads: int = setting(0, "Threads for decoding per rank (0: as many as the rank has cores).", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """model: the network"""
+
+    model: str = setting("resnet50", "The network.", choices=tuple(DEPTHS), decides=True)
+    width: float = setting(1.0, "Factor on the number of channels of every layer.", low=0.01, high=16.0, decides=True)
+    stem: str = setting(
+        "imagenet",
+        "imagenet: 7x7 convolution of stride 2 and max pooling; small: 3x3 convolution, for small images.",
+        choices=("imagenet", "small"),
+        decides=True,
+    )
+    stride_in: str = setting(
+        "3x3",
+        "Convolution of a stage's first bottleneck that has stride 2: 3x3 (v1.5) or 1x1 (v1).",
+        choices=("3x3", "1x1"),
+        decides=True,
+    )
+    padding: str = setting(
+        "symmetric",
+        "Padding of strided windows: symmetric (PyTorch, Keras), caffe (the authors': pooling rounded up) or same "
+        "(TensorFlow).",
+        choices=("symmetric", "caffe", "same"),
+        decides=True,
+    )
+    zero_gamma: str = setting(
+        "last",
+        "Residual branches whose last gamma starts at zero: of all blocks, of the last block of each stage, or none.",
+        choices=("all", "last", "none"),
+        decides=True,
+    )
+    bn_momentum: float = setting(
+        0.9,
+        "Share of batch norm's moving statistics that is kept in each step.",
+        low=0.0,
+        high=0.9999,
+        decides=True,
+    )
+    bn_epsilon: float = setting(1e-5, "Added to the variance in batch norm.", low=0.0, high=1.0, decides=True)
+    bn_stats_batch: Optional[int] = setting(
+        None,
+        "Number of images over which batch norm computes its statistics (default: all images of a rank).",
+        low=2,
+        decides=True,
+    )
+    conv1_bias: bool = setting(False, "Give the first convolution a bias, as in the authors' network.", decides=True)
+    precision: str = setting(
+        "float32",
+        "Type of activations and products; weights, updates and batch norm's statistics stay float32. bfloat16 is "
+        "fast on CPUs with AMX.",
+        choices=("float32", "bfloat16"),
+        decides=True,
+    )
+    num_classes: int = setting(None, "Number of classes (default: that of the data set).", low=2, decides=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What is recorded, where and how often."""
+    """run: what is recorded, where and how often"""
 
-    experiment: str
-    run_dir: Optional[str]
-    resume: str
-    init_from: Optional[str]
-    max_steps: Optional[int]
-    eval_every_epochs: float
-    eval_batch_size: Optional[int]
-    checkpoint_every_steps: int
-    keep_checkpoints: int
-    log_every_steps: int
-    untimed_steps: int  # of an attempt, in mode scaling
-    profile_steps: Optional[Tuple[int, int]]  # first and last, counted from 0
+    experiment: str = setting(
+        "train",
+        "The mode: which flags are required, and what is recorded and reported at the end.",
+        choices=("train", "scaling", "lr_scaling", "collapsed_ensemble"),
+    )
+    run_dir: Optional[str] = setting(
+        None,
+        "Folder of the run; created if missing. The same command run again continues where the run stopped.",
+        path=True,
+    )
+    resume: str = setting(
+        "auto",
+        "auto: resume if there is a checkpoint; never: fail if the folder holds a run; must: fail if it does not hold "
+        "a checkpoint.",
+        choices=("auto", "never", "must"),
+    )
+    init_from: Optional[str] = setting(
+        None,
+        "Start from these weights, without their velocity and step: a checkpoint folder, a run folder or an .npz file "
+        "of --export. A classifier for other classes keeps its initial values; all other weights must fit.",
+        path=True,
+    )
+    max_steps: Optional[int] = setting(
+        None, "Stop after this number of steps; run again without it to continue.", low=1
+    )
+    eval_every_epochs: float = setting(1.0, "Epochs between evaluations (0: only at the end).", low=0.0)
+    eval_batch_size: Optional[int] = setting(
+        None, "Images per rank and evaluation batch (default: --batch_size; evaluate: 32).", low=1
+    )
+    checkpoint_every_steps: int = setting(1000, "Steps between checkpoints (0: only at the end of a phase).", low=0)
+    keep_checkpoints: int = setting(2, "Number of newest checkpoints to keep.", low=2)
+    log_every_steps: int = setting(20, "Steps between rows of metrics.jsonl.", low=1)
+    profile_steps: Optional[Tuple[int, int]] = setting(
+        None,
+        "Steps FIRST,LAST (counted from 0) to profile on rank 0: profile.csv with the time by operation, and a trace "
+        "for TensorBoard.",
+        parse=parse_steps,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """How the job sits on the machine."""
+    """machine: ranks, threads and timeouts"""
 
-    ranks: Optional[int]  # expected; None: whatever the launcher started
-    threads: int  # per rank; 0: as many as the rank has cores
-    stall_timeout: float  # seconds
+    ranks: Optional[int] = setting(
+        None,
+        "Number of ranks that is expected; an error if the launcher started another number. plan: ranks to plan for "
+        "(default 1). launch: ranks to start.",
+        low=1,
+        also=("launch",),
+    )
+    threads: int = setting(
+        0, "Compute threads per rank (0: as many as the rank has cores).", low=0, also=("launch", "prepare")
+    )
+    stall_timeout: float = setting(600.0, "End the job if no step has finished for this number of seconds.", low=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """evaluate: what is scored"""
+
+    checkpoint: Optional[str] = setting(
+        None, "Checkpoint folder to score, in place of the newest of --run_dir.", path=True
+    )
+    export: Optional[str] = setting(
+        None,
+        "Write the scored weights to an .npz file, or to a folder as a SavedModel (pixels in, logits out). With "
+        "--ensemble: the mean of the members' weights, to an .npz file.",
+        path=True,
+    )
+    ensemble: bool = setting(
+        False,
+        "Score the ensemble of the members of --run_dir, or of --members: the mean of their probabilities. "
+        "Predictions are kept beside the members' weights.",
+    )
+    members: Tuple[str, ...] = setting(
+        (),
+        "With --ensemble: members to combine, separated by commas: folders RUN/members/NAME, or run folders, which "
+        "stand for all of their members.",
+        path=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """benchmark: what is timed"""
+
+    benchmark: str = setting(
+        "synthetic",
+        "synthetic: training steps on synthetic images; pipeline: reading and decoding of --data_dir; evaluation: the "
+        "forward pass; allreduce: messages between ranks by size.",
+        choices=("synthetic", "pipeline", "evaluation", "allreduce"),
+    )
+    warmup_steps: int = setting(3, "Steps (allreduce: messages) that are not timed; the first traces.", low=1)
+    timed_steps: int = setting(20, "Steps that are timed (allreduce: at most this many messages of each size).", low=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """output: what is printed, and at which speed"""
+
+    format: str = setting(
+        "table",
+        "Output format; png writes plan.png or simulate.png to the current folder.",
+        choices=("table", "csv", "png"),
+    )
+    speed: Optional[str] = setting(
+        None,
+        "Speed to assume: a number of images/s (plan: of all ranks together; simulate: of a single node without "
+        "communication), or the folder of a past run of the same network.",
+        path=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulate:
+    """simulate: the cluster"""
+
+    nodes: int = setting(1536, "Largest number of nodes of the curve; the time to train is estimated for it.", low=1)
+    network: str = setting(
+        "omnipath",
+        "omnipath, infiniband_hdr, ena25, ethernet25, ethernet10, ethernet1, or a JSON file of measured constants "
+        "(docs/simulate.md).",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """launch: hosts and ranks"""
+
+    ranks_per_node: Optional[int] = setting(
+        None,
+        "Ranks per host. auto: as the batch job asks, else the number that --tune found best, else one per NUMA "
+        "domain (simulate: 2).",
+        parse=parse_count_or_auto,
+        shown="auto",
+        also=("simulate",),
+    )
+    hosts: Tuple[str, ...] = setting(
+        (), "NAME or NAME:SLOTS, separated by commas (default: the hosts of the batch job, or this one)."
+    )
+    mpi: str = setting(
+        "auto",
+        "The launcher. auto: ibrun in a batch job that has it, else that of the mpirun in PATH.",
+        choices=("auto", "openmpi", "intel", "mpich", "ibrun", "srun"),
+    )
+    interface: Optional[str] = setting(None, "Network interface for TCP, such as eth1 (default: the launcher chooses).")
+    dry_run: bool = setting(False, "Print the command line and do not start it.")
+    tune: bool = setting(
+        False,
+        "Time several numbers of ranks on this host, about a minute and a half each, with python -m "
+        "resnet_cpu.benchmark and the flags after --, and remember the best one for hosts of this type.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """prepare: the raw data"""
+
+    source: Optional[str] = None  # the one argument that is not a flag
+    raw_dir: Optional[str] = setting(
+        None, "Folder of the raw files (fashion_mnist: default is that of the Debian package).", path=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """tables: the runs"""
+
+    runs: Optional[str] = setting(None, "Collect every finished run below this folder first.", path=True)
+
+
+#: name in Settings -> (dataclass, commands that take its flags)
+GROUPS: Dict[str, Tuple[type, Tuple[str, ...]]] = {
+    "recipe": (Recipe, OF_A_RUN),
+    "data": (Data, OF_A_RUN),
+    "model": (Model, OF_A_RUN),
+    "run": (Run, OF_A_RUN),
+    "system": (System, OF_A_RUN),
+    "evaluate": (Evaluate, ("evaluate",)),
+    "benchmark": (Benchmark, ("benchmark",)),
+    "prediction": (Prediction, ("plan", "simulate")),
+    "simulate": (Simulate, ("simulate",)),
+    "launch": (Launch, ("launch",)),
+    "prepare": (Prepare, ("prepare",)),
+    "tables": (Tables, ("tables",)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All of it, and the flagfile text that gives it again."""
+    """All settings by group, the names of the flags that were given, and the flagfile text that gives them again."""
 
-    model: Model
-    data: Data
     recipe: Recipe
+    data: Data
+    model: Model
     run: Run
     system: System
-    resolved_flags: str
+    evaluate: Evaluate
+    benchmark: Benchmark
+    prediction: Prediction
+    simulate: Simulate
+    launch: Launch
+    prepare: Prepare
+    tables: Tables
+    given: FrozenSet[str] = dataclasses.field(default=frozenset(), compare=False)
+    resolved_flags: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What the recipe comes to on so many ranks and examples."""
+class Resolved:
+    """A recipe in steps and learning rates, for a number of ranks and training examples."""
 
     phases: Tuple[Phase, ...]
-    batch: batch_rule.Batch
+    batch: Batch
 
 
 def depths_of(model: str) -> Tuple[Tuple[int, ...], bool]:
@@ -126,34 +504,54 @@ def depths_of(model: str) -> Tuple[Tuple[int, ...], bool]:
     return DEPTHS[model]
 
 
-def plan(settings: Settings, ranks: int, train_examples: int) -> Plan:
-    """Return the recipe in steps; raise FlagError for what does not fit together."""
+def check(settings: Settings) -> None:
+    """Raise FlagError for settings of a run that contradict each other."""
+    data, recipe = settings.data, settings.recipe
+    if data.dataset == "synthetic" and data.data_dir:
+        raise FlagError(f"--data_dir={data.data_dir}: contradicts --dataset=synthetic; remove one of them")
+    if recipe.batch_size and recipe.global_batch_size and recipe.global_batch_size % recipe.batch_size:
+        raise FlagError(
+            f"--batch_size={recipe.batch_size} (per rank) contradicts --global_batch_size={recipe.global_batch_size}, "
+            "which is not a multiple of it; remove or change one of them"
+        )
+    if recipe.optimizer == "lars" and recipe.wd_on_bn:
+        raise FlagError("--wd_on_bn: contradicts --optimizer=lars, which never decays gamma and beta; remove it")
+
+
+def resolve_batch(settings: Settings, ranks: int) -> Batch:
+    """Return which rank holds how many images of a step; raise FlagError where they cannot be divided."""
     recipe = settings.recipe
-    batch = batch_rule.resolve_batch(recipe.batch_size, recipe.global_batch_size, ranks, recipe.accumulate_steps)
-    batch_rule.check_statistics(settings.model.bn_stats_batch, batch)
-    planned = phases.plan(
-        recipe.phases,
+    batch = batches.resolve_batch(recipe.batch_size, recipe.global_batch_size, ranks, recipe.accumulate_steps)
+    batches.check_statistics(settings.model.bn_stats_batch, batch)
+    return batch
+
+
+def resolve_recipe(settings: Settings, ranks: int, train_examples: int) -> Resolved:
+    """Return the recipe in steps for `ranks` ranks and `train_examples` images; raise FlagError if it does not fit."""
+    batch = resolve_batch(settings, ranks)
+    resolved = phases.resolve(
+        settings.recipe.phases,
         train_examples=train_examples,
         global_batch_size=batch.total,
-        lr_scaling=recipe.lr_scaling,
+        lr_scaling=settings.recipe.lr_scaling,
         image_size=settings.data.image_size,
     )
-    _check_mode(settings, planned)
-    return Plan(planned, batch)
+    _check_mode(settings, resolved)
+    return Resolved(resolved, batch)
 
 
-def _check_mode(settings: Settings, planned: Tuple[Phase, ...]) -> None:
-    """Raise FlagError for what the mode needs and the recipe has not."""
-    mode, members = settings.run.experiment, [phase.name for phase in planned if phase.member]
+def _check_mode(settings: Settings, resolved: Tuple[Phase, ...]) -> None:
+    """Raise FlagError if the recipe lacks what the mode requires."""
+    mode, members = settings.run.experiment, [phase.name for phase in resolved if phase.member]
     if mode == "collapsed_ensemble" and len(members) < 2:
         raise FlagError(
-            f"--experiment={mode}: needs two members at least, the recipe has {len(members)}; mark phases with member=1"
+            f"--experiment={mode}: needs at least two members, the recipe has {len(members)}; mark phases with member=1"
         )
-    steps = min(sum(phase.steps for phase in planned), settings.run.max_steps or sys.maxsize)
-    if mode == "scaling" and steps < settings.run.untimed_steps + 2:
+    steps = min(sum(phase.steps for phase in resolved), settings.run.max_steps or sys.maxsize)
+    if mode == "scaling" and steps < UNTIMED_STEPS + 2:
         raise FlagError(
-            f"--experiment={mode}: times the steps after the first --untimed_steps={settings.run.untimed_steps}, but "
-            f"there are only {steps} in all; lower it, or train longer"
+            f"--experiment={mode}: does not time the first {UNTIMED_STEPS} steps, but the run has only {steps}; train "
+            f"for at least {UNTIMED_STEPS + 2} steps"
         )
     if mode == "lr_scaling" and not settings.run.eval_every_epochs:
         raise FlagError(f"--experiment={mode}: records top-1 over epochs; set --eval_every_epochs above 0")

@@ -1,0 +1,352 @@
+"""From the command line to frozen settings: flags, `--help` and docs/flags.md, all derived from `settings.py`.
+
+absl parses; a layer of our own turns its errors into one line and exit code 64, shows each command only its own flags,
+and keeps no flag global, so that a process can parse any number of command lines.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import shutil
+import sys
+import textwrap
+import typing
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+from absl import flags
+
+from resnet_cpu import settings
+from resnet_cpu.data.datasets import DATASETS, facts_of
+from resnet_cpu.errors import CheckpointError, FlagError
+from resnet_cpu.settings import GROUPS, Settings
+
+_COMMENT = "a comment must be on a line of its own that starts with #"
+_AFTER_FLAGS = {"launch": " -- COMMAND [ARGUMENT ...]"}
+_RECORDED = "resolved.flags"
+
+
+class Removed(NamedTuple):
+    """A flag of an earlier version."""
+
+    default: str  # as a run recorded it
+    remedy: str
+
+
+REMOVED: Dict[str, Removed] = {
+    "lars_eta": Removed("0.001", "the trust coefficient is always 0.001; remove the flag"),
+    "crop_area": Removed("0.08,1", "write --crop=inception:LEAST,MOST"),
+    "crop_aspect": Removed("0.75,1.3333", "the range is always 3/4..4/3; remove the flag"),
+    "order_block": Removed("1", "records are always read one by one; remove the flag"),
+    "untimed_steps": Removed("10", "the first 10 steps are never timed; remove the flag"),
+    "timed_seconds": Removed("", "give a number of steps with --timed_steps"),
+    "most_bytes": Removed("268435456", "messages of up to 256 MiB are timed; remove the flag"),
+    "output": Removed("", "--format=png writes plan.png or simulate.png to the current folder"),
+    "images_per_second": Removed("", "write --speed=IMAGES_PER_SECOND"),
+    "past_run": Removed("", "write --speed=RUN_FOLDER"),
+    "documents": Removed("", "the marked tables of README.md and docs/ are always updated; remove the flag"),
+    "experiments": Removed("experiments", "the folder experiments/ is always used; run from the root of the project"),
+    "validate": Removed("", "run python benchmarks/replay_fit.py FILE"),
+    "launch_agent": Removed("", "set the environment variable RESNET_CPU_LAUNCH_AGENT"),
+    "oversubscribe": Removed("false", "use launch/local.sh, or set RESNET_CPU_OVERSUBSCRIBE=1"),
+}
+
+
+class Flag(NamedTuple):
+    """A field that is a flag."""
+
+    name: str
+    field: "dataclasses.Field[Any]"
+    kind: Any  # int, float, bool, str, list for texts separated by commas, `repeated` for a flag given several times
+    group: str  # name in Settings
+    commands: Tuple[str, ...]
+
+    @property
+    def default(self) -> str:
+        """Return the default as text, empty if there is none."""
+        default, shown = self.field.default, self.field.metadata["shown"]
+        if shown is not None:
+            return shown
+        return "" if default in (None, ()) else str(default).lower() if self.kind is bool else str(default)
+
+
+def all_flags() -> List[Flag]:
+    """Return every flag, group by group in the order of `settings.py`."""
+    found = []
+    for group, (kind, commands) in GROUPS.items():
+        types = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            about = field.metadata
+            if "help" in about:
+                name = about["flag"] or field.name
+                found.append(Flag(name, field, _kind(types[field.name], about), group, (*commands, *about["also"])))
+    return found
+
+
+def _kind(annotation: Any, about: Any) -> Any:
+    if about["flag"]:
+        return "repeated"
+    if typing.get_origin(annotation) is tuple and annotation == Tuple[str, ...]:
+        return list
+    if about["parse"] is not None:
+        return str
+    plain = [part for part in typing.get_args(annotation) or (annotation,) if part is not type(None)]
+    return plain[0]
+
+
+def _define(every: Sequence[Flag]) -> flags.FlagValues:
+    """Return absl flags for `every` flag; those with a default of None have none, others theirs."""
+    values = flags.FlagValues()
+    for flag in every:
+        about, default = flag.field.metadata, flag.field.default
+        arguments = {"flag_values": values, "help": about["help"]}
+        if flag.kind == "repeated":
+            flags.DEFINE_multi_string(flag.name, [], **arguments)
+        elif flag.kind is list:
+            flags.DEFINE_list(flag.name, [], **arguments)
+        elif flag.kind is bool:
+            flags.DEFINE_boolean(flag.name, default, **arguments)
+        elif about["choices"]:
+            flags.DEFINE_enum(flag.name, default, about["choices"], **arguments)
+        elif flag.kind in (int, float):
+            define = flags.DEFINE_integer if flag.kind is int else flags.DEFINE_float
+            define(flag.name, default, lower_bound=about["low"], upper_bound=about["high"], **arguments)
+        else:
+            text = about["shown"] if about["parse"] is not None else default
+            flags.DEFINE_string(flag.name, text, **arguments)
+    return values
+
+
+def parse(argv: Sequence[str], command: str = "train", recorded: Optional[str] = None) -> Settings:
+    """Return the settings of a command line without the program's name.
+
+    `--help` prints the flags of `command` and exits 0. With `recorded`, the folder of a run, the flags that this run
+    recorded come first. Raises FlagError with a one-line remedy for anything that is not as it should be.
+    """
+    if any(argument in ("-h", "--help", "--helpfull", "-help", "-helpfull") for argument in argv):
+        print(help_text(command))
+        sys.exit(0)
+    every = all_flags()
+    values = _define(every)
+    words = [*recorded_flags(recorded), *argv, f"--run_dir={recorded}"] if recorded else list(argv)
+    rest = _parse(values, words)
+    positional = ["source"] if command == "prepare" else []
+    if len(rest) > len(positional):
+        raise FlagError(
+            f"'{rest[len(positional)]}' is not a flag; write --name=value. In flagfiles, a comment line starts with #"
+        )
+    _check_commands(values, every, command)
+    for flag in every:
+        _check_text(values, flag)
+    return _frozen(values, every, command, dict(zip(positional, rest)))
+
+
+def _parse(values: flags.FlagValues, argv: Sequence[str]) -> List[str]:
+    """Let absl parse; return the positional arguments, and raise its errors as FlagError."""
+    try:
+        return values(["resnet_cpu", *argv])[1:]
+    except flags.UnrecognizedFlagError as error:
+        # absl hands on the whole argument as the value.
+        shown = error.flagvalue if str(error.flagvalue).startswith("-") else f"--{error.flagname}"
+        name = error.flagname
+        removed = REMOVED.get(name) or REMOVED.get(name[2:] if name.startswith("no") else name)
+        if removed is not None:
+            raise FlagError(f"{shown}: this flag was removed; {removed.remedy}") from None
+        close = difflib.get_close_matches(name, list(values), n=3)
+        remedy = f"did you mean {' or '.join('--' + other for other in close)}?" if close else "see --help"
+        if " " in name:
+            remedy = "write --name=value"
+        raise FlagError(f"{shown}: unknown flag; {remedy}") from None
+    except flags.Error as error:
+        reason = " ".join(str(error).removeprefix("ERROR:: ").split())
+        remedy = _COMMENT if " #" in reason else "see --help for the values that are allowed"
+        if "Unable to open flagfile" in reason:
+            remedy = "name an existing file, relative to the current folder"
+        raise FlagError(f"{reason}; {remedy}") from None
+
+
+def _check_commands(values: flags.FlagValues, every: Sequence[Flag], command: str) -> None:
+    """Raise FlagError for a flag that `command` does not take."""
+    for flag in every:
+        if values[flag.name].present and command not in flag.commands:
+            if command == "launch":
+                raise FlagError(f"--{flag.name}: belongs to the command that is started; write it after --")
+            owners = " and ".join(f"resnet_cpu.{owner}" for owner in flag.commands)
+            raise FlagError(f"--{flag.name}={values[flag.name].value}: belongs to python -m {owners}; remove it here")
+
+
+def _check_text(values: flags.FlagValues, flag: Flag) -> None:
+    """Raise FlagError for values that no flag may have; expand `~` and `$VAR` in paths."""
+    value = values[flag.name].value
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, str) and ("\n" in one or "\r" in one):
+            raise FlagError(f"--{flag.name}={one!r}: the value contains a newline; write it on one line")
+        if isinstance(one, str) and " #" in one:
+            raise FlagError(f"--{flag.name}={one}: {_COMMENT}")
+        if isinstance(one, float) and not math.isfinite(one):
+            raise FlagError(f"--{flag.name}={one}: must be a finite number; see --help for the values that are allowed")
+    if flag.field.metadata["path"] and values[flag.name].present and value:
+        expanded = [_expanded(flag.name, one) for one in value] if isinstance(value, list) else None
+        values[flag.name].value = _expanded(flag.name, value) if expanded is None else expanded
+
+
+def _expanded(name: str, path: str) -> str:
+    """Return `path` with `~` and `$VAR` expanded; raise FlagError for an undefined variable and for quotes."""
+    if path[:1] in ("'", '"') or path[-1:] in ("'", '"'):
+        raise FlagError(f"--{name}={path}: the value contains quotes; write paths without quotes in flagfiles")
+    found = os.path.expandvars(os.path.expanduser(path))
+    undefined = re.search(r"\$(\w+|\{[^}]*\})", found)
+    if undefined and undefined.group(0) in path:
+        raise FlagError(f"--{name}={path}: {undefined.group(0)} is not defined; export the variable or write the path")
+    return found
+
+
+def _frozen(values: flags.FlagValues, every: Sequence[Flag], command: str, positional: Dict[str, str]) -> Settings:
+    """Return the settings of parsed flags, with what depends on the data set filled in, checked if of a run."""
+    groups: Dict[str, Dict[str, Any]] = {name: {} for name in GROUPS}
+    for flag in every:
+        value, convert = values[flag.name].value, flag.field.metadata["parse"]
+        if convert is not None and value is not None:
+            try:
+                value = convert(value)
+            except ValueError as error:
+                raise FlagError(f"--{flag.name}={values[flag.name].value}: {error}") from None
+        elif flag.kind is list:
+            value = tuple(value)
+        elif value == "" and flag.field.default is None:
+            value = None
+        groups[flag.group].update(value if isinstance(value, dict) else {flag.field.name: value})
+    groups["prepare"].update(positional)
+    _fill_in(groups, checked=command in settings.OF_A_RUN or values["dataset"].present)
+    found = Settings(
+        **{name: kind(**groups[name]) for name, (kind, _) in GROUPS.items()},
+        given=frozenset(flag.name for flag in every if values[flag.name].present),
+        resolved_flags=_resolved(values, every),
+    )
+    if command in settings.OF_A_RUN:
+        settings.check(found)
+    return found
+
+
+def _fill_in(groups: Dict[str, Dict[str, Any]], checked: bool) -> None:
+    """Replace what was left open by what is known of the data set; raise FlagError where that says nothing."""
+    data, model = groups["data"], groups["model"]
+    dataset = data["dataset"]
+    if dataset not in DATASETS and not re.fullmatch(r"tfds:[A-Za-z0-9_]+(/[A-Za-z0-9_.-]+)*", dataset):
+        raise FlagError(f"--dataset={dataset}: unknown; use one of {', '.join(DATASETS)} or tfds:NAME")
+    facts = facts_of(dataset)
+    data["image_size"] = data["image_size"] or facts.image_size
+    data["eval_crop"] = data["eval_crop"] or facts.eval_crop
+    model["num_classes"] = model["num_classes"] or facts.num_classes
+    if checked and not model["num_classes"]:
+        raise FlagError(f"--num_classes is missing; --dataset={dataset} does not fix the number of classes")
+
+
+def _resolved(values: flags.FlagValues, every: Sequence[Flag]) -> str:
+    """Return a flagfile that gives the settings of a run again, one flag a line, group by group."""
+    lines: List[str] = []
+    for group, (kind, commands) in GROUPS.items():
+        chosen = [values[flag.name] for flag in every if flag.group == group and commands == settings.OF_A_RUN]
+        given = [flag.serialize() for flag in chosen if flag.value is not None and flag.value != []]
+        lines += [f"# {kind.__doc__}", *given] if given else []
+    return "\n".join(lines) + "\n"
+
+
+def recorded_flags(run_dir: str) -> List[str]:
+    """Return the flags that the run in `run_dir` recorded, those of an earlier version translated.
+
+    Raises CheckpointError if there is no such run, FlagError for a removed flag without an equivalent.
+    """
+    path = os.path.join(run_dir, _RECORDED)
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.rstrip("\n") for line in file if line.startswith("--")]
+    except OSError:
+        raise CheckpointError(f"{run_dir}: {_RECORDED} is missing; name the folder of a run") from None
+    kept = []
+    area: Optional[str] = None
+    for line in lines:
+        name, _, value = line[2:].partition("=")
+        removed = REMOVED.get(name) or REMOVED.get(name[2:] if name.startswith("no") else name)
+        if name == "crop_area":
+            area = value
+        elif removed is None:
+            kept.append(line)
+        elif value != removed.default:
+            raise FlagError(f"{path}: {line}: this flag was removed; {removed.remedy}")
+    if area is not None:  # version 0.1 had the name in --crop alone
+        kept = [f"{line}:{area}" if line.startswith("--crop=") else line for line in kept]
+    return kept
+
+
+def help_text(command: str) -> str:
+    """Return what `--help` of a command prints: its flags with their defaults, wrapped to the terminal's width."""
+    width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 120))
+    source = f" {'|'.join(settings.SOURCES)}" if command == "prepare" else ""
+    usage = (
+        f"usage: python -m resnet_cpu.{command}{source} [--flagfile=FILE] [--flag=value ...]"
+        f"{_AFTER_FLAGS.get(command, '')}"
+    )
+    lines = textwrap.wrap(usage, width, subsequent_indent="    ", break_on_hyphens=False)
+    note = "A later flag overrides an earlier one, so overrides go after --flagfile. Switches are --name and --noname."
+    lines += textwrap.wrap(note, width)
+    every = [flag for flag in all_flags() if command in flag.commands]
+    groups = sorted(GROUPS, key=lambda name: GROUPS[name][1] == settings.OF_A_RUN)  # the command's own first
+    for group in groups:
+        chosen = [flag for flag in every if flag.group == group]
+        if chosen:
+            lines += ["", f"{GROUPS[group][0].__doc__}"]
+        for flag in chosen:
+            choices = "|".join(flag.field.metadata["choices"])
+            shown = (
+                f"  --{flag.name}" + (f"={choices}" if choices else "") + (f" [{flag.default}]" if flag.default else "")
+            )
+            lines.append(shown)
+            lines += textwrap.wrap(
+                flag.field.metadata["help"],
+                width,
+                initial_indent="      ",
+                subsequent_indent="      ",
+                break_on_hyphens=False,
+            )
+    return "\n".join(lines)
+
+
+def reference() -> str:
+    """Return docs/flags.md: every flag with its default and its commands, a Markdown table per group."""
+    lines = [
+        "# Flags",
+        "",
+        "Generated by `make docs` from `resnet_cpu/settings.py`. `python -m resnet_cpu.COMMAND --help` shows the flags",
+        "of one command. Flags are given on the command line or in a flagfile (`--flagfile=FILE`: one flag per line; a",
+        "comment line starts with `#`). A later flag overrides an earlier one. Switches are `--name` and `--noname`. A",
+        "command refuses the flags of other commands. In paths, `~` and `$VAR` are expanded.",
+    ]
+    every = all_flags()
+    for group, (kind, commands) in GROUPS.items():
+        title = str(kind.__doc__)
+        lines += [
+            "",
+            f"## {title[0].upper()}{title[1:]}",
+            "",
+            f"Commands: {', '.join(f'`{name}`' for name in commands)}.",
+        ]
+        lines += ["", "| flag | default | meaning |", "|---|---|---|"]
+        for flag in (flag for flag in every if flag.group == group):
+            about = flag.field.metadata
+            text = f"`{'`, `'.join(about['choices'])}`. {about['help']}" if about["choices"] else about["help"]
+            if about["also"]:
+                text += f" Also of {' and '.join(f'`{name}`' for name in about['also'])}."
+            default = f"`{flag.default}`" if flag.default else ""
+            lines.append(f"| `--{flag.name}` | {default} | {text.replace('|', chr(92) + '|')} |")
+    lines += ["", "## Removed flags", "", "Each is refused with exit code 64.", "", "| flag | instead |", "|---|---|"]
+    lines += [f"| `--{name}` | {removed.remedy} |" for name, removed in REMOVED.items()]
+    return "\n".join(lines) + "\n"
+
+
+def required(value: Optional[str], flag: str, remedy: str) -> str:
+    """Return the value of a flag that a command requires; raise FlagError if it is missing."""
+    if not value:
+        raise FlagError(f"--{flag} is missing; {remedy}")
+    return value

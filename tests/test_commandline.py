@@ -1,0 +1,243 @@
+"""The command line: what is refused and how, and that a recorded flagfile gives the same settings again."""
+
+import dataclasses
+
+import pytest
+from conftest import ROOT
+
+from resnet_cpu import commandline, settings
+from resnet_cpu.errors import CheckpointError, FlagError
+
+PHASE = "--phase=main:steps=1,lr=1"
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--batchsize=3"], ["--batchsize=3: unknown", "--batch_size"]),
+        (["--width 0.25"], ["--width 0.25: unknown", "--name=value"]),
+        (["--run_dir=a  # mine"], ["--run_dir=a  # mine", "starts with #"]),
+        (["--width=0.25  # narrow"], ["width", "starts with #"]),
+        (["--no_such_thing"], ["--no_such_thing", "--help"]),
+        (["--batch_size=0"], ["batch_size", "0", "--help"]),
+        (["--batch_size=x"], ["batch_size", "x"]),
+        (["--model=vgg16"], ["model", "vgg16", "resnet50"]),
+        (["--seed=-1"], ["seed", "-1"]),
+        (["stray"], ["'stray'", "--name=value"]),
+        (["--batch_size=3", "--global_batch_size=8"], ["--batch_size=3", "--global_batch_size=8", "remove"]),
+        (["--dataset=synthetic", "--data_dir=x"], ["--data_dir=x", "synthetic", "remove one"]),
+        (["--run_dir=a\nb"], ["run_dir", "newline"]),
+        (["--phase=main:steps=1\n,lr=1"], ["phase", "newline"]),
+        (["--phase=main:steps=1"], ["main", "lr"]),
+        (["--flagfile=/no/such.flags"], ["/no/such.flags"]),
+        (["--keep_checkpoints=1"], ["keep_checkpoints", "1"]),
+        (["--width=nan"], ["--width=nan", "finite"]),
+        (["--eval_every_epochs=inf"], ["--eval_every_epochs=inf", "finite"]),
+        (["--crop=inception:0.5"], ["--crop=inception:0.5", "inception:0.25,1"]),
+        (["--crop=inception:0.5,1.5"], ["--crop=inception:0.5,1.5", "up to 1"]),
+        (["--crop=inception:1,0.5"], ["--crop=inception:1,0.5", "inception:0.25,1"]),
+        (["--crop=other"], ["--crop=other", "inception or authors"]),
+        (["--profile_steps=-1,2"], ["--profile_steps=-1,2", "counted from 0"]),
+        (["--profile_steps=a,b"], ["--profile_steps=a,b", "first and the last"]),
+        (["--export=x"], ["--export=x", "resnet_cpu.evaluate"]),
+        (["--format=csv"], ["--format=csv", "resnet_cpu.plan and resnet_cpu.simulate"]),
+        (["--network=omnipath"], ["--network=omnipath", "resnet_cpu.simulate"]),
+        (["--mpi=srun"], ["--mpi=srun", "resnet_cpu.launch"]),
+    ],
+)
+def test_bad_flags_give_one_line_with_the_remedy(arguments, parts):
+    with pytest.raises(FlagError) as caught:
+        commandline.parse(arguments)
+    assert all(part in str(caught.value) for part in parts), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults_follow_the_data_set():
+    small, large = commandline.parse(["--dataset=fashion_mnist"]), commandline.parse([])
+    assert (small.data.image_size, small.data.eval_crop, small.model.num_classes) == (32, 1.0, 10)
+    assert (large.data.image_size, large.data.eval_crop, large.model.num_classes) == (224, 0.875, 1000)
+    assert commandline.parse(["--dataset=fashion_mnist", "--image_size=64"]).data.image_size == 64
+
+
+def test_flagfiles_nest_later_flags_win_and_an_indented_comment_is_refused(tmp_path):
+    (tmp_path / "base.flags").write_text("# a comment\n--seed=1\n--batch_size=4\n")
+    (tmp_path / "top.flags").write_text(f"--flagfile={tmp_path}/base.flags\n--seed=2\n")
+    parsed = commandline.parse([f"--flagfile={tmp_path}/top.flags", "--batch_size=8"])
+    assert (parsed.recipe.seed, parsed.recipe.batch_size) == (2, 8)
+    (tmp_path / "bad.flags").write_text("--seed=1\n  # indented\n")
+    with pytest.raises(FlagError, match="starts with #"):
+        commandline.parse([f"--flagfile={tmp_path}/bad.flags"])
+
+
+def test_resolved_flags_are_a_fixed_point(tmp_path):
+    given = ["--dataset=fashion_mnist", "--data_dir=d", PHASE, "--phase=b:epochs=1,lr_per_256=0.1,wd=0", "--conv1_bias"]
+    first = commandline.parse([*given, "--nowd_on_bn", "--run_dir=a folder", "--bn_epsilon=1.001e-5"])
+    (tmp_path / "resolved.flags").write_text(first.resolved_flags)
+    second = commandline.parse([f"--flagfile={tmp_path}/resolved.flags"])
+    assert second == first
+    assert second.resolved_flags == first.resolved_flags
+
+
+def test_help_shows_the_flags_of_its_command_and_no_others():
+    every = commandline.all_flags()
+    assert {flag.name for flag in every} == set(CHANGES) | set(OF_OTHER_COMMANDS)
+    for command in (*settings.OF_A_RUN, "launch", "prepare", "tables"):
+        shown = {
+            line.split()[0].split("=")[0] for line in commandline.help_text(command).splitlines() if "  --" in line
+        }
+        assert shown == {f"--{flag.name}" for flag in every if command in flag.commands}, command
+
+
+def test_help_is_wrapped():
+    assert max(map(len, commandline.help_text("train").splitlines())) <= 120
+
+
+@pytest.mark.parametrize("argument", ["--help", "-h", "--helpfull"])
+def test_help_exits_0(argument, capsys):
+    with pytest.raises(SystemExit) as caught:
+        commandline.parse([argument])
+    assert caught.value.code == 0
+    assert "--batch_size" in capsys.readouterr().out
+
+
+def test_the_reference_is_that_of_the_code():
+    """`make docs` writes it."""
+    written = (ROOT / "docs" / "flags.md").read_text()
+    assert written == commandline.reference()
+    for flag in commandline.all_flags():
+        assert f"| `--{flag.name}` |" in written, flag.name
+
+
+# A value for every flag of a run that differs from its default and changes the settings.
+CHANGES = {
+    "experiment": "scaling",
+    "accumulate_steps": "2",
+    "optimizer": "lars",
+    "momentum_correction": "true",
+    "label_smoothing": "0.1",
+    "bn_stats_batch": "4",
+    "phase": "x:steps=2,lr=1",
+    "batch_size": "5",
+    "global_batch_size": "10",
+    "lr_scaling": "sqrt",
+    "wd_on_bn": "true",
+    "seed": "4",
+    "dataset": "digits",
+    "data_dir": "d",
+    "train_examples": "9",
+    "num_classes": "3",
+    "image_size": "64",
+    "resize": "bicubic",
+    "normalization": "tf",
+    "crop": "authors:0.2,0.9",
+    "precision": "bfloat16",
+    "init_from": "runs/other",
+    "profile_steps": "5,7",
+    "eval_crop": "0.5",
+    "data_threads": "3",
+    "model": "resnet18",
+    "width": "2",
+    "stem": "small",
+    "stride_in": "1x1",
+    "padding": "same",
+    "zero_gamma": "none",
+    "bn_momentum": "0.5",
+    "bn_epsilon": "0.1",
+    "conv1_bias": "true",
+    "run_dir": "r",
+    "resume": "must",
+    "max_steps": "3",
+    "eval_every_epochs": "2",
+    "eval_batch_size": "7",
+    "checkpoint_every_steps": "3",
+    "keep_checkpoints": "5",
+    "log_every_steps": "2",
+    "ranks": "2",
+    "threads": "2",
+    "stall_timeout": "9",
+}
+
+
+OF_OTHER_COMMANDS = {
+    "checkpoint": "evaluate",
+    "export": "evaluate",
+    "ensemble": "evaluate",
+    "members": "evaluate",
+    "benchmark": "benchmark",
+    "warmup_steps": "benchmark",
+    "timed_steps": "benchmark",
+    "format": "plan",
+    "speed": "plan",
+    "nodes": "simulate",
+    "network": "simulate",
+    "ranks_per_node": "launch",
+    "hosts": "launch",
+    "mpi": "launch",
+    "interface": "launch",
+    "dry_run": "launch",
+    "tune": "launch",
+    "raw_dir": "prepare",
+    "runs": "tables",
+}
+
+
+def of_a_run():
+    return [flag for flag in commandline.all_flags() if flag.commands[: len(settings.OF_A_RUN)] == settings.OF_A_RUN]
+
+
+def test_every_flag_of_a_run_changes_the_settings():
+    assert {flag.name for flag in of_a_run()} == set(CHANGES)
+    before = commandline.parse([])
+    for name, value in CHANGES.items():
+        after = commandline.parse([f"--{name}={value}"])
+        assert dataclasses.replace(after, resolved_flags="") != dataclasses.replace(before, resolved_flags=""), name
+        assert after.given == {name}
+
+
+@pytest.mark.parametrize("name", commandline.REMOVED)
+def test_a_removed_flag_is_refused_with_its_replacement(name):
+    for argument in (f"--{name}=1", f"--no{name}"):
+        with pytest.raises(FlagError) as caught:
+            commandline.parse([argument])
+        assert commandline.REMOVED[name].remedy in str(caught.value)
+
+
+def test_paths_expand_the_home_folder_and_variables(monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.setenv("HOME", "/home/me")
+    found = commandline.parse(["--run_dir=$SCRATCH/run", "--data_dir=~/data", "--init_from=${SCRATCH}/w.npz"])
+    assert (found.run.run_dir, found.data.data_dir, found.run.init_from) == (
+        "/scratch/run",
+        "/home/me/data",
+        "/scratch/w.npz",
+    )
+    assert "--run_dir=/scratch/run" in found.resolved_flags
+
+
+@pytest.mark.parametrize("path, part", [("$NOT_DEFINED/run", "$NOT_DEFINED"), ('"runs/a"', "quotes")])
+def test_paths_that_a_shell_would_have_to_read_are_refused(path, part, monkeypatch):
+    monkeypatch.delenv("NOT_DEFINED", raising=False)
+    with pytest.raises(FlagError) as caught:
+        commandline.parse([f"--run_dir={path}"])
+    assert part in str(caught.value) and "--run_dir" in str(caught.value)
+
+
+def test_flags_that_version_0_1_recorded_are_understood(tmp_path):
+    (tmp_path / "resolved.flags").write_text(
+        "# data\n--dataset=digits\n--crop=inception\n--crop_area=0.25,1\n--crop_aspect=0.75,1.3333\n--order_block=1\n"
+        "--lars_eta=0.001\n--untimed_steps=10\n--seed=3\n"
+    )
+    found = commandline.parse(["--seed=4"], "evaluate", recorded=str(tmp_path))
+    assert (found.data.crop, found.data.crop_area, found.recipe.seed) == ("inception", (0.25, 1.0), 4)
+    assert found.run.run_dir == str(tmp_path)
+
+
+def test_a_recorded_flag_without_an_equivalent_is_refused(tmp_path):
+    (tmp_path / "resolved.flags").write_text("--dataset=digits\n--order_block=8\n")
+    with pytest.raises(FlagError, match="--order_block=8"):
+        commandline.parse([], "evaluate", recorded=str(tmp_path))
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="resolved.flags"):
+        commandline.parse([], "evaluate", recorded=str(tmp_path))
