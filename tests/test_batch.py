@@ -1,4 +1,4 @@
-"""Who holds how many images: from flags to micro-batches."""
+"""The batch: from flags to micro-batches."""
 
 import pytest
 from hypothesis import given
@@ -33,18 +33,18 @@ def test_batches(arguments, expected):
         ((None, 10, 4), "not divisible by 4 ranks"),
         ((None, 12, 2, 4), "not divisible by 2 ranks x 4 accumulated"),
         ((32, 4096, 2), "--accumulate_steps=0"),
-        ((48, 4096, 2, 0), "cannot be made of 2 ranks x 48 images"),
-        ((None, 3, 2, 0), "cannot be made of 2 ranks"),
+        ((48, 4096, 2, 0), "cannot be divided into 2 ranks x 48 images"),
+        ((None, 3, 2, 0), "cannot be divided into 2 ranks"),
         ((None, 74, 2, 0), "2 ranks x 8 to 32 images at a time; give another --batch_size"),  # 37 is prime
     ],
 )
-def test_what_does_not_fit_is_told_with_the_remedy(arguments, part):
+def test_sizes_that_do_not_fit_are_refused_with_the_remedy(arguments, part):
     with pytest.raises(FlagError, match=part):
         resolve_batch(*arguments)
 
 
 @given(st.integers(1, 64) | st.none(), st.integers(1, 5000) | st.none(), st.integers(1, 64), st.integers(0, 9))
-def test_the_parts_make_up_the_whole_or_it_is_refused(batch_size, total, ranks, accumulate):
+def test_the_parts_make_up_the_global_batch_or_it_is_refused(batch_size, total, ranks, accumulate):
     try:
         batch = resolve_batch(batch_size, total, ranks, accumulate)
     except FlagError:

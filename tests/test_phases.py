@@ -1,4 +1,4 @@
-"""The phase grammar: what it reads, what it refuses and how it says so."""
+"""The phase grammar: what it accepts, what it refuses, and its error messages."""
 
 import pytest
 
@@ -8,8 +8,8 @@ from resnet_cpu.recipe import phases
 IMAGENET = 1_281_167
 
 
-def plan(*texts, train_examples=IMAGENET, global_batch_size=256, lr_scaling="linear", image_size=224):
-    return phases.plan(
+def resolve(*texts, train_examples=IMAGENET, global_batch_size=256, lr_scaling="linear", image_size=224):
+    return phases.resolve(
         phases.parse(texts),
         train_examples=train_examples,
         global_batch_size=global_batch_size,
@@ -19,61 +19,66 @@ def plan(*texts, train_examples=IMAGENET, global_batch_size=256, lr_scaling="lin
 
 
 def test_defaults():
-    (phase,) = plan("main:steps=100,lr=0.1,warmup_steps=10")
+    (phase,) = resolve("main:steps=100,lr=0.1,warmup_steps=10")
     assert (phase.decay, phase.power, phase.decay_from, phase.decay_steps) == ("poly", 1.0, "warmup_end", 90)
     assert (phase.wd, phase.momentum, phase.augment, phase.image_size) == (1e-4, 0.9, "full", 224)
     assert (phase.warmup_lr, phase.end_lr, phase.gamma) == (0.0, 0.0, 0.1)
     assert (phase.branch, phase.member, phase.parent, phase.velocity) == (False, False, None, "keep")
 
 
-def test_decay_from_start_counts_the_warmup_in():
-    (phase,) = plan("main:steps=100,lr=0.1,warmup_steps=10,decay_from=start")
+def test_decay_from_start_includes_the_warmup():
+    (phase,) = resolve("main:steps=100,lr=0.1,warmup_steps=10,decay_from=start")
     assert phase.decay_steps == 100
 
 
 @pytest.mark.parametrize("epochs, batch, steps", [("90", 1024, 112603), ("0.5", 256, 2502), ("1", 1_281_167, 1)])
 def test_epochs_become_the_nearest_number_of_steps(epochs, batch, steps):
-    (phase,) = plan(f"main:epochs={epochs},lr=0.1", global_batch_size=batch)
+    (phase,) = resolve(f"main:epochs={epochs},lr=0.1", global_batch_size=batch)
     assert phase.steps == steps == round(float(epochs) * IMAGENET / batch)
 
 
 @pytest.mark.parametrize("rule, lr", [("linear", 1.6), ("sqrt", 0.4), ("none", 0.1)])
 def test_lr_per_256_is_scaled_once(rule, lr):
-    (phase,) = plan("main:steps=9,lr_per_256=0.1", global_batch_size=4096, lr_scaling=rule)
+    (phase,) = resolve("main:steps=9,lr_per_256=0.1", global_batch_size=4096, lr_scaling=rule)
     assert phase.lr == pytest.approx(lr)
 
 
 def test_absolute_lr_is_not_scaled():
-    (phase,) = plan("main:steps=9,lr=0.1", global_batch_size=4096)
+    (phase,) = resolve("main:steps=9,lr=0.1", global_batch_size=4096)
     assert phase.lr == 0.1
 
 
 def test_a_later_phase_of_the_same_name_replaces_the_earlier_at_its_place():
-    planned = plan("a:steps=1,lr=1", "b:steps=2,lr=1", "a:steps=7,lr=2")
-    assert [(phase.name, phase.steps) for phase in planned] == [("a", 7), ("b", 2)]
+    resolved = resolve("a:steps=1,lr=1", "b:steps=2,lr=1", "a:steps=7,lr=2")
+    assert [(phase.name, phase.steps) for phase in resolved] == [("a", 7), ("b", 2)]
 
 
 def test_parents_and_velocity_of_a_tree():
-    planned = plan(
+    resolved = resolve(
         "main:steps=5,lr=1",
         "side:steps=2,lr=1,branch=1,member=1",
         "more:steps=5,lr=1",
         "late:steps=2,lr=1,from=main,branch=1",
         "kept:steps=2,lr=1,branch=1,velocity=keep",
     )
-    assert [phase.parent for phase in planned] == [None, "main", "main", "main", "more"]
-    assert [phase.velocity for phase in planned] == ["keep", "reset", "keep", "reset", "keep"]
+    assert [phase.parent for phase in resolved] == [None, "main", "main", "main", "more"]
+    assert [phase.velocity for phase in resolved] == ["keep", "reset", "keep", "reset", "keep"]
 
 
 def test_boundaries_in_epochs():
-    (phase,) = plan("main:epochs=90,lr=0.1,decay=step,boundary_epochs=30/60/80", global_batch_size=1024)
+    (phase,) = resolve("main:epochs=90,lr=0.1,decay=step,boundary_epochs=30/60/80", global_batch_size=1024)
     assert phase.boundary_steps == tuple(round(e * IMAGENET / 1024) for e in (30, 60, 80))
+
+
+def test_negative_control_boundaries_on_the_first_and_the_last_step_are_accepted():
+    (phase,) = resolve("a:steps=9,lr=1,decay=step,boundary_steps=1/8")
+    assert phase.boundary_steps == (1, 8)
 
 
 @pytest.mark.parametrize(
     "text, parts",
     [
-        ("main:steps=1,lr=1,colour=red", ["main", "colour", "known are"]),
+        ("main:steps=1,lr=1,colour=red", ["main", "colour", "known keys are"]),
         ("main:steps=1,epochs=1,lr=1", ["main", "steps", "epochs", "keep one"]),
         ("main:lr=1", ["main", "steps", "epochs", "add one"]),
         ("main:steps=1", ["main", "lr", "lr_per_256", "add one"]),
@@ -101,9 +106,10 @@ def test_boundaries_in_epochs():
         ("main", ["NAME:key=value"]),
         ("../x:steps=1,lr=1", ["NAME"]),
         (":steps=1,lr=1", ["NAME"]),
+        ("one.tmp:steps=1,lr=1,member=1", ["one.tmp", ".tmp", "another name"]),  # publishing `one` deleted it
     ],
 )
-def test_a_bad_phase_is_told_with_its_name_key_and_remedy(text, parts):
+def test_a_bad_phase_is_reported_with_its_name_key_and_remedy(text, parts):
     with pytest.raises(FlagError) as caught:
         phases.parse([text])
     assert all(part in str(caught.value) for part in parts)
@@ -119,15 +125,32 @@ def test_a_bad_phase_is_told_with_its_name_key_and_remedy(text, parts):
         (["a:steps=5,lr=1,warmup_steps=6"], ["a", "warm-up", "6", "5"]),
         (["a:epochs=0.00001,lr=1"], ["a", "less than one step"]),
         ([], ["--phase"]),
+        # Boundaries that could have no effect, or not the intended one; all of them were accepted silently.
+        (
+            ["a:steps=9,lr=1,decay=step,boundary_steps=3/9"],
+            ["a", "boundary_steps=3/9", "step 9 has no effect", "remove"],
+        ),
+        (
+            ["a:epochs=20,lr=1,decay=step,boundary_epochs=30/60/80"],
+            ["a", "boundary_epochs=30/60/80", "has no effect in a phase of 100091 steps", "lengthen"],
+        ),
+        (
+            ["a:epochs=1,lr=1,decay=step,boundary_epochs=0.00001/0.00002"],
+            ["a", "boundary_epochs=1e-05/2e-05", "step 0", "lower lr"],
+        ),
+        (
+            ["a:epochs=1,lr=1,decay=step,boundary_epochs=0.5/0.50001"],
+            ["a", "boundary_epochs", "same step", "remove one"],
+        ),
     ],
 )
 def test_phases_that_do_not_fit_together(texts, parts):
     with pytest.raises(FlagError) as caught:
-        plan(*texts)
+        resolve(*texts)
     assert all(part in str(caught.value) for part in parts)
 
 
-# Every key with a change of it, on a recipe where it matters: (key, recipe without, recipe with).
+# For every key a recipe in which it matters: (key, recipe without the change, recipe with it).
 TREE = ["a:steps=6,lr=0.4", "b:steps=3,lr=0.1,branch=1"]
 BASE = "steps=8,lr=0.4,warmup_steps=2"
 KEYS = {
@@ -158,13 +181,13 @@ KEYS = {
 }
 
 
-def test_every_key_is_looked_at():
+def test_every_key_has_an_example():
     assert set(KEYS) == set(phases._KEYS)
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_every_key_changes_what_plan_shows(key, capsys):
-    """Where it is not in the csv it is in the table, and tests/test_tree.py sees it in the weights."""
+    """A key that is not in the csv is in the table; tests/test_tree.py checks its effect on the weights."""
     from resnet_cpu import plan as command
 
     shown = []

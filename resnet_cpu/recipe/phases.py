@@ -1,6 +1,6 @@
 """The phase table: a run is a list of phases, each given as `NAME:key=value,key=value,...`.
 
-`parse` reads the text, `plan` turns it into steps and learning rates for a batch size and a data set. Both are plain
+`parse` reads the text, `resolve` turns it into steps and learning rates for a batch size and a data set. Both are plain
 Python, so that a recipe can be read, checked and costed on a login node.
 """
 
@@ -19,33 +19,33 @@ AUGMENTATIONS = ("full", "light", "none")
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One phase with every default filled in and every length in steps."""
+    """One phase with every length in steps. The defaults of the phase keys stand here and nowhere else."""
 
     name: str
     steps: int
     lr: float  # peak
-    decay: str
-    power: float
-    decay_steps: int
-    decay_from: str
-    boundary_steps: Tuple[int, ...]
-    gamma: float
-    end_lr: float
-    warmup_steps: int
-    warmup_lr: float
-    wd: float  # coupled L2: added to the gradient as wd * w
-    momentum: float
-    augment: str
+    decay_steps: int  # horizon of poly and cosine
     image_size: int  # pixels
-    branch: bool
-    parent: Optional[str]  # the phase whose end state this one starts from; None for the first
-    velocity: str
-    member: bool
+    decay: str = "poly"
+    power: float = 1.0
+    decay_from: str = "warmup_end"
+    boundary_steps: Tuple[int, ...] = ()
+    gamma: float = 0.1
+    end_lr: float = 0.0
+    warmup_steps: int = 0
+    warmup_lr: float = 0.0
+    wd: float = 1e-4  # coupled L2: added to the gradient as wd * w
+    momentum: float = 0.9
+    augment: str = "full"
+    branch: bool = False
+    parent: Optional[str] = None  # the phase whose end state this one starts from; None for the first
+    velocity: str = "keep"
+    member: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class PhaseText:
-    """A phase as it was written: its name and its keys, checked one by one but not yet against each other."""
+    """A phase as written: its name and the values of its keys, before lengths are converted to steps."""
 
     name: str
     values: Mapping[str, Any]
@@ -97,6 +97,7 @@ def _truth(text: str) -> bool:
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_UNFINISHED = ".tmp"  # suffix of folders that are being written (run/checkpoint.py); members are saved under their name
 _KEYS: Dict[str, Callable[[str], Any]] = {
     "steps": _count(1),
     "epochs": _number(0, above=0),
@@ -123,7 +124,7 @@ _KEYS: Dict[str, Callable[[str], Any]] = {
     "velocity": _choice("keep", "reset"),
     "member": _truth,
 }
-# Of each pair one may be given; of the first two, one must be.
+# At most one key of each pair may be given; of the first two pairs, exactly one.
 _EXCLUSIVE = (
     ("steps", "epochs"),
     ("lr", "lr_per_256"),
@@ -131,7 +132,7 @@ _EXCLUSIVE = (
     ("boundary_steps", "boundary_epochs"),
     ("warmup_steps", "warmup_epochs"),
 )
-# Keys that mean something for these decays only: elsewhere they would silently do nothing.
+# Keys that have a meaning for these decays only; with any other they would silently have no effect.
 _ONLY_FOR = {
     "power": ("poly",),
     "decay_steps": ("poly", "cosine"),
@@ -145,7 +146,10 @@ _ONLY_FOR = {
 
 
 def parse(texts: Iterable[str]) -> List[PhaseText]:
-    """Read `--phase` values; a later one of the same name replaces the earlier one at its place."""
+    """Parse the values of `--phase`; a later phase replaces an earlier one of the same name at its position.
+
+    Raises FlagError with the phase, the key and the remedy.
+    """
     phases: Dict[str, PhaseText] = {}
     for text in texts:
         phase = _parse_one(text)
@@ -161,14 +165,18 @@ def _parse_one(text: str) -> PhaseText:
         raise FlagError(
             f"--phase={text}: must be NAME:key=value,key=value,... with a NAME of letters, digits, '.', '_' and '-'"
         )
+    if name.endswith(_UNFINISHED):
+        raise FlagError(
+            f"--phase={name}: the name ends in {_UNFINISHED}, which marks unfinished folders; choose another name"
+        )
     values: Dict[str, Any] = {}
     for item in rest.split(","):
         key, equals, value = item.partition("=")
         if not equals:
-            raise FlagError(f"--phase={name}: '{item}' is no key=value; separate keys by a comma, without spaces")
+            raise FlagError(f"--phase={name}: '{item}' is not key=value; separate keys by a comma, without spaces")
         if key not in _KEYS:
             close = difflib.get_close_matches(key.strip(), list(_KEYS), n=2)
-            remedy = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(_KEYS)}"
+            remedy = f"did you mean {' or '.join(close)}?" if close else f"known keys are {', '.join(_KEYS)}"
             if key != key.strip():
                 remedy = "write no spaces between keys"
             raise FlagError(f"--phase={name}: unknown key '{key}'; {remedy}")
@@ -189,7 +197,7 @@ def _check_together(name: str, values: Mapping[str, Any]) -> None:
             raise FlagError(f"--phase={name}: both '{one}' and '{other}' given; keep one of them")
         if i < 2 and one not in values and other not in values:
             raise FlagError(f"--phase={name}: neither '{one}' nor '{other}' given; add one of them")
-    decay = values.get("decay", "poly")
+    decay = values.get("decay", Phase.decay)
     for key, decays in _ONLY_FOR.items():
         if key in values and decay not in decays:
             raise FlagError(f"--phase={name}: '{key}' has no meaning for decay={decay}; leave it out")
@@ -201,32 +209,44 @@ def _check_together(name: str, values: Mapping[str, Any]) -> None:
         raise FlagError(f"--phase={name}: 'warmup_lr' without a warm-up; add warmup_steps or warmup_epochs")
 
 
-def plan(
+def resolve(
     phases: Sequence[PhaseText], *, train_examples: int, global_batch_size: int, lr_scaling: str, image_size: int
 ) -> Tuple[Phase, ...]:
-    """Fill in every default and turn epochs into steps; raise FlagError where the phases do not fit together."""
+    """Return the phases with defaults filled in, lengths in steps and peak learning rates scaled.
+
+    Raises FlagError where the phases do not fit together.
+    """
     if not phases:
-        raise FlagError("no --phase given: a run needs at least one, as in --phase=main:epochs=90,lr_per_256=0.1")
-    planned: List[Phase] = []
+        raise FlagError("--phase is missing: a run needs at least one, as in --phase=main:epochs=90,lr_per_256=0.1")
+    resolved: List[Phase] = []
     for text in phases:
-        planned.append(_plan_one(text, planned, train_examples, global_batch_size, lr_scaling, image_size))
-    return tuple(planned)
+        name, given = text.name, text.values
+        branch = given.get("branch", False)
+        if branch and not resolved:
+            raise FlagError(
+                f"--phase={name}: branch=1 on the first phase, but there is no earlier phase to branch from; remove it"
+            )
+        values: Dict[str, Any] = {
+            "image_size": image_size,
+            "velocity": "reset" if branch else Phase.velocity,
+            **{field.name: given[field.name] for field in dataclasses.fields(Phase) if field.name in given},
+            **_lengths(text, train_examples, global_batch_size),
+        }
+        if "lr_per_256" in given:
+            values["lr"] = batch_rule.scaled_lr(given["lr_per_256"], global_batch_size, lr_scaling)
+        resolved.append(Phase(name=name, parent=_parent(name, given.get("from"), resolved), **values))
+    return tuple(resolved)
 
 
-def _plan_one(
-    text: PhaseText,
-    earlier: Sequence[Phase],
-    train_examples: int,
-    global_batch_size: int,
-    lr_scaling: str,
-    image_size: int,
-) -> Phase:
-    name, given = text.name, dict(text.values)
+def _lengths(text: PhaseText, train_examples: int, global_batch_size: int) -> Dict[str, Any]:
+    """Return every length of a phase in steps, checked against the others."""
+    name, given = text.name, text.values
+
+    def to_steps(epochs: float) -> int:
+        return batch_rule.epochs_to_steps(epochs, train_examples, global_batch_size)
 
     def steps_of(key: str) -> Optional[int]:
-        if f"{key}epochs" in given:
-            return batch_rule.epochs_to_steps(given[f"{key}epochs"], train_examples, global_batch_size)
-        return given.get(f"{key}steps")
+        return to_steps(given[f"{key}epochs"]) if f"{key}epochs" in given else given.get(f"{key}steps")
 
     steps = steps_of("") or 0
     if steps < 1:
@@ -237,53 +257,52 @@ def _plan_one(
     warmup_steps = steps_of("warmup_") or 0
     if warmup_steps > steps:
         raise FlagError(f"--phase={name}: a warm-up of {warmup_steps} steps in a phase of {steps}; shorten the warm-up")
-    decay_from = given.get("decay_from", "warmup_end")
-    left = steps - (warmup_steps if decay_from == "warmup_end" else 0)
     decay_steps = steps_of("decay_")
     if decay_steps == 0:
         raise FlagError(f"--phase={name}: decay_epochs={given['decay_epochs']:g} is less than one step; lengthen it")
+    if decay_steps is None:
+        after_warmup = given.get("decay_from", Phase.decay_from) == "warmup_end"
+        decay_steps = steps - (warmup_steps if after_warmup else 0)
     boundaries = given.get("boundary_steps", ())
     if "boundary_epochs" in given:
-        boundaries = tuple(
-            batch_rule.epochs_to_steps(epochs, train_examples, global_batch_size) for epochs in given["boundary_epochs"]
-        )
-    if "lr_per_256" in given:
-        lr = batch_rule.scaled_lr(given["lr_per_256"], global_batch_size, lr_scaling)
-    else:
-        lr = given["lr"]
-    branch = bool(given.get("branch", False))
-    if branch and not earlier:
+        boundaries = tuple(to_steps(epochs) for epochs in given["boundary_epochs"])
+    _check_boundaries(text, boundaries, steps)
+    return {
+        "steps": steps,
+        "warmup_steps": warmup_steps,
+        "decay_steps": decay_steps,
+        "boundary_steps": boundaries,
+    }
+
+
+def _check_boundaries(text: PhaseText, boundaries: Sequence[int], steps: int) -> None:
+    """Raise FlagError for a boundary of step decay that no step of the phase would notice, or that has no step alone.
+
+    The LR drops at the step of the boundary, so it must lie in 1 ... steps - 1.
+    """
+    key = "boundary_epochs" if "boundary_epochs" in text.values else "boundary_steps"
+    shown = "/".join(f"{value:g}" for value in text.values.get(key, ()))
+    for boundary in boundaries:
+        if boundary < 1:
+            raise FlagError(
+                f"--phase={text.name}: {key}={shown}: a boundary at step 0 lowers the learning rate from the start; "
+                "remove it or lower lr"
+            )
+        if boundary >= steps:
+            raise FlagError(
+                f"--phase={text.name}: {key}={shown}: a boundary at step {boundary} has no effect in a phase of "
+                f"{steps} steps; remove it or lengthen the phase"
+            )
+    if len(set(boundaries)) < len(boundaries):
         raise FlagError(
-            f"--phase={name}: branch=1 on the first phase; there is nothing to branch from yet, leave it out"
+            f"--phase={text.name}: {key}={shown}: two boundaries fall on the same step; remove one or lower gamma"
         )
-    return Phase(
-        name=name,
-        steps=steps,
-        lr=lr,
-        decay=given.get("decay", "poly"),
-        power=given.get("power", 1.0),
-        decay_steps=left if decay_steps is None else decay_steps,
-        decay_from=decay_from,
-        boundary_steps=boundaries,
-        gamma=given.get("gamma", 0.1),
-        end_lr=given.get("end_lr", 0.0),
-        warmup_steps=warmup_steps,
-        warmup_lr=given.get("warmup_lr", 0.0),
-        wd=given.get("wd", 1e-4),
-        momentum=given.get("momentum", 0.9),
-        augment=given.get("augment", "full"),
-        image_size=given.get("image_size", image_size),
-        branch=branch,
-        parent=_parent(name, given.get("from"), earlier),
-        velocity=given.get("velocity", "reset" if branch else "keep"),
-        member=bool(given.get("member", False)),
-    )
 
 
 def _parent(name: str, wanted: Optional[str], earlier: Sequence[Phase]) -> Optional[str]:
     if wanted is None:
         return next((phase.name for phase in reversed(earlier) if not phase.branch), None)
     if wanted not in [phase.name for phase in earlier]:
-        known = ", ".join(phase.name for phase in earlier) or "none: this is the first phase"
-        raise FlagError(f"--phase={name}: from={wanted} is no earlier phase; earlier are: {known}")
+        known = ", ".join(phase.name for phase in earlier) or "none, since this is the first phase"
+        raise FlagError(f"--phase={name}: from={wanted} is not an earlier phase; earlier phases: {known}")
     return wanted

@@ -1,9 +1,25 @@
 """The learning rate as a pure function of the step: fed to the optimizer, logged and plotted, never stored."""
 
 import math
-from typing import Dict, Iterator, Sequence, Set, Tuple
+from typing import Callable, Dict, Iterator, NamedTuple, Sequence, Set, Tuple
 
 from resnet_cpu.recipe.phases import Phase
+
+
+class Rates(NamedTuple):
+    """The numbers that the recipe sets in each step."""
+
+    lr: float
+    momentum: float
+    wd: float  # coupled L2: added to the gradient as wd * w
+
+
+class Span(NamedTuple):
+    """Consecutive steps of one phase that a run executes."""
+
+    phase: Phase
+    phase_first: int  # executed steps before the phase
+    steps: range
 
 
 def learning_rate(phase: Phase, step: int) -> float:
@@ -15,31 +31,55 @@ def learning_rate(phase: Phase, step: int) -> float:
     warmup = phase.warmup_steps
     if step < warmup:
         return (step * phase.lr + (warmup - step) * phase.warmup_lr) / warmup
-    if phase.decay == "constant":
-        return phase.lr
-    if phase.decay == "step":
-        return phase.lr * phase.gamma ** sum(step >= boundary for boundary in phase.boundary_steps)
-    since = step - (warmup if phase.decay_from == "warmup_end" else 0)
-    progress = min(since / phase.decay_steps, 1.0)
-    if phase.decay == "poly":
-        left = (1.0 - progress) ** phase.power
-    else:
-        left = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return _DECAYS[phase.decay](phase, step)
+
+
+def _constant(phase: Phase, step: int) -> float:
+    return phase.lr
+
+
+def _step_decay(phase: Phase, step: int) -> float:
+    return phase.lr * phase.gamma ** sum(step >= boundary for boundary in phase.boundary_steps)
+
+
+def _poly(phase: Phase, step: int) -> float:
+    left = (1.0 - _progress(phase, step)) ** phase.power
     return phase.end_lr + (phase.lr - phase.end_lr) * left
+
+
+def _cosine(phase: Phase, step: int) -> float:
+    left = 0.5 * (1.0 + math.cos(math.pi * _progress(phase, step)))
+    return phase.end_lr + (phase.lr - phase.end_lr) * left
+
+
+def _progress(phase: Phase, step: int) -> float:
+    """Return the share of the decay horizon that lies behind `step`, at most 1."""
+    since = step - (phase.warmup_steps if phase.decay_from == "warmup_end" else 0)
+    return min(since / phase.decay_steps, 1.0)
+
+
+# One entry for each of phases.DECAYS; a decay without one is a KeyError, not another curve.
+_DECAYS: Dict[str, Callable[[Phase, int], float]] = {
+    "poly": _poly,
+    "step": _step_decay,
+    "cosine": _cosine,
+    "constant": _constant,
+}
 
 
 def momentum(phases: Sequence[Phase], phase: Phase, step: int, corrected: bool) -> float:
     """Return the momentum that is applied in step `step` (from 0) of `phase`.
 
-    The LR lies inside the velocity, so after a change of the LR what is on its way has the old one. Corrected, it is
-    scaled to the new one: momentum * LR / LR of the step before (Goyal et al., arXiv 1706.02677, section 3).
+    The LR is part of the velocity, so after a change of the LR the velocity still carries the old one. With
+    `corrected` it is scaled to the new one: momentum * LR / LR of the step before (Goyal et al., arXiv 1706.02677,
+    section 3).
     """
     before = _rate_before(phases, phase, step) if corrected else 0.0
     return phase.momentum * learning_rate(phase, step) / before if before else phase.momentum
 
 
 def _rate_before(phases: Sequence[Phase], phase: Phase, step: int) -> float:
-    """Return the LR of the step that left the velocity; 0 where there is none."""
+    """Return the LR that the velocity was last updated with; 0 if the velocity is zero."""
     if step > 0:
         return learning_rate(phase, step - 1)
     if phase.parent is None or phase.velocity == "reset":
@@ -48,8 +88,21 @@ def _rate_before(phases: Sequence[Phase], phase: Phase, step: int) -> float:
     return learning_rate(parent, parent.steps - 1)
 
 
+def rates(phases: Sequence[Phase], phase: Phase, step: int, corrected: bool) -> Rates:
+    """Return the rates of step `step` (from 0) of `phase`; `corrected` as in `momentum`."""
+    return Rates(learning_rate(phase, step), momentum(phases, phase, step, corrected), phase.wd)
+
+
+def spans(phases: Sequence[Phase], first: int, last: int) -> Iterator[Span]:
+    """Yield the spans that make up the steps first ... last - 1 of a run, one per phase, in order."""
+    for phase, end in zip(phases, end_steps(phases).values()):
+        steps = range(max(first, end - phase.steps), min(last, end))
+        if steps:
+            yield Span(phase, end - phase.steps, steps)
+
+
 def end_steps(phases: Sequence[Phase]) -> Dict[str, int]:
-    """Return the executed steps, over all phases, after which each phase ends."""
+    """Return, for each phase, the number of executed steps over all phases after which it ends."""
     ends, step = {}, 0
     for phase in phases:
         step += phase.steps
@@ -58,13 +111,13 @@ def end_steps(phases: Sequence[Phase]) -> Dict[str, int]:
 
 
 def still_needed(phases: Sequence[Phase], step: int) -> Set[int]:
-    """Return the steps of the end states from which a phase starts at `step` or later."""
+    """Return the steps of the end states from which a phase still has to start, for a run that is at `step`."""
     ends = end_steps(phases)
     return {ends[phase.parent] for phase in phases if phase.parent and ends[phase.name] - phase.steps >= step}
 
 
 def total_steps(phases: Sequence[Phase]) -> int:
-    """Return the steps that are executed in all, branches included."""
+    """Return the number of executed steps of all phases, branches included."""
     return sum(phase.steps for phase in phases)
 
 
