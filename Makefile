@@ -1,5 +1,5 @@
 # Two commands: `make train` sets up and trains on real images, `make test` sets up and tests.
-# Both may be called again at any time: what is done is not done twice.
+# Both may be called again at any time; finished steps are skipped.
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON_ENV := $(VENV)/bin/python
@@ -7,17 +7,18 @@ RANKS ?= 2
 DATA := data/fashion_mnist
 RAW := $(if $(RAW_DIR),--raw_dir=$(RAW_DIR),)
 
-.PHONY: help train test smoke setup lint format docs reproduce tables wheelhouse lock clean
+.PHONY: help train test check smoke setup lint format docs reproduce tables wheelhouse lock clean
 
 help:
 	@echo "make train   set up, prepare Fashion-MNIST, train ResNet-50 on $(RANKS) MPI ranks (about 15 minutes the first time)"
 	@echo "make test    set up and run all tests (about 15 minutes the first time)"
+	@echo "make check   lint, types and all tests that need no training (under a minute)"
 	@echo "make smoke   set up and train a tiny network on synthetic data (half a minute after the set-up)"
-	@echo "make reproduce  run every experiment behind docs/results.md again (hours; call it again to go on), then make tables"
-	@echo "make tables  write the tables and plots of docs/results.md and README.md anew from experiments/results/*.csv"
+	@echo "make reproduce  run every experiment behind docs/results.md (hours; may be interrupted and called again), then make tables"
+	@echo "make tables  update the tables and plots of the documents from experiments/results/*.csv"
 	@echo "make setup   set up only: .venv with everything built (about 3 minutes)"
 	@echo "make wheelhouse  put every package into wheelhouse/, for nodes without a network (docs/offline.md)"
-	@echo "make lint    style, types; make format mends the style; make docs writes docs/flags.md and layouts.md; make lock resolves anew"
+	@echo "make lint    check style and types; make format corrects the style; make docs writes the generated pages; make lock updates the lock"
 	@echo "make clean   remove the environment and caches, never data or runs"
 
 setup:
@@ -25,7 +26,7 @@ setup:
 
 train: setup $(DATA)/manifest.json
 	@PATH="$(abspath $(VENV))/bin:$$PATH" launch/local.sh $(RANKS) python -m resnet_cpu.train --flagfile=experiments/quickstart.flags
-	@echo "curves: runs/quickstart/plots/curves.png   result: runs/quickstart/result.json   (rm -r runs/quickstart to train anew)" >&2
+	@echo "curves: runs/quickstart/plots/curves.png   result: runs/quickstart/result.json   (rm -r runs/quickstart to train again)" >&2
 
 $(DATA)/manifest.json: | setup
 	@$(PYTHON_ENV) -m resnet_cpu.prepare fashion_mnist --data_dir=$(DATA) $(RAW) >&2
@@ -40,22 +41,27 @@ reproduce: setup $(DATA)/manifest.json
 tables: setup
 	@$(PYTHON_ENV) -m resnet_cpu.tables --documents=README.md,docs/results.md,docs/scaling.md >/dev/null
 
-# MPI sessions by themselves: a rank that waits asks for its message again and again, on a core that others would use.
 PYTEST = PATH="$(abspath $(VENV))/bin:$$PATH" python -m pytest -q
+PARALLEL = -n "$$(nproc)" --maxprocesses=8 --dist=loadgroup --no-loadscope-reorder
+# Sessions of several ranks run by themselves: a rank that waits polls for its message, on a core that others need.
 test: setup lint
 	@if (($$(id -u) == 0)) && command -v apt-get >/dev/null; then launch/slurm-lab/lab.sh install; \
 	  command -v tc >/dev/null || apt-get install -y -q --no-install-recommends iproute2 >/dev/null; fi
 	@$(PYTEST) -m "mpi and not multihost" $(PYTEST_ARGS) || (($$? == 5))
-	@$(PYTEST) -m "not mpi or multihost" -n "$$(nproc)" --maxprocesses=8 --dist=loadgroup --no-loadscope-reorder $(PYTEST_ARGS) || (($$? == 5))
+	@$(PYTEST) -m "not mpi or multihost" $(PARALLEL) $(PYTEST_ARGS) || (($$? == 5))
+
+# Everything that needs no training and no ranks: for the time between two edits.
+check: setup lint
+	@$(PYTEST) -m "not training and not mpi and not slurm and not multihost" $(PARALLEL) $(PYTEST_ARGS)
 
 lint: setup
 	@$(PYTHON_ENV) -m ruff check -q . && $(PYTHON_ENV) -m ruff format -q --check . && $(PYTHON_ENV) -m mypy --no-error-summary
 
 docs: setup
-	@$(PYTHON_ENV) -c "from resnet_cpu import flags; print(flags.reference(), end='')" >docs/flags.md
+	@$(PYTHON_ENV) -c "from resnet_cpu import commandline; print(commandline.reference(), end='')" >docs/flags.md
 	@$(PYTHON_ENV) tests/machine_trees.py >docs/layouts.md
 
-# For machines without a network: docs/offline.md. Where this runs, Python and processor must be those of the nodes.
+# For machines without a network (docs/offline.md). Run it where Python and processor are those of the nodes.
 wheelhouse: setup
 	@$(PYTHON_ENV) -m pip --disable-pip-version-check download -q -d wheelhouse --no-deps -r requirements.txt >&2
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PYTHON_ENV) -m pip --disable-pip-version-check download -q -d wheelhouse \

@@ -7,13 +7,15 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "resnet_cpu"
-ENTRY_POINTS = {"train", "evaluate", "benchmark", "plan", "prepare", "tables", "launch", "simulate"}
+DOORS = {"train", "evaluate", "benchmark", "plan", "prepare", "tables", "launch", "simulate"}
+MOST_LINES = {"door": 50, "function": 80, "module": 400}
+THE_LOOP = ("training/loop", "train")  # the one function that may be longer
 # Rooms from the top down. A module may import from its own room and from every level below its own.
 LEVELS = [
-    {"training", "bench", "simulator"},
+    DOORS,
+    {"training", "bench", "simulator", "commandline"},
     {"report"},
     {"run", "data", "model", "optim", "scaling"},
-    {"commandline"},
     {"settings"},
     {"cluster", "recipe"},
     {"errors"},
@@ -64,22 +66,18 @@ def imports(path: pathlib.Path, top_level_only: bool = False):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def level_of(room):
-    return next((number for number, rooms in enumerate(LEVELS) if room in rooms), -1)
+def level_of(name):
+    room = name.split("/")[0]
+    return next(number for number, rooms in enumerate(LEVELS) if room in rooms)
 
 
 def violations(name, imported):
-    """Return what of `imported` the module `name` must not import."""
-    room = name.split("/")[0]
-    mine = level_of(room)
+    """Return what of `imported` the module `name` must not import: a room above its own, or another door."""
     found = []
-    for target in imported:
-        if target.startswith("resnet_cpu."):
-            other = target.split(".")[1]
-            theirs = level_of(other)
-            # Rooms of one level may use each other only if no circle arises, which the next test sees to.
-            if other != room and (theirs < mine or theirs == -1):
-                found.append(target)
+    for target in (i.split(".")[1] for i in imported if i.startswith("resnet_cpu.")):
+        same_room = target == name.split("/")[0]
+        if level_of(target) < level_of(name) or (target in DOORS and not same_room):
+            found.append(target)
     return found
 
 
@@ -116,6 +114,8 @@ def test_negative_control_a_wrong_import_is_seen():
     assert violations("recipe/phases", ["resnet_cpu.training.loop"])
     assert violations("data/shards", ["resnet_cpu.report.tables"])
     assert violations("train", ["resnet_cpu.evaluate"])
+    assert violations("training/loop", ["resnet_cpu.train"])
+    assert not violations("training/loop", ["resnet_cpu.data.order", "resnet_cpu.errors"])
 
 
 def test_only_one_module_imports_horovod_and_one_mpi4py():
@@ -156,8 +156,37 @@ def test_packages_are_empty_and_there_is_no_room_for_odds_and_ends():
         assert path.stem not in ("utils", "helpers", "common", "misc"), name
 
 
+def too_long(name, text):
+    """Return what of a module is longer than a reader takes in: the module itself, a door, or a function."""
+    lines = len(text.splitlines())
+    found = [f"{name}: {lines} lines"] if lines > MOST_LINES["door" if name in DOORS else "module"] else []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (name, node.name) != THE_LOOP:
+            length = node.end_lineno - node.lineno + 1
+            if length > MOST_LINES["function"]:
+                found.append(f"{name}: {node.name}: {length} lines")
+    return found
+
+
+def test_doors_functions_and_modules_are_short():
+    assert not [one for name, path in modules().items() for one in too_long(name, path.read_text())]
+
+
+def test_negative_control_what_is_too_long_is_seen():
+    assert too_long("recipe/phases", "x = 1\n" * 401)
+    assert too_long("train", "x = 1\n" * 51)
+    assert too_long("recipe/phases", "def f():\n" + "    x = 1\n" * 80)
+    assert not too_long("training/loop", "def train():\n" + "    x = 1\n" * 100)
+
+
+def test_no_mode_is_a_branch_in_the_loop_or_the_step():
+    for name in ("training/loop", "training/step"):
+        text = modules()[name].read_text()
+        assert "experiment" not in text and "is_rank0" not in text and "rank == 0" not in text, name
+
+
 def test_every_experiment_parses_and_plans():
-    from resnet_cpu import flags, plan
+    from resnet_cpu import commandline, plan
 
     shared = {
         "base.flags",
@@ -170,5 +199,5 @@ def test_every_experiment_parses_and_plans():
     files = [file for file in sorted((ROOT / "experiments").rglob("*.flags")) if file.name not in shared]
     assert len(files) >= 30
     for file in files:
-        assert flags.parse([f"--flagfile={file}"]).recipe.phases, file
+        assert commandline.parse([f"--flagfile={file}"]).recipe.phases, file
         plan.main([f"--flagfile={file}", "--ranks=2"])

@@ -118,7 +118,6 @@ def test_ranks_with_other_flags_are_refused(tiny_data, tmp_path):
     assert process.returncode == 64 and f"rank 1 on {socket.gethostname()} runs with other flags" in told(process)[0]
 
 
-@pytest.mark.slow
 def test_usr1_stops_both_ranks_at_one_step_and_the_rest_is_bit_identical(tiny_data, tmp_path):
     """The signal goes to mpirun, as a batch system sends it; then the same command goes on, in a new process."""
     long = ["--phase=main:steps=400,lr=0.05,warmup_steps=3"]

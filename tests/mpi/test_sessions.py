@@ -165,7 +165,6 @@ def test_an_ensemble_that_was_cut_off_has_the_same_members_on_two_ranks(sessions
     assert found(sessions(2), "tree")["ok"]
 
 
-@pytest.mark.slow
 def test_a_killed_rank_costs_an_ensemble_nothing_but_time(sessions, data_sets, tmp_path):
     """SIGKILL to one rank while a branch runs, then the same command again: the same members, bit for bit."""
     import whole_runs as runs
