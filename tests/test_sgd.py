@@ -1,10 +1,11 @@
-"""SGD against ten lines of numpy: Caffe's update, step by step."""
+"""SGD against a few lines of numpy: Caffe's update, step by step."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from resnet_cpu.model.resnet import resnet
+from resnet_cpu.optim.lars import LARS
 from resnet_cpu.optim.sgd import SGD, without_decay
 
 
@@ -29,14 +30,22 @@ def test_steps_equal_caffe(dtype, rtol):
         np.testing.assert_allclose(free.numpy(), b, rtol=rtol)
 
 
-def test_config_hands_on_the_same_variables_and_the_exclusions():
+def test_the_config_holds_the_variables_themselves_and_the_exclusions():
     scalars = [tf.Variable(value, trainable=False) for value in (0.1, 0.2, 0.3)]
     again = SGD.from_config(SGD(*scalars, exclude=["x:0"]).get_config())
     assert again.learning_rate is scalars[0] and again.decay is scalars[1] and again.momentum is scalars[2]
     assert again.exclude == ["x:0"]
 
 
-def test_without_decay_names_gamma_and_beta_only():
+@pytest.mark.parametrize("optimizer", [SGD, LARS])
+@pytest.mark.parametrize("option", ["clipnorm", "ema_momentum"])
+def test_an_unknown_option_is_refused(optimizer, option):
+    """They were swallowed: SGD(clipnorm=1.0) trained without clipping."""
+    with pytest.raises(TypeError, match=option):
+        optimizer(**{option: 1.0})
+
+
+def test_without_decay_lists_only_gamma_and_beta():
     model = resnet("resnet18", 10, width=0.125)
     names = without_decay(model, wd_on_bn=False)
     assert len(names) == 2 * 20 and all("gamma" in name or "beta" in name for name in names)

@@ -1,4 +1,4 @@
-"""Batch norm over a part of the batch at a time, as Intel's Caffe recipes ask for with `bn_stats_batch_size`."""
+"""Batch norm with statistics over parts of the batch, as `bn_stats_batch_size` of Intel's Caffe."""
 
 from typing import Any, List, Optional
 
@@ -6,11 +6,11 @@ import tensorflow as tf
 
 
 class GhostBatchNormalization(tf.keras.layers.BatchNormalization):
-    """Batch normalisation whose statistics are of `stats_batch` images each (Hoffer et al., arXiv 1705.08741).
+    """Batch normalisation with statistics over `stats_batch` images each (Hoffer et al., arXiv 1705.08741).
 
-    Images [batch, height, width, channels] are normalised in groups of `stats_batch` in their order; the moving
-    statistics take the mean over the groups, as they do over ranks. So one rank of N groups computes what N ranks of a
-    group each compute. `batch` must be a multiple of `stats_batch`.
+    In training, images [batch, height, width, channels] are normalised in consecutive groups of `stats_batch`, and the
+    moving statistics are updated with the mean over the groups. So a rank with N groups computes the same as N ranks
+    with one group each. The batch dimension must be static and a multiple of `stats_batch`; ValueError otherwise.
     """
 
     def __init__(self, stats_batch: int, **options: Any) -> None:
@@ -18,21 +18,26 @@ class GhostBatchNormalization(tf.keras.layers.BatchNormalization):
         self.stats_batch = stats_batch
 
     def call(self, inputs: tf.Tensor, training: Optional[bool] = None, mask: Any = None) -> tf.Tensor:
-        if not training or inputs.shape[0] in (None, self.stats_batch):
+        if not training or inputs.shape[0] == self.stats_batch:
             return super().call(inputs, training=training)
+        if inputs.shape[0] is None:
+            raise ValueError(
+                f"{self.name}: statistics over {self.stats_batch} images need a batch size that is known when the "
+                "graph is traced; batch with drop_remainder=True or set the shape of the images"
+            )
         outputs: List[tf.Tensor] = []
         means: List[tf.Tensor] = []
         variances: List[tf.Tensor] = []
         for group in tf.split(inputs, inputs.shape[0] // self.stats_batch):
-            # The fused kernel that Keras calls for a whole batch; its variance has Bessel's correction.
+            # The fused kernel that Keras uses for a whole batch; its variance has Bessel's correction.
             output, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
                 x=group, scale=self.gamma, offset=self.beta, mean=[], variance=[], epsilon=self.epsilon
             )
             outputs.append(output)
             means.append(mean)
             variances.append(variance)
-        for moving, seen in ((self.moving_mean, means), (self.moving_variance, variances)):
-            mean_of_groups = tf.cast(tf.add_n(seen) / len(seen), moving.dtype)
+        for moving, groups in ((self.moving_mean, means), (self.moving_variance, variances)):
+            mean_of_groups = tf.cast(tf.add_n(groups) / len(groups), moving.dtype)
             moving.assign_sub((moving - mean_of_groups) * (1.0 - self.momentum))
         return tf.concat(outputs, 0)
 

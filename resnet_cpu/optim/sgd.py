@@ -3,11 +3,11 @@
     v <- momentum * v + lr * (gradient + wd * w)
     w <- w - v
 
-The LR sits inside the velocity, so a falling LR does not scale down what is already on its way. Keras' own
+The LR is inside the velocity, so lowering it does not rescale the velocity of earlier steps. Keras' own
 `weight_decay` is decoupled (w -= lr * wd * w outside the velocity) and would train another model.
 """
 
-from typing import Any, Dict, Iterable, List, Sequence, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
 
 import tensorflow as tf
 
@@ -15,10 +15,10 @@ Scalar = Union[float, tf.Variable]
 
 
 class SGD(tf.keras.optimizers.Optimizer):
-    """Coupled-L2 momentum SGD; LR, weight decay and momentum are variables that the loop sets.
+    """Momentum SGD with L2 in the gradient; LR, weight decay and momentum are variables, so that they can be assigned.
 
-    Horovod rebuilds an optimizer from `get_config`. The variables go through it as they are, so that the rebuilt
-    optimizer follows the same ones, and the exclusion list is part of it.
+    Horovod rebuilds an optimizer from `get_config`, which therefore holds the variables themselves: the rebuilt
+    optimizer uses the same ones. Options of Keras' optimizers that are not listed here are refused.
     """
 
     def __init__(
@@ -27,11 +27,10 @@ class SGD(tf.keras.optimizers.Optimizer):
         weight_decay: Scalar = 0.0,
         momentum: Scalar = 0.0,
         exclude: Sequence[str] = (),
-        name: str = "SGD",
-        **kwargs: Any,
+        name: Optional[str] = None,
     ) -> None:
-        """Args: `exclude` holds the names of variables that do not decay."""
-        super().__init__(name=name, jit_compile=False)
+        """Args: `exclude` lists the names of variables without weight decay; `name` is by default that of the class."""
+        super().__init__(name=name or type(self).__name__, jit_compile=False)
         self._learning_rate = _variable(learning_rate, "learning_rate")
         self.decay = _variable(weight_decay, "weight_decay")
         self.momentum = _variable(momentum, "momentum")
@@ -47,7 +46,7 @@ class SGD(tf.keras.optimizers.Optimizer):
         self._built = True
 
     def update_step(self, gradient: tf.Tensor, variable: tf.Variable) -> None:
-        """Update one variable, dense gradient of its shape."""
+        """Update `variable` with its dense `gradient`, of the same shape."""
         dtype = variable.dtype.base_dtype
         velocity = self.velocities[self._index_dict[self._var_key(variable)]]
         rate = self.rate(gradient, variable)
@@ -65,7 +64,7 @@ class SGD(tf.keras.optimizers.Optimizer):
         )
 
     def rate(self, gradient: tf.Tensor, variable: tf.Variable) -> tf.Tensor:
-        """Return the LR of one variable."""
+        """Return the LR of `variable`, a scalar of its dtype."""
         return tf.cast(self._learning_rate, variable.dtype.base_dtype)
 
     def get_config(self) -> Dict[str, Any]:
@@ -85,9 +84,9 @@ def _variable(value: Scalar, name: str) -> tf.Variable:
 
 
 def without_decay(model: tf.keras.Model, wd_on_bn: bool) -> List[str]:
-    """Return the variables that do not decay: gamma and beta of batch norm, unless `wd_on_bn`.
+    """Return the names of variables without weight decay: gamma and beta of batch norm, unless `wd_on_bn`.
 
-    Biases decay, as in the authors' train_val.prototxt (only its Scale layers have decay_mult 0).
+    Biases do decay, as in the authors' train_val.prototxt (only its Scale layers have decay_mult 0).
     """
     if wd_on_bn:
         return []
