@@ -1,4 +1,4 @@
-"""The network: exact counts, the reference's logits, and each switch where it should act."""
+"""The network: exact parameter counts, logits of a reference, and the effect of each option."""
 
 import numpy as np
 import pytest
@@ -64,12 +64,12 @@ def test_logits_of_keras_applications_with_its_weights():
     images = generator.standard_normal([2, 224, 224, 3]).astype(np.float32)
     expected, found = reference(images).numpy(), ours(images).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
-    other = resnet50(stride_in="3x3", bn_epsilon=1.001e-5)  # the control: v1.5 with the same weights is another net
+    other = resnet50(stride_in="3x3", bn_epsilon=1.001e-5)  # the control: v1.5 with the same weights is another network
     other.set_weights(ours.get_weights())
     assert np.abs(other(images).numpy() - expected).max() > 1e-3 * np.abs(expected).max()
 
 
-def test_stride_sits_where_it_is_asked():
+def test_the_stride_is_in_the_chosen_convolution():
     v15, v1 = resnet50(), resnet50(stride_in="1x1")
     assert v15.get_layer("conv3_block1_1_conv").strides == (1, 1)
     assert v15.get_layer("conv3_block1_2_conv").strides == (2, 2)
@@ -94,7 +94,7 @@ def test_symmetric_padding_equals_a_plain_convolution_with_zeros_on_both_sides()
 
 
 def convolve(x, kernel, stride, pad):
-    """The definition of a convolution, float64 [height, width, in] -> [.., .., out], a window at a time."""
+    """Return the convolution by its definition, float64 [height, width, in] -> [.., .., out], one window at a time."""
     x = np.pad(x, [(pad, pad), (pad, pad), (0, 0)])
     size = kernel.shape[0]
     rows, columns = ((side - size) // stride + 1 for side in x.shape[:2])
@@ -147,12 +147,12 @@ def test_bfloat16_computes_the_same_network_with_float32_weights():
     expected, found = full(images), half(images)
     assert found.dtype == tf.float32  # the classifier is not rounded
     error = np.abs(found.numpy() - expected.numpy()).max() / np.abs(expected.numpy()).max()
-    assert 1e-5 < error < 0.05  # rounded, to 8 bits, and no more
+    assert 1e-5 < error < 0.05  # rounded to 8 bits, not less exact
 
 
 @pytest.mark.parametrize("padding, first", [("symmetric", 1.0), ("caffe", 2.0), ("same", 2.0)])
-def test_the_pool_starts_where_each_padding_says(padding, first):
-    """Rows 0, 1, 2 ... hold 0, 1, 2 ...: a window padded in front sees rows 0-1, one that is not sees 0-2."""
+def test_the_first_window_of_the_pool_for_each_padding(padding, first):
+    """Rows 0, 1, 2 ... hold 0, 1, 2 ...: the first window covers rows 0-1 if padded in front, else 0-2."""
     model = resnet50(10, width=0.125, padding=padding)
     start = model.get_layer("conv1_relu").output
     pool = tf.keras.Model(start, model.get_layer("pool1_pool").output)
@@ -187,7 +187,7 @@ def test_initial_weights_have_the_published_variances_and_follow_the_seed():
     assert np.array_equal(kernels[0], kernels[1]) and not np.array_equal(kernels[0], kernels[2])
 
 
-def test_batch_norm_keeps_its_numbers():
+def test_batch_norm_has_the_given_constants():
     layer = resnet50(10, width=0.125, bn_momentum=0.95, bn_epsilon=3e-5).get_layer("conv4_block1_2_bn")
     assert (layer.momentum, layer.epsilon) == (0.95, 3e-5)
 
@@ -198,6 +198,6 @@ def test_small_stem_keeps_the_resolution():
     assert not [layer for layer in model.layers if "pool1" in layer.name]
 
 
-def test_unknown_model_is_told():
+def test_an_unknown_model_is_refused():
     with pytest.raises(FlagError, match="resnet51"):
         resnet("resnet51")

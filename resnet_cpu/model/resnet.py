@@ -1,6 +1,6 @@
 """Residual networks (He et al., arXiv 1512.03385) as functional Keras models that return logits.
 
-Defaults are the "v1.5" of the field (stride in the 3x3 convolution), which is also the authors' network. Layers are
+By default the network is the usual "v1.5" (stride in the 3x3 convolution), which is also the authors'. Layers are
 named as in keras.applications, so that weights can be matched by name.
 """
 
@@ -35,23 +35,23 @@ def resnet(
     """Return a ResNet from float32 images [batch, height, width, 3] to logits [batch, num_classes].
 
     Args:
-        name: one of `resnet_cpu.settings.DEPTHS`.
+        name: one of `resnet_cpu.settings.DEPTHS`; FlagError otherwise.
         num_classes: length of the logits.
-        width: factor on every channel count.
+        width: factor on the number of channels of every layer.
         stem: `imagenet` (7x7 stride 2, pool 3x3 stride 2) or `small` (3x3 stride 1, no pool) for small images.
-        stride_in: where a stage's first bottleneck strides: `3x3` (v1.5) or `1x1` (v1).
+        stride_in: convolution of a stage's first bottleneck that has stride 2: `3x3` (v1.5) or `1x1` (v1).
         padding: of strided windows: `symmetric` ((k-1)/2 zeros on both sides, as in PyTorch and keras.applications),
-            `caffe` (the same for convolutions, the pool rounded up as in the authors' Caffe) or `same` (TensorFlow's).
-        zero_gamma: which residual branches start at zero: of `all` blocks (Goyal et al., arXiv 1706.02677), of the
-            `last` block of each stage (the authors' train_val.prototxt), or `none`.
-        bn_momentum: share of the old moving statistics that is kept each step.
+            `caffe` (the same for convolutions, pooling rounded up as in the authors' Caffe) or `same` (TensorFlow's).
+        zero_gamma: residual branches whose last gamma starts at zero: of `all` blocks (Goyal et al., arXiv
+            1706.02677), of the `last` block of each stage (the authors' train_val.prototxt), or of `none`.
+        bn_momentum: share of the moving statistics that is kept in each step.
         bn_epsilon: added to the variance.
-        bn_stats_batch: images whose statistics batch norm takes at a time in training; None: the whole batch.
-        conv1_bias: give the first convolution a bias, as the authors' has.
-        precision: of activations and products; with `bfloat16` weights and batch norm's statistics stay float32, and
-            so does the classifier (Kalamkar et al., arXiv 1905.12322).
-        seed: of the initial weights: normal with variance 2/fan_in, of the first convolution 2/fan_out, of the
-            classifier standard deviation 0.01 (the authors' fillers).
+        bn_stats_batch: number of images over which batch norm computes its statistics in training; None: all.
+        conv1_bias: give the first convolution a bias, as in the authors' network.
+        precision: type of activations and products; with `bfloat16` the weights, batch norm's statistics and the
+            classifier stay float32 (Kalamkar et al., arXiv 1905.12322).
+        seed: seed of the initial weights. They are normal with variance 2/fan_in, 2/fan_out in the first convolution
+            and standard deviation 0.01 in the classifier (the authors' fillers).
     """
     blocks, bottleneck = depths_of(name)
     net = _Builder(width, stride_in, padding, bn_momentum, bn_epsilon, bn_stats_batch, precision, seed)
@@ -73,12 +73,12 @@ def resnet(
 
 
 def resnet50(num_classes: int = 1000, **options) -> tf.keras.Model:  # type: ignore[no-untyped-def]
-    """Return the 50-layer network; `options` are those of `resnet`."""
+    """Return the 50-layer network; for `options` see `resnet`."""
     return resnet("resnet50", num_classes, **options)
 
 
 class _Builder:
-    """The choices that every layer of one network shares."""
+    """Build the parts of one network; holds the options that all of its layers share."""
 
     def __init__(
         self,
@@ -96,11 +96,11 @@ class _Builder:
         self.batch_norm: Callable[..., tf.keras.layers.Layer] = layers.BatchNormalization
         if bn_stats_batch is not None:
             self.batch_norm = functools.partial(GhostBatchNormalization, bn_stats_batch)
-        # None is Keras' own floating-point type, float32 unless a test asks for more.
+        # None: Keras' default type, which is float32 outside of tests.
         self.dtype = None if precision == "float32" else f"mixed_{precision}"
 
     def seed(self, name: str) -> int:
-        """Return a seed for the layer `name`, whatever layers are built before it."""
+        """Return a seed for the layer `name` that does not depend on the layers built before it."""
         return zlib.crc32(f"{self.base_seed}/{name}".encode())
 
     def channels(self, count: int) -> int:
@@ -111,7 +111,7 @@ class _Builder:
     ) -> tf.Tensor:
         padding = "same"
         if stride > 1 and kernel > 1 and self.padding != "same":
-            # TensorFlow's "same" would pad one side more than the other under a stride.
+            # With a stride, TensorFlow's "same" pads one side more than the other.
             x = layers.ZeroPadding2D((kernel - 1) // 2, dtype=self.dtype, name=f"{name}_pad")(x)
             padding = "valid"
         initializer = tf.keras.initializers.VarianceScaling(2.0, fan, "untruncated_normal", self.seed(name))
@@ -146,10 +146,10 @@ class _Builder:
         x = self.conv(x, channels, 7, 2, "conv1", "fan_out", bias)
         x = self.relu(self.bn(x, "conv1"), "conv1")
         if self.padding == "symmetric":
-            # Zeros pad as well as minus infinity does: the values come out of a ReLU.
+            # Padding with zeros equals padding with minus infinity here, since the values come from a ReLU.
             x = layers.ZeroPadding2D(1, dtype=self.dtype, name="pool1_pad")(x)
             return layers.MaxPool2D(3, 2, "valid", dtype=self.dtype, name="pool1_pool")(x)
-        # On even sizes this is Caffe's rounding up.
+        # For even sizes this is Caffe's rounding up.
         return layers.MaxPool2D(3, 2, "same", dtype=self.dtype, name="pool1_pool")(x)
 
     def shortcut(self, x: tf.Tensor, channels: int, stride: int, project: bool, name: str) -> tf.Tensor:
