@@ -124,7 +124,7 @@ class Timed:
                 *(message.library, message.size, message.ranks, len(message.seconds)),
                 *(message.latency, float(low), float(high), message.algorithm_bandwidth, message.bus_bandwidth),
             )
-            rows.append(dict(zip(_COLUMNS, map(results.text, figures))))
+            rows.append(dict(zip(_COLUMNS, map(results.cell, figures))))
         os.makedirs(folder, exist_ok=True)
         results.write_csv(os.path.join(folder, "allreduce.csv"), rows, _COLUMNS)
         network = self.network()

@@ -59,7 +59,7 @@ class _Training:
         )
         self.evaluate_step = evaluation.make_evaluate_step(self.model)
         self.timed_steps, self.timed_s = 0, 0.0
-        self.step_times = throughput.StepTimes(job.settings.run.untimed_steps)
+        self.step_times = throughput.StepTimes()
         self.recorder = profile.Recorder(job.run_dir, job.settings.run.profile_steps if job.folder else None)
         self.seconds_to_top1: Dict[str, float] = {}
         self.score: Optional[evaluation.Score] = None

@@ -1,0 +1,195 @@
+"""Accuracy of finished runs, beside published figures: rows of runs.csv and curves.csv, and tables made from them.
+
+A line of experiments/tables.csv matches runs by name (`runs`) and one of their scores (`what`): `last`, `ensemble`,
+`best_member`, `best_subset`, `prefix:COUNT`, `member:NAME`, `end_of:PHASE`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import statistics
+import sys
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+from resnet_cpu.errors import DataError
+from resnet_cpu.report.tables import NOT_RUN, Column, Row, Table, cell, find_published, find_runs, origin, run_folders
+from resnet_cpu.report.text import count
+from resnet_cpu.run import signature
+from resnet_cpu.run.folder import read_json, read_rows
+
+RUNS, CURVES = "runs.csv", "curves.csv"
+SCORES = ("top1", "top5", "loss", "ece")
+RUN_COLUMNS = (
+    *("run", "what", "seed", "recipe", *SCORES, "epochs", "steps", "global_batch_size", "ranks", "cores"),
+    *("images_per_second", "wall_seconds", "cpu", "tensorflow", "code"),
+)
+CURVE_COLUMNS = ("run", "epoch", "phase", "top1", "loss")
+_TABLE_COLUMNS = (
+    *("what", "published", "unit", "source", "n", *(f"{key}_mean" for key in SCORES), "top1_sd", "flagfile"),
+)
+
+
+def collect(folder: str) -> Tuple[List[Row], List[Row]]:
+    """Return (rows of runs.csv, rows of curves.csv) of every finished run below `folder`; report those skipped.
+
+    Runs of --experiment=scaling are not trained to an end: `efficiency.collect` takes them.
+    """
+    runs: List[Row] = []
+    curves: List[Row] = []
+    for name, path in run_folders(folder):
+        result, record = (read_json(os.path.join(path, file)) for file in ("result.json", "run.json"))
+        if result and result.get("experiment") == "scaling":
+            continue
+        if not result or not record or not result.get("complete"):
+            print(f"tables: {path}: skipped, because this run has not finished", file=sys.stderr)
+            continue
+        evaluations = read_rows(os.path.join(path, "eval.jsonl"))
+        runs += [_row(name, what, scores, result, record) for what, scores in _scores(result, evaluations)]
+        for row in evaluations:
+            curves.append({key: cell(value) for key, value in {"run": name, **row}.items() if key in CURVE_COLUMNS})
+    return runs, curves
+
+
+def _scores(result: Mapping[str, Any], evaluations: Iterable[Mapping[str, Any]]) -> Iterator[Tuple[str, Mapping]]:
+    """Yield (what, scores) of a run's last model, of the ends of phases, and of members and ensembles."""
+    yield "last", result
+    for row in evaluations:
+        if row.get("end_of"):
+            yield f"end_of:{row['end_of']}", row
+    for name, scores in result.get("members", {}).items():
+        yield f"member:{name}", scores
+    ensemble = result.get("ensemble")
+    if ensemble:
+        yield "ensemble", ensemble
+        yield "best_member", max(result["members"].values(), key=lambda scores: scores["top1"])
+        yield "best_subset", ensemble["best_subset"]
+        for prefix in ensemble["prefixes"]:
+            yield f"prefix:{len(prefix['members'])}", prefix
+
+
+def _row(name: str, what: str, scores: Mapping, result: Mapping, record: Mapping) -> Row:
+    rate, per_core = result.get("images_per_second"), result.get("images_per_second_per_core")
+    values = {
+        **{key: result.get(key) for key in RUN_COLUMNS},
+        **{key: scores.get(key) for key in SCORES},
+        **_cost(what, scores, result),
+        "run": name,
+        "what": what,
+        "recipe": _recipe(record["signature"]),
+        "cores": round(rate / per_core) if rate and per_core else None,
+        "cpu": "; ".join(sorted({row["cpu"] for row in record["per_rank"]})),
+        "tensorflow": record["versions"]["tensorflow"],
+        "code": record["code"],
+    }
+    return {key: cell(values[key]) for key in RUN_COLUMNS}
+
+
+def _recipe(recorded: Dict[str, Any]) -> str:
+    """Return a digest of what runs of one recipe, model and data share, whatever their seeds and versions."""
+    shared = {key: value for key, value in signature.normalised(recorded).items() if key not in ("seed", "init_from")}
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _cost(what: str, scores: Mapping, result: Mapping) -> Dict[str, Any]:
+    """Return the epochs, steps and seconds behind a score; None where the run did not record them."""
+    if what in ("last", "ensemble"):
+        return {key: result.get(key) for key in ("epochs", "steps", "wall_seconds")}
+    if what.startswith("end_of:"):
+        return {"epochs": scores["epoch"], "steps": scores["step"] + 1, "wall_seconds": scores["wall_seconds"]}
+    return {"epochs": None, "steps": None, "wall_seconds": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """One line of a table: the published figure, if any, and the runs that measured it."""
+
+    label: str
+    flagfile: str
+    published: Optional[Row]
+    measured: List[Row]
+
+    def numbers(self, key: str) -> List[float]:
+        return [float(row[key]) for row in self.measured if row.get(key)]
+
+    def spread(self, key: str, factor: float, digits: int) -> str:
+        """Return `mean ± standard deviation` of a column over the runs; the mean alone for a single run."""
+        values = [factor * value for value in self.numbers(key)]
+        if not values:
+            return ""
+        mean = f"{statistics.mean(values):.{digits}f}"
+        return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+    def of_published(self, *keys: str) -> str:
+        """Return columns of the published figure, separated by blanks."""
+        return " ".join(self.published[key] for key in keys) if self.published else ""
+
+
+def tables(spec: Iterable[Row], published: Sequence[Row], runs: Sequence[Row]) -> Dict[str, Table]:
+    """Return the accuracy tables of `spec` (rows of tables.csv) by name.
+
+    Raises DataError for an unknown published figure, and for runs that cannot be averaged.
+    """
+    lines: Dict[str, List[_Line]] = {}
+    for row in spec:
+        if row["what"] == "efficiency":  # report/efficiency.py
+            continue
+        measured = [run for run in find_runs(row, runs) if run["what"] == row["what"]]
+        _check_alike(row, measured)
+        line = _Line(row["label"], row["flagfile"], find_published(row, published), measured)
+        lines.setdefault(row["table"], []).append(line)
+    return {
+        name: Table(_columns(table), _note(table), [_figures(line) for line in table], _TABLE_COLUMNS)
+        for name, table in lines.items()
+    }
+
+
+def _check_alike(line: Row, runs: List[Row]) -> None:
+    """Raise DataError if a line would average runs of several recipes, or count a seed twice."""
+    recipes, seeds = {run["recipe"] for run in runs}, [run["seed"] for run in runs]
+    if len(recipes) > 1 or len(set(seeds)) < len(seeds):
+        problem = "have different recipes" if len(recipes) > 1 else "have a seed in common"
+        raise DataError(
+            f"tables.csv: {line['label']}: the runs {', '.join(run['run'] for run in runs)} {problem}; move the others "
+            f"to folders that do not match {line['runs']}, and remove their rows from {RUNS}"
+        )
+
+
+def _columns(table: List[_Line]) -> List[Column]:
+    """Return the columns of a table; those without a single cell are left out."""
+    columns = [
+        ("what", [line.label for line in table]),
+        ("published", [line.of_published("value", "unit") for line in table]),
+        ("top-1, %", [line.spread("top1", 100, 2) or NOT_RUN for line in table]),
+        ("n", [str(len(line.measured)) for line in table] if any(line.measured for line in table) else []),
+        ("top-5, %", [line.spread("top5", 100, 2) for line in table]),
+        ("loss", [line.spread("loss", 1, 4) for line in table]),
+        ("ECE, %", [line.spread("ece", 100, 2) for line in table]),
+        ("epochs", [line.spread("epochs", 1, 1).split(" ")[0] for line in table]),
+        ("flagfile", [line.flagfile for line in table]),
+        ("source", [line.of_published("source") for line in table]),
+    ]
+    return [(title, cells) for title, cells in columns if any(cells)]
+
+
+def _note(table: List[_Line]) -> str:
+    runs = [run for line in table for run in line.measured]
+    if not runs:
+        return ""
+    machines = [f"{run['cpu']}, {count(run['ranks'], 'rank')}, {count(run['cores'], 'core')}" for run in runs]
+    return f"Mean ± standard deviation over n seeds. {origin(runs, machines)}"
+
+
+def _figures(line: _Line) -> Row:
+    """Return the row of the table's CSV file: means that are not rounded for reading."""
+    means = {key: line.numbers(key) for key in SCORES}
+    return {
+        "what": line.label.replace("**", ""),
+        "published": line.of_published("value"),
+        "unit": line.of_published("unit"),
+        "source": line.of_published("source"),
+        "n": str(len(line.measured)),
+        **{f"{key}_mean": cell(statistics.mean(values)) if values else "" for key, values in means.items()},
+        "top1_sd": cell(statistics.stdev(means["top1"])) if len(means["top1"]) > 1 else "",
+        "flagfile": line.flagfile,
+    }
