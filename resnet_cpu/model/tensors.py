@@ -1,7 +1,7 @@
-"""The trainable tensors of a ResNet as a table: names, shapes, work, and the order in which gradients come.
+"""The gradients of a ResNet as a table: names, shapes, work, and the order in which backward yields them.
 
-Plain arithmetic, without TensorFlow: what is predicted for a cluster, and replayed on one, is of the real network
-(`resnet_cpu.model.resnet`; `tests/test_layers.py` holds the two together).
+Plain arithmetic, without TensorFlow. The simulator and benchmarks/replay.py thus use the tensors of the real network,
+`resnet_cpu.model.resnet`; tests/test_tensors.py checks that the two agree.
 """
 
 import dataclasses
@@ -20,22 +20,21 @@ FLOPS_PER_ELEMENT = 400.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
-    """One trainable tensor and the layer it belongs to."""
+class Gradient:
+    """The gradient of one trainable tensor."""
 
-    name: str  # as Keras names the variable, without ":0"
+    name: str  # of the Keras variable, without ":0"
     shape: Tuple[int, ...]
-    forward_flops: float  # of its layer for one image, two for a multiply-add; a layer's kernel carries them all
-    backward_work: float  # what backward does from the gradient before it to its own, in FLOPs of a convolution
+    backward_work: float  # of backward between the previous gradient and this one, in FLOPs of a convolution
 
     @property
     def elements(self) -> int:
-        """Return how many numbers it holds."""
+        """Return the number of elements."""
         return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
-        """Return the size of its gradient as it is sent."""
+        """Return the size of the message that carries it."""
         return BYTES_PER_WEIGHT * self.elements
 
 
@@ -49,19 +48,19 @@ def gradients(
     image_size: int = 224,
     stride_in: str = "3x3",
     inter_op_threads: int = 2,
-) -> Tuple[Layer, ...]:
-    """Return the trainable tensors in the order in which backward yields their gradients.
+) -> Tuple[Gradient, ...]:
+    """Return the gradients in the order in which backward yields them.
 
-    That is the classifier first and the first convolution last. Where a block has a projection beside it, the gradient
-    of the sum reaches both at once; TensorFlow runs what is ready in turn, so layers of the two paths alternate. With
-    a single inter-op thread TensorFlow postpones kernels, see `_postponed`.
+    The classifier comes first and the first convolution last. Where a block has a projection, the gradient of the sum
+    reaches both paths at the same time; TensorFlow runs ready operations in turn, so layers of the two paths alternate.
+    With a single inter-op thread TensorFlow postpones kernels, see `_postponed`.
 
     Args:
-        model, width, num_classes, stem, conv1_bias, stride_in: those of `resnet_cpu.model.resnet.resnet`.
-        image_size: pixels of the square image; shapes do not depend on it, FLOPs do.
-        inter_op_threads: of TensorFlow; 1, or more.
+        model, width, num_classes, stem, conv1_bias, stride_in: arguments of `resnet_cpu.model.resnet.resnet`.
+        image_size: pixels of the square image; work depends on it, shapes do not.
+        inter_op_threads: of TensorFlow; all numbers above 1 give the same order.
 
-    Raises FlagError for a model that is not known.
+    Raises FlagError for an unknown model.
     """
     blocks, bottleneck = depths_of(model)
     net = _Walk(width, image_size)
@@ -75,31 +74,30 @@ def gradients(
             name = f"conv{stage + 2}_block{block + 1}"
             last = net.block(name, last, 64 * 2**stage, stride, block == 0, bottleneck, stride_in)
     net.dense("logits", last, num_classes)
-    return _postponed(net.steps) if inter_op_threads == 1 else _in_turn(net.steps)
+    return _postponed(net.layers) if inter_op_threads == 1 else _in_turn(net.layers)
 
 
-def ready_shares(tensors: Sequence[Layer]) -> Tuple[float, ...]:
-    """Return, for each tensor in the order of `gradients`, the share of backward's time after which it is ready."""
-    total = sum(tensor.backward_work for tensor in tensors)
-    return tuple(done / total for done in itertools.accumulate(tensor.backward_work for tensor in tensors))
+def ready_shares(gradients: Sequence[Gradient]) -> Tuple[float, ...]:
+    """Return, for each gradient in its order, the share of the time of backward after which it is ready."""
+    total = sum(gradient.backward_work for gradient in gradients)
+    return tuple(done / total for done in itertools.accumulate(gradient.backward_work for gradient in gradients))
 
 
-class _Step(NamedTuple):
+class _Layer(NamedTuple):
     """One layer that has weights."""
 
     name: str
-    tensors: Tuple[Tuple[str, Tuple[int, ...]], ...]  # in the order in which their gradients come
-    flops: float  # forward, one image
-    chain: float  # work of the gradient that goes on to the layer before; of batch norm all it does
-    kernel: float  # work of the kernel's own gradient; batch norm has none
+    tensors: Tuple[Tuple[str, Tuple[int, ...]], ...]  # (kind, shape) in the order of their gradients
+    input_work: float  # of the gradient of the layer's inputs; of batch norm the work of all its gradients
+    kernel_work: float  # of the gradient of the kernel; 0 for batch norm
 
 
 class _Walk:
-    """Collects layers in the order of forward."""
+    """Collect the layers in the order of forward."""
 
     def __init__(self, width: float, size: int) -> None:
         self.width, self.size = width, size
-        self.steps: List[_Step] = []
+        self.layers: List[_Layer] = []
 
     def channels(self, count: int) -> int:
         return max(1, round(count * self.width))
@@ -111,15 +109,15 @@ class _Walk:
         tensors: Tuple[Tuple[str, Tuple[int, ...]], ...] = (("kernel", (kernel, kernel, inputs, channels)),)
         if bias:
             tensors = (("bias", (channels,)), *tensors)
-        chain = flops if self.steps else 0.0  # nobody asks for the gradient of the images
-        self.steps.append(_Step(f"{name}_conv", tensors, flops, chain, flops))
+        input_work = flops if self.layers else 0.0  # the gradient of the images is not computed
+        self.layers.append(_Layer(f"{name}_conv", tensors, input_work, flops))
         norm = (("beta", (channels,)), ("gamma", (channels,)))
-        self.steps.append(_Step(f"{name}_bn", norm, 0.0, FLOPS_PER_ELEMENT * channels * size * size, 0.0))
+        self.layers.append(_Layer(f"{name}_bn", norm, FLOPS_PER_ELEMENT * channels * size * size, 0.0))
 
     def block(
         self, name: str, inputs: int, channels: int, stride: int, project: bool, bottleneck: bool, stride_in: str
     ) -> int:
-        """Add a residual block; return the channels of its output."""
+        """Add a residual block and return the number of channels of its output."""
         entry = self.size
         inner, outer = self.channels(channels), self.channels((4 if bottleneck else 1) * channels)
         if bottleneck:
@@ -135,70 +133,72 @@ class _Walk:
             self.size = entry
             self.conv(f"{name}_0", outer, inputs, 1, stride)
             assert self.size == out
-            last_conv, last_norm, side_conv, side_norm = self.steps[-4:]
-            self.steps[-4:] = [side_conv, last_conv, side_norm, last_norm]
+            last_conv, last_norm, side_conv, side_norm = self.layers[-4:]
+            self.layers[-4:] = [side_conv, last_conv, side_norm, last_norm]
         return outer
 
     def dense(self, name: str, inputs: int, outputs: int) -> None:
         """Add the classifier."""
         flops = 2.0 * inputs * outputs
         tensors = (("bias", (outputs,)), ("kernel", (inputs, outputs)))
-        self.steps.append(_Step(name, tensors, flops, flops, flops))
+        self.layers.append(_Layer(name, tensors, flops, flops))
 
 
-def _in_turn(steps: Sequence[_Step]) -> Tuple[Layer, ...]:
-    """Return the tensors as a backward pass yields them that finishes a layer before it goes on."""
-    found: List[Layer] = []
-    for step in reversed(steps):
-        found += _yielded(step, step.chain + step.kernel)
+def _in_turn(layers: Sequence[_Layer]) -> Tuple[Gradient, ...]:
+    """Return the gradients of a backward pass that finishes each layer before it starts the next."""
+    found: List[Gradient] = []
+    for layer in reversed(layers):
+        found += _gradients_of(layer, layer.input_work + layer.kernel_work)
     return tuple(found)
 
 
-def _postponed(steps: Sequence[_Step]) -> Tuple[Layer, ...]:
-    """Return the tensors as TensorFlow yields them with one inter-op thread: most kernels, so most bytes, at the end.
+def _postponed(layers: Sequence[_Layer]) -> Tuple[Gradient, ...]:
+    """Return the gradients in the order of TensorFlow with one inter-op thread: most kernels, so most bytes, last.
 
-    Its executor goes on with the gradient of a layer's inputs and leaves that of the kernel for later, last in, first
-    out. Batch norm's gradients come on the way down; the kernels of a block that has a projection come when its turn
-    does, all others after the first convolution, from there up. Seen in Horovod's timelines of ResNet-50 and ResNet-18;
-    with two inter-op threads and more they show the order of `_in_turn`, but for 1 % of pairs.
+    The executor continues with the gradient of a layer's inputs and postpones that of the kernel, last in, first out.
+    Gradients of batch norm come during the way from the classifier to the first convolution. Kernels of a block with a
+    projection come when the block is finished, all others after the first convolution, in the order of forward. This
+    order was read from Horovod's timelines of ResNet-50 and ResNet-18. With two or more inter-op threads the timelines
+    show the order of `_in_turn`, except for 1 % of pairs.
     """
-    found: List[Layer] = []
-    waiting: List[_Step] = []
-    side: List[_Step] = []
-    pending = 0.0  # work on the way down since a gradient was last yielded
+    found: List[Gradient] = []
+    waiting: List[_Layer] = []
+    projection_layers: List[_Layer] = []
+    pending = 0.0  # work since the last gradient
 
-    def take(step: _Step, work: float) -> None:
+    def finish(layer: _Layer, work: float) -> None:
         nonlocal pending
-        found.extend(_yielded(step, pending + work))
+        found.extend(_gradients_of(layer, pending + work))
         pending = 0.0
 
-    names = {step.name for step in steps}
-    for step in reversed(steps):
-        block, _, last = step.name.rpartition("_")
-        if block.endswith("_0"):
-            side.append(step)
-        elif step.kernel:
-            pending += step.chain
-            waiting.append(step)
+    names = {layer.name for layer in layers}
+    for layer in reversed(layers):
+        prefix = layer.name.rpartition("_")[0]
+        block = prefix[:-2]
+        if prefix.endswith("_0"):
+            projection_layers.append(layer)
+        elif layer.kernel_work:
+            pending += layer.input_work
+            waiting.append(layer)
         else:
-            take(step, step.chain)
-        if side and step.name == f"{block[:-2]}_1_conv" and f"{block[:-2]}_0_conv" in names:
-            for late in [late for late in reversed(waiting) if late.name.startswith(block[:-2])]:
+            finish(layer, layer.input_work)
+        if projection_layers and layer.name == f"{block}_1_conv" and f"{block}_0_conv" in names:
+            for late in [late for late in reversed(waiting) if late.name.startswith(block)]:
                 waiting.remove(late)
-                take(late, late.kernel)
-            norm, projection = side
-            side = []
-            take(norm, norm.chain)
-            pending += projection.chain
+                finish(late, late.kernel_work)
+            norm, projection = projection_layers
+            projection_layers = []
+            finish(norm, norm.input_work)
+            pending += projection.input_work
             waiting.append(projection)
     for late in reversed(waiting):
-        take(late, late.kernel)
+        finish(late, late.kernel_work)
     return tuple(found)
 
 
-def _yielded(step: _Step, work: float) -> List[Layer]:
-    """Return the tensors of a layer; its work counts with the first of them."""
+def _gradients_of(layer: _Layer, work: float) -> List[Gradient]:
+    """Return the gradients of a layer; its work counts with the first of them."""
     return [
-        Layer(f"{step.name}/{kind}", shape, step.flops if kind == "kernel" else 0.0, 0.0 if number else work)
-        for number, (kind, shape) in enumerate(step.tensors)
+        Gradient(f"{layer.name}/{kind}", shape, 0.0 if number else work)
+        for number, (kind, shape) in enumerate(layer.tensors)
     ]

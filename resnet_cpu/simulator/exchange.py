@@ -1,6 +1,7 @@
-"""A training step on N nodes, as events: gradients come, are negotiated, fused, reduced; the slowest rank counts.
+"""A training step on N nodes as a sequence of events.
 
-What is modelled and with which formulas: docs/simulate.md. Times are seconds, sizes bytes.
+Gradients become ready, are negotiated, fused and reduced; the slowest rank decides. docs/simulate.md states the model
+and its formulas. Times are seconds, sizes bytes.
 """
 
 import dataclasses
@@ -10,31 +11,29 @@ from typing import Callable, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from resnet_cpu.errors import FlagError
-from resnet_cpu.model import tensors as layers
-from resnet_cpu.model.tensors import Layer
-from resnet_cpu.simulator.network import Network, World, fused_allreduce, message, recursive_doubling
+from resnet_cpu.model import tensors
+from resnet_cpu.model.tensors import Gradient
+from resnet_cpu.simulator.network import Allocation, Network, fused_allreduce, message, recursive_doubling
 
 MIB = 2**20
-DISK_BANDWIDTH = 1e9  # bytes/s at which rank 0 writes a checkpoint; assumed
 BACKWARD_SHARE = 2 / 3  # of the time of forward and backward; 0.69 in BUILD_NOTES.md, "Where the time goes"
-Jitter = Union[float, Tuple[float, ...]]  # deviation of a lognormal, or step times relative to their mean
+Jitter = Union[float, Tuple[float, ...]]  # deviation of a lognormal, or measured step times
 
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """How gradients are handed over. Defaults are those of Horovod 0.28.1 (operations.cc, global_state.h)."""
+    """How gradients are exchanged. The defaults are those of Horovod 0.28.1 (operations.cc, global_state.h)."""
 
     cycle_s: float = 1e-3  # HOROVOD_CYCLE_TIME
     wake_s: float = 5e-5  # how late a sleeping thread wakes: Linux's timer slack (prctl(2), PR_SET_TIMERSLACK)
     fusion_bytes: int = 128 * MIB  # HOROVOD_FUSION_THRESHOLD
     cached: bool = True  # HOROVOD_CACHE_CAPACITY > 0, and all tensors seen before
-    negotiated: bool = True  # False: every tensor is reduced when it comes, as MLSL does it under Caffe
-    request_s: float = 2e-6  # the coordinator's work on one rank's list of requests; assumed
+    negotiated: bool = True  # False: every tensor is reduced as soon as it is ready, as MLSL does for Caffe
+    request_s: float = 2e-6  # the coordinator's work on the list of requests of one rank; assumed
 
     @property
     def period_s(self) -> float:
-        """Return the seconds from one look at what is ready to the next, where there is nothing to do."""
+        """Return the seconds between two checks for ready tensors while the thread is idle."""
         return self.cycle_s + self.wake_s if self.cycle_s else 0.0
 
 
@@ -47,19 +46,19 @@ class Node:
     batch_s: float = 0.0  # of each micro-batch, however few images it holds
     jitter: Jitter = 0.0
     interference: float = 0.0  # share of a rank's compute that is lost while it communicates
-    input_images_per_s: Optional[float] = None  # read and decoded by one rank; None: always in time
+    input_images_per_s: Optional[float] = None  # read and decoded by one rank; None: never waited for
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step and what it is made of; the parts add up to `total`."""
+    """The seconds of a step by what they are spent on; the parts add up to `total`."""
 
-    compute: float  # mean rank, alone: forward, backward and update
+    compute: float  # of the average rank alone: forward, backward and update
     jitter: float  # waiting for the slowest rank
     allreduce: float  # messages not hidden behind backward
-    coordinator: float  # Horovod's cycles and negotiation, as far as they are not hidden
+    coordinator: float  # Horovod's cycles and negotiation that are not hidden
     input: float  # waiting for images
-    messages: int  # allreduces a step
+    messages: int  # number of allreduces in the step
 
     @property
     def total(self) -> float:
@@ -67,19 +66,20 @@ class Step:
         return self.compute + self.jitter + self.allreduce + self.coordinator + self.input
 
 
-def coordination(world: World, network: Network, exchange: Exchange, tensors: int) -> float:
-    """Return the seconds of one cycle's negotiation.
+def negotiation(allocation: Allocation, network: Network, exchange: Exchange, count: int) -> float:
+    """Return the seconds of the negotiation of `count` tensors in one cycle.
 
-    With the response cache: an allreduce of one bit a tensor and three of state (CacheCoordinator::sync). Without:
-    sizes and lists gathered by rank 0, which reads them one by one, then the answer's size and the answer broadcast.
+    With the response cache it is an allreduce of one bit for each tensor and three of state (CacheCoordinator::sync).
+    Without, rank 0 gathers sizes and lists, reads them one by one, then broadcasts the size of its answer and the
+    answer.
     """
-    if world.ranks == 1 or not exchange.negotiated:
+    if allocation.ranks == 1 or not exchange.negotiated:
         return 0.0
     if exchange.cached:
-        bits = 8.0 * -(-(tensors + 3) // 64)
-        return recursive_doubling(bits, world, network)
-    rounds = math.ceil(math.log2(world.ranks))
-    return 4 * rounds * message(0.0, network, world.nodes > 1) + (world.ranks - 1) * exchange.request_s
+        bits = 8.0 * -(-(count + 3) // 64)
+        return recursive_doubling(bits, allocation, network)
+    rounds = math.ceil(math.log2(allocation.ranks))
+    return 4 * rounds * message(0.0, network, allocation.nodes > 1) + (allocation.ranks - 1) * exchange.request_s
 
 
 def exchange_end(
@@ -91,16 +91,19 @@ def exchange_end(
     negotiation_s: float,
     interference: float = 0.0,
 ) -> Tuple[float, List[int]]:
-    """Return when the last tensor is reduced and backward is done, and the bytes of each allreduce.
+    """Return when the last tensor is reduced and backward has ended, and the bytes of each allreduce.
+
+    As in RunLoopOnce, the background thread sleeps until the end of the cycle, negotiates the tensors that are ready,
+    fuses them in order, reduces one buffer after the other, and only then checks again.
 
     Args:
-        ready: when each tensor is there on the slowest rank, rising.
-        compute_end: when that rank has computed all.
-        cost: seconds of an allreduce of so many bytes, fused or not.
-        interference: share of compute lost while messages are under way.
-
-    As in RunLoopOnce: the background thread sleeps to the end of the cycle, negotiates what is there, fuses it in
-    order, reduces one buffer after the other, and only then looks again.
+        ready: when each tensor is ready on the slowest rank, ascending.
+        sizes: bytes of each tensor.
+        compute_end: when the slowest rank has computed everything.
+        cost: function from the bytes of an allreduce, and whether tensors were fused for it, to its seconds.
+        exchange: the settings of Horovod.
+        negotiation_s: seconds of the negotiation in one cycle.
+        interference: share of compute that is lost during messages.
     """
     done, lag, start = 0, 0.0, 0.0
     buffers: List[int] = []
@@ -112,10 +115,10 @@ def exchange_end(
         first = done
         while done < len(ready) and ready[done] + lag <= start + 1e-12:
             done += 1
-        if done == first:  # a cycle's start that rounding put before its tensor
+        if done == first:  # rounding put the start of the cycle before its tensor
             done += 1
         now = start + negotiation_s
-        for size, count in fused(sizes[first:done], exchange.fusion_bytes):
+        for size, count in fuse(sizes[first:done], exchange.fusion_bytes):
             buffers.append(size)
             now += cost(size, count > 1)
         if start - lag < compute_end:
@@ -125,7 +128,7 @@ def exchange_end(
     return max(end, compute_end + lag), buffers
 
 
-def fused(sizes: Sequence[int], threshold: int) -> List[Tuple[int, int]]:
+def fuse(sizes: Sequence[int], threshold: int) -> List[Tuple[int, int]]:
     """Return (bytes, tensors) of each buffer: tensors in order, as many as fit (Controller::FuseResponses)."""
     buffers: List[Tuple[int, int]] = []
     for size in sizes:
@@ -137,11 +140,12 @@ def fused(sizes: Sequence[int], threshold: int) -> List[Tuple[int, int]]:
 
 
 def slowest(jitter: Jitter, count: int) -> float:
-    """Return the expected time of the slowest of `count` ranks, of a mean of 1.
+    """Return the expected time of the slowest of `count` ranks, relative to the mean of one.
 
-    A number is the deviation s of the logarithm of a lognormal of mean 1: the integral of exp(s z - s^2 / 2) over the
-    density of the greatest of `count` normal numbers. A tuple holds measured times: sum over the sorted ones of
-    x_i ((i / n)^count - ((i - 1) / n)^count), over their mean; it cannot exceed the slowest that was seen.
+    A number is the deviation s of the logarithm of a lognormal of mean 1: the result is the integral of
+    exp(s z - s^2 / 2) over the density of the greatest of `count` normal numbers. A tuple holds measured times: the
+    result is the sum over the sorted times of x_i ((i / n)^count - ((i - 1) / n)^count), divided by their mean; it
+    cannot exceed the slowest measured time.
     """
     if isinstance(jitter, tuple):
         times = np.sort(np.asarray(jitter, float))
@@ -157,69 +161,66 @@ def slowest(jitter: Jitter, count: int) -> float:
 
 @functools.lru_cache(maxsize=1)
 def _normal() -> Tuple[np.ndarray, np.ndarray]:
-    """Return a grid and the share of a normal distribution above each of its points."""
+    """Return a grid and the share of a normal distribution above each of its points, both of shape [6001]."""
     z = np.linspace(-12, 12, 6001)
     above = np.array([math.erfc(point / math.sqrt(2)) / 2 for point in z])
     return z, np.minimum(above, 1 - 1e-16)
 
 
 def fit_jitter(step_s: Sequence[float]) -> float:
-    """Return the deviation of the logarithm of measured step times, the lognormal that `slowest` takes."""
-    times = np.asarray(step_s, float)
-    if len(times) < 2 or not (times > 0).all():
-        raise FlagError("jitter needs two step times at least, all above 0; log more steps")
-    return float(np.log(times).std(ddof=1))
+    """Return the deviation of the logarithm of two or more measured step times: the lognormal that `slowest` takes."""
+    return float(np.log(np.asarray(step_s, float)).std(ddof=1))
 
 
 def step(
-    tensors: Sequence[Layer],
+    gradients: Sequence[Gradient],
     batch: int,
     node: Node,
-    world: World,
+    allocation: Allocation,
     network: Network,
     exchange: Exchange,
     micro_batches: int = 1,
 ) -> Step:
-    """Return the step of `world` with `micro_batches` of `batch` images a rank; the last one's gradients are sent."""
+    """Return a step in which each rank computes `micro_batches` of `batch` images and sends the gradients of the last.
+
+    Args:
+        gradients: the gradients of the network in the order in which backward yields them.
+        batch: images of a micro-batch on one rank.
+        node: the speed of the ranks.
+        allocation: the nodes and ranks of the job.
+        network: the cost of messages.
+        exchange: the settings of Horovod.
+        micro_batches: number of micro-batches that a rank accumulates in a step.
+    """
     work = micro_batches * batch * node.image_s
-    stretch = slowest(node.jitter, world.ranks)
-    shares = layers.ready_shares(tensors)
-    sizes = [tensor.bytes for tensor in tensors]
+    stretch = slowest(node.jitter, allocation.ranks)
+    shares = tensors.ready_shares(gradients)
+    sizes = [gradient.bytes for gradient in gradients]
+    cost = functools.partial(fused_allreduce, allocation=allocation, network=network)
 
-    cost = functools.partial(fused_allreduce, world=world, network=network)
-
-    def run(negotiation_s: float, handed: Exchange) -> Tuple[float, int]:
+    def end_and_messages(negotiation_s: float, exchange: Exchange) -> Tuple[float, int]:
         end = work * stretch
         last_s = end / micro_batches
         ready = [end - last_s * BACKWARD_SHARE * (1 - share) for share in shares]
-        if world.ranks == 1:
+        if allocation.ranks == 1:
             return end, 0
-        last, buffers = exchange_end(ready, sizes, end, cost, handed, negotiation_s, node.interference)
+        last, buffers = exchange_end(ready, sizes, end, cost, exchange, negotiation_s, node.interference)
         return last, len(buffers)
 
-    negotiation_s = coordination(world, network, exchange, len(tensors))
-    whole, messages = run(negotiation_s, exchange)
-    # What would be left if negotiating took no time; waiting for more tensors can also pay, then nothing is lost by it.
-    without = min(run(0.0, dataclasses.replace(exchange, cycle_s=0.0))[0], whole) if exchange.negotiated else whole
-    slow = work * (stretch - 1)
+    negotiation_s = negotiation(allocation, network, exchange, len(gradients))
+    end, messages = end_and_messages(negotiation_s, exchange)
+    # The end if negotiation took no time. Waiting for more tensors can also gain time; then the coordinator costs none.
+    free = end
+    if exchange.negotiated:
+        free = min(end_and_messages(0.0, dataclasses.replace(exchange, cycle_s=0.0))[0], end)
     fixed_s = node.fixed_s + micro_batches * node.batch_s
-    busy = whole + fixed_s
+    busy = end + fixed_s
     read = micro_batches * batch / node.input_images_per_s if node.input_images_per_s else 0.0
     return Step(
         compute=work + fixed_s,
-        jitter=slow,
-        allreduce=without - work * stretch,
-        coordinator=whole - without,
+        jitter=work * (stretch - 1),
+        allreduce=free - work * stretch,
+        coordinator=end - free,
         input=max(0.0, read - busy),
         messages=messages,
     )
-
-
-def efficiency(one: Step, many: Step) -> float:
-    """Return the share of `one`'s speed that a node keeps in `many`, at the same batch a rank."""
-    return one.total / many.total
-
-
-def images_per_second(found: Step, batch: int, world: World) -> float:
-    """Return the images a second of all ranks."""
-    return batch * world.ranks / found.total

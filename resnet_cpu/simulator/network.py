@@ -1,43 +1,42 @@
-"""What a collective costs: latency, bandwidth and adding up, on nodes whose ranks share one network interface.
+"""The cost of collective operations on nodes whose ranks share one network interface.
 
-The model is that of Thakur, Rabenseifner, Gropp (2005), "Optimization of collective communication operations in MPICH":
-a message of n bytes takes latency + n / bandwidth, and adding n bytes up takes n * gamma. Ranks sit node by node.
+The model is that of Thakur, Rabenseifner and Gropp (2005), "Optimization of collective communication operations in
+MPICH": a message of n bytes takes latency + n / bandwidth seconds, and adding n bytes to another buffer takes
+n * gamma. Ranks are numbered node by node. Times are seconds, sizes bytes.
 """
 
 import dataclasses
 import math
 from typing import Callable, Dict, List
 
-from resnet_cpu.errors import FlagError
-
 
 @dataclasses.dataclass(frozen=True)
-class World:
-    """How many ranks there are and where; ranks of a node have neighbouring numbers."""
+class Allocation:
+    """The nodes of a job and the ranks on each of them; ranks of one node have consecutive numbers."""
 
     nodes: int
     ranks_per_node: int = 1
 
     @property
     def ranks(self) -> int:
-        """Return all ranks."""
+        """Return the number of ranks on all nodes."""
         return self.nodes * self.ranks_per_node
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What messages cost."""
+    """The constants that decide what a message costs."""
 
     name: str
     latency_s: float  # of a message between nodes, software included
-    bandwidth: float  # bytes/s of a node each way, shared by its ranks
-    memory_latency_s: float = 1e-6  # of a message between ranks of a node
+    bandwidth: float  # bytes/s of a node in each direction, shared by its ranks
+    memory_latency_s: float = 1e-6  # of a message between ranks of one node
     memory_bandwidth: float = 5e9  # bytes/s of a copy by one rank
     reduce_s_per_byte: float = 1 / 5e9  # gamma: one rank adding a buffer to another
     algorithm: str = "best"
 
 
-#: Link rates by name; what is beside them is assumed, and told by the command: measure and give a file instead.
+#: Networks by name. The bandwidth is the rate of the link; all other constants are assumed, and printed as such.
 NETWORKS: Dict[str, Network] = {
     network.name: network
     for network in (
@@ -52,66 +51,69 @@ NETWORKS: Dict[str, Network] = {
 
 
 def message(size: float, network: Network, between_nodes: bool, senders: int = 1) -> float:
-    """Return the seconds of a message of `size` bytes that each of `senders` ranks of a node sends at once."""
+    """Return the seconds of a message of `size` bytes that `senders` ranks of a node send at the same time."""
     if between_nodes:
         return network.latency_s + size * senders / network.bandwidth
     return network.memory_latency_s + size / network.memory_bandwidth
 
 
-def ring(size: float, world: World, network: Network) -> float:
-    """Return the seconds of a ring allreduce: 2 (p - 1) messages of n / p bytes, half of them added up.
+def ring(size: float, allocation: Allocation, network: Network) -> float:
+    """Return the seconds of a ring allreduce: 2 (p - 1) messages of n / p bytes; half of them are added up.
 
-    With one rank a node: 2 (p - 1) latency + 2 (p - 1) / p * n / bandwidth + (p - 1) / p * n * gamma. With several, a
-    node sends one message over its interface at a time and the others through memory, at once.
+    With one rank per node: 2 (p - 1) latency + 2 (p - 1) / p * n / bandwidth + (p - 1) / p * n * gamma. With several,
+    a node sends one message at a time over its interface, and the others through memory meanwhile.
     """
-    ranks = world.ranks
+    ranks = allocation.ranks
     part = size / ranks
-    hops = [message(part, network, True)] if world.nodes > 1 else []
-    hops += [message(part, network, False)] if world.ranks_per_node > 1 else []
+    hops = [message(part, network, True)] if allocation.nodes > 1 else []
+    hops += [message(part, network, False)] if allocation.ranks_per_node > 1 else []
     return 2 * (ranks - 1) * max(hops, default=0.0) + (ranks - 1) * part * network.reduce_s_per_byte
 
 
-def recursive_doubling(size: float, world: World, network: Network) -> float:
-    """Return the seconds of log2(p) exchanges of all n bytes; ranks past a power of two cost two messages more."""
-    total = _past_power_of_two(size, 2, size, world, network)
-    for distance in _distances(world.ranks):
-        total += _hop(size, distance, world, network) + size * network.reduce_s_per_byte
+def recursive_doubling(size: float, allocation: Allocation, network: Network) -> float:
+    """Return the seconds of log2(p) exchanges of all n bytes; ranks past a power of two cost two more messages."""
+    total = _past_power_of_two(size, 2, size, allocation, network)
+    for distance in _distances(allocation.ranks):
+        total += _hop(size, distance, allocation, network) + size * network.reduce_s_per_byte
     return total
 
 
-def rabenseifner(size: float, world: World, network: Network) -> float:
+def rabenseifner(size: float, allocation: Allocation, network: Network) -> float:
     """Return the seconds of a reduce-scatter by halving and an allgather by doubling.
 
-    On 2^k ranks, one a node: 2 log2(p) latency + 2 (p - 1) / p * n / bandwidth + (p - 1) / p * n * gamma. Ranks past a
-    power of two exchange halves with a neighbour, both add one up, and it is sent the other's sum.
+    On 2^k ranks, one per node: 2 log2(p) latency + 2 (p - 1) / p * n / bandwidth + (p - 1) / p * n * gamma. Each rank
+    past a power of two exchanges halves with a neighbour, both add one half up, and one sends its sum to the other.
     """
-    total = _past_power_of_two(size, 3, size / 2, world, network)
+    total = _past_power_of_two(size, 3, size / 2, allocation, network)
     part = size
-    for distance in _distances(world.ranks):
+    for distance in _distances(allocation.ranks):
         part /= 2
-        total += 2 * _hop(part, distance, world, network) + part * network.reduce_s_per_byte
+        total += 2 * _hop(part, distance, allocation, network) + part * network.reduce_s_per_byte
     return total
 
 
-def hierarchical(size: float, world: World, network: Network) -> float:
+def hierarchical(size: float, allocation: Allocation, network: Network) -> float:
     """Return the seconds of a reduction within nodes, the best allreduce between their first ranks, and a broadcast."""
-    rounds = math.ceil(math.log2(world.ranks_per_node))
+    rounds = math.ceil(math.log2(allocation.ranks_per_node))
     within = rounds * (2 * message(size, network, False) + size * network.reduce_s_per_byte)
-    leaders = World(world.nodes)
-    return within + min(one(size, leaders, network) for one in (ring, recursive_doubling, rabenseifner))
+    leaders = Allocation(allocation.nodes)
+    return within + min(cost(size, leaders, network) for cost in (ring, recursive_doubling, rabenseifner))
 
 
-ALGORITHMS: Dict[str, Callable[[float, World, Network], float]] = {
+ALGORITHMS: Dict[str, Callable[[float, Allocation, Network], float]] = {
     "ring": ring,
     "recursive_doubling": recursive_doubling,
     "rabenseifner": rabenseifner,
     "hierarchical": hierarchical,
 }
+#: Values of `Network.algorithm`.
+ALGORITHM_NAMES = ("best", "openmpi", *ALGORITHMS)
 
 
-# What Open MPI picks for operations that commute (coll_tuned_decision_fixed.c): ranks below, then bytes below and
-# algorithm; past the last it is Rabenseifner. Its segmented ring counts as the ring, the reduction and broadcast that
-# it has for smaller messages as recursive doubling, and so do rings of fewer elements than ranks.
+# The choice of Open MPI for commutative operations (coll_tuned_decision_fixed.c). Each row: fewer ranks than this, then
+# pairs of (fewer bytes than this, algorithm); beyond the last pair it is Rabenseifner. The segmented ring of Open MPI
+# counts as the ring. Its reduction with broadcast for small messages counts as recursive doubling, and so do rings of
+# fewer elements than ranks.
 _OPEN_MPI = (
     (4, ((4096, "recursive_doubling"), (8192, "ring"), (16384, "recursive_doubling"), (262144, "ring"))),
     (16, ((8192, "recursive_doubling"),)),
@@ -125,65 +127,55 @@ _OPEN_MPI = (
 )
 
 
-def open_mpi(size: float, world: World, network: Network) -> float:
-    """Return the seconds of an allreduce by the algorithm that Open MPI picks where nothing else is said."""
-    sizes = next(sizes for ranks, sizes in _OPEN_MPI if world.ranks < ranks)
-    name = next((name for most, name in sizes if size < most), "rabenseifner")
-    return ALGORITHMS[name](size, world, network)
+def open_mpi(size: float, allocation: Allocation, network: Network) -> float:
+    """Return the seconds of an allreduce by the algorithm that Open MPI chooses by default."""
+    choices = next(choices for ranks, choices in _OPEN_MPI if allocation.ranks < ranks)
+    name = next((name for limit, name in choices if size < limit), "rabenseifner")
+    return ALGORITHMS[name](size, allocation, network)
 
 
-def allreduce(size: float, world: World, network: Network) -> float:
+def allreduce(size: float, allocation: Allocation, network: Network) -> float:
     """Return the seconds of an allreduce of `size` bytes by the network's algorithm; `best` is the fastest of all."""
-    if world.ranks == 1:
+    if allocation.ranks == 1:
         return 0.0
     if network.algorithm == "openmpi":
-        return open_mpi(size, world, network)
+        return open_mpi(size, allocation, network)
     if network.algorithm == "best":
-        return min(one(size, world, network) for one in ALGORITHMS.values())
-    return ALGORITHMS[network.algorithm](size, world, network)
+        return min(cost(size, allocation, network) for cost in ALGORITHMS.values())
+    return ALGORITHMS[network.algorithm](size, allocation, network)
 
 
-def fused_allreduce(size: float, copied: bool, world: World, network: Network) -> float:
-    """Return the seconds of an allreduce of a buffer; `copied`: tensors are copied into it, and out of it after."""
+def fused_allreduce(size: float, copied: bool, allocation: Allocation, network: Network) -> float:
+    """Return the seconds of an allreduce of a buffer.
+
+    Args:
+        size: bytes of the buffer.
+        copied: whether tensors are copied into the buffer and the result out of it.
+    """
     copies = 2 * size / network.memory_bandwidth if copied else 0.0
-    return allreduce(size, world, network) + copies
-
-
-def check(network: Network) -> Network:
-    """Return `network`; raise FlagError where a value cannot be."""
-    for field in ("latency_s", "memory_latency_s", "reduce_s_per_byte"):
-        if not 0 <= getattr(network, field) < math.inf:
-            raise FlagError(f"--network={network.name}: {field}={getattr(network, field)} must be 0 or more seconds")
-    for field in ("bandwidth", "memory_bandwidth"):
-        if not getattr(network, field) > 0:
-            raise FlagError(f"--network={network.name}: {field}={getattr(network, field)} must be above 0 bytes/s")
-    if network.algorithm not in ("best", "openmpi", *ALGORITHMS):
-        raise FlagError(
-            f"--network={network.name}: algorithm={network.algorithm}: unknown; use best, openmpi, "
-            f"{', '.join(ALGORITHMS)}"
-        )
-    return network
+    return allreduce(size, allocation, network) + copies
 
 
 def _distances(ranks: int) -> List[int]:
-    """Return 1, 2, 4, ... as far as the partners of a butterfly over the power of two within `ranks` sit apart."""
+    """Return 1, 2, 4, ...: how far partners of a butterfly over the largest power of two within `ranks` are apart."""
     return [2**step for step in range(ranks.bit_length() - 1)]
 
 
-def _hop(size: float, distance: int, world: World, network: Network) -> float:
-    """Return the seconds of an exchange with the rank `distance` away, by all ranks of a node at once."""
-    between = world.nodes > 1 and distance >= world.ranks_per_node
-    return message(size, network, between, world.ranks_per_node)
+def _hop(size: float, distance: int, allocation: Allocation, network: Network) -> float:
+    """Return the seconds of an exchange with the rank `distance` away, by all ranks of a node at the same time."""
+    between = allocation.nodes > 1 and distance >= allocation.ranks_per_node
+    return message(size, network, between, allocation.ranks_per_node)
 
 
-def _past_power_of_two(size: float, messages: int, added: float, world: World, network: Network) -> float:
-    """Return the seconds that ranks past the power of two cost; nothing where there are none.
+def _past_power_of_two(size: float, messages: int, added: float, allocation: Allocation, network: Network) -> float:
+    """Return the additional seconds where the number of ranks is not a power of two, else 0.
 
-    They hand over all `size` bytes and in the end get as many back, in so many `messages`; `added` bytes are added up.
+    The ranks past it send all `size` bytes and finally receive as many, in `messages` messages; `added` bytes are added
+    up.
     """
-    if world.ranks & (world.ranks - 1) == 0:
+    if allocation.ranks & (allocation.ranks - 1) == 0:
         return 0.0
-    between = world.ranks_per_node == 1
+    between = allocation.ranks_per_node == 1
     latency = message(0.0, network, between)
     moved = 2 * (message(size, network, between) - latency)
     return messages * latency + moved + added * network.reduce_s_per_byte

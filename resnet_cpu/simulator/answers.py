@@ -1,0 +1,238 @@
+"""The answers of `python -m resnet_cpu.simulate`: the table, the CSV and the plot of a prediction."""
+
+import dataclasses
+from typing import Any, Dict, List, Tuple
+
+from resnet_cpu.errors import FlagError
+from resnet_cpu.recipe.batch import Batch
+from resnet_cpu.report.text import aligned, count, duration
+from resnet_cpu.settings import Settings
+from resnet_cpu.simulator import cluster as clusters
+from resnet_cpu.simulator import published
+from resnet_cpu.simulator.cluster import Cluster, CurvePoint, efficiency
+from resnet_cpu.simulator.exchange import Step
+
+CSV_HEADER = "nodes,ranks,global_batch_size,images_per_second,efficiency,step_s," + ",".join(
+    f"{field.name}_s" if field.name != "messages" else "messages" for field in dataclasses.fields(Step)
+)
+BATCHES = (8, 16, 32, 64, 128)  # images of a rank, compared with each other
+TARGET = 0.9  # share of the speed of one node that the paper claims to keep (arXiv 1711.04291, abstract)
+PLOT = "simulate.png"
+
+
+def answer(settings: Settings) -> str:
+    """Return the text to print: a table, CSV, or the path of the plot that was drawn."""
+    cluster = clusters.from_settings(settings)
+    points, skipped = clusters.curve(cluster, settings.simulate.nodes)
+    if settings.prediction.format == "csv":
+        return "\n".join(csv_lines(cluster, points))
+    if settings.prediction.format == "png":
+        _draw(cluster, points)
+        return PLOT
+    return "\n".join(table_lines(cluster, points, skipped))
+
+
+def csv_lines(cluster: Cluster, points: List[CurvePoint]) -> List[str]:
+    """Return the curve as CSV; times in seconds."""
+    lines = [CSV_HEADER]
+    for point in points:
+        ranks = point.nodes * cluster.ranks_per_node
+        cells = [point.nodes, ranks, point.batch.total, point.nodes * point.speed, efficiency(points[0], point)]
+        lines.append(",".join(repr(cell) for cell in [*cells, point.step.total, *dataclasses.astuple(point.step)]))
+    return lines
+
+
+def table_lines(cluster: Cluster, points: List[CurvePoint], skipped: List[int]) -> List[str]:
+    """Return all answers: the curve, its limit and the causes, the time to train, local batches, published points."""
+    nodes = points[-1].nodes
+    left_out = [f"skipped, because the global batch is not divisible there: {', '.join(f'{n:,}' for n in skipped)}"]
+    return [
+        *cluster.sources,
+        "",
+        *_curve_lines(cluster, points),
+        *(left_out if skipped else []),
+        "",
+        cause_line(cluster, points),
+        *_other_order_lines(cluster, points),
+        "",
+        _training_line(cluster, nodes),
+        "",
+        *_batch_lines(cluster, nodes),
+        "",
+        *published_lines(),
+    ]
+
+
+def _per_rank(batch: Batch) -> str:
+    times = f" x {batch.accumulate_steps} accumulated" if batch.accumulate_steps > 1 else ""
+    return f"{batch.per_rank} images{times} a rank"
+
+
+def _curve_lines(cluster: Cluster, points: List[CurvePoint]) -> List[str]:
+    """Return the efficiency curve, with the milliseconds of a step split into their parts."""
+    settings = cluster.settings
+    table = [["nodes", "ranks", "batch", "images/s", "a node", "efficiency", "step ms", "compute", "jitter"]]
+    table[0] += ["allreduce", "coordinator", "input", "messages"]
+    for point in points:
+        step = point.step
+        parts = (step.total, step.compute, step.jitter, step.allreduce, step.coordinator, step.input)
+        table.append(
+            [
+                f"{point.nodes:,}",
+                f"{point.nodes * cluster.ranks_per_node:,}",
+                f"{point.batch.total:,}",
+                f"{point.nodes * point.speed:,.0f}",
+                f"{point.speed:.1f}",
+                f"{100 * efficiency(points[0], point):.1f} %",
+                *(f"{1000 * part:.1f}" for part in parts),
+                f"{step.messages}",
+            ]
+        )
+    title = f"{settings.model.model}, {cluster.ranks_per_node} ranks a node, "
+    if settings.recipe.global_batch_size:
+        title += f"{points[0].batch.total:,} images a step in all (strong scaling)"
+    else:
+        title += f"{_per_rank(points[0].batch)}, the batch grows with the nodes (weak scaling)"
+    return [title, *aligned(table)]
+
+
+def cause_line(cluster: Cluster, points: List[CurvePoint]) -> str:
+    """Return where efficiency first falls below the target, and the shares of that step that cause it."""
+    one = points[0]
+    below = clusters.first_below(cluster, points, TARGET)
+    point = below or points[-1]
+    # The additional seconds of each part, compared with a step of one node on as many images.
+    scale = point.batch.total / point.nodes / (one.batch.total / one.nodes)
+    parts = {part: part for part in ("jitter", "allreduce", "coordinator", "input")}
+    parts["compute"] = "the update and other costs of a step that do not depend on its batch"
+    lost = [(getattr(point.step, part) - scale * getattr(one.step, part), text) for part, text in parts.items()]
+    shares = sorted(((extra / point.step.total, text) for extra, text in lost), reverse=True)
+    causes = ", ".join(f"{text} {100 * share:.1f} %" for share, text in shares if share > 5e-4) or "nothing"
+    where = "below {:.0f} % at {}" if below else "above {:.0f} % up to {}"
+    where = where.format(100 * TARGET, count(f"{point.nodes:,}", "node"))
+    return f"efficiency is {where}; of the step there, in excess of that of one node: {causes}"
+
+
+def _other_order_lines(cluster: Cluster, points: List[CurvePoint]) -> List[str]:
+    """Return the efficiency if TensorFlow yielded gradients layer by layer, where it does not."""
+    if cluster.inter_op_threads != 1:
+        return []
+    other = cluster._replace(inter_op_threads=2)
+    ends = (points[0], points[-1])
+    one, many = (end._replace(step=clusters.step_of(other, end.nodes, end.batch)) for end in ends)
+    return [
+        f"at {many.nodes:,}: {100 * efficiency(*ends):.1f} %; {100 * efficiency(one, many):.1f} % if gradients came "
+        "layer by layer (inter_op_threads=2)"
+    ]
+
+
+def _training_line(cluster: Cluster, nodes: int) -> str:
+    """Return the time and the node-hours of the recipe on `nodes` nodes."""
+    settings = cluster.settings
+    examples = clusters.train_examples(settings)
+    if not settings.recipe.phases:
+        return "time to train: not known without a --phase; give a --flagfile"
+    if not examples:
+        return f"time to train: not known, since the size of {settings.data.dataset} is not; give --train_examples"
+    seconds = clusters.training_seconds(cluster, nodes, examples)
+    parts = ", ".join(f"{name} {duration(part)}" for name, part in seconds.items())
+    total = sum(seconds.values())
+    return (
+        f"the recipe on {nodes:,} nodes: {duration(total)}, {total * nodes / 3600:,.1f} node-hours ({parts}; start and "
+        "first step not included)"
+    )
+
+
+def _batch_lines(cluster: Cluster, nodes: int) -> List[str]:
+    """Return a comparison of local batches: on `nodes` nodes, and for a constant global batch."""
+    settings, ranks_per_node = cluster.settings, cluster.ranks_per_node
+    total = clusters.point(cluster, nodes).batch.total
+    examples = clusters.train_examples(settings) or 0
+    table = [["images a rank", "batch", "images/s", "efficiency", "|", "nodes", "epoch s", "node-h an epoch"]]
+
+    def point(count: int, per_rank: int) -> CurvePoint:
+        batch = Batch(per_rank, 1, per_rank * count * ranks_per_node)
+        return CurvePoint(count, batch, clusters.step_of(cluster, count, batch))
+
+    for per_rank in BATCHES:
+        many = point(nodes, per_rank)
+        share = 100 * efficiency(point(1, per_rank), many)
+        row = [str(per_rank), f"{many.batch.total:,}", f"{nodes * many.speed:,.0f}", f"{share:.1f} %", "|"]
+        few, rest = divmod(total, per_rank * ranks_per_node)
+        if rest or not few:
+            table.append([*row, "-", "-", "-"])
+            continue
+        seconds = examples / (few * point(few, per_rank).speed)
+        table.append([*row, f"{few:,}", f"{seconds:.1f}", f"{seconds * few / 3600:.2f}"])
+    return [f"local batch: on {nodes:,} nodes | for a global batch of {total:,}", *aligned(table)]
+
+
+def published_lines() -> List[str]:
+    """Return the published figures, those that a fit used and those held out, beside the predictions, with errors."""
+    lines = ["published points (Intel Caffe with MLSL, no Horovod)"]
+    rows = published.published_rows()
+    titles = {
+        "two_constants": "two constants, two points (speed, jitter)",
+        "three_constants": "a third, a fixed time a batch, and a third point (DAWNBench)",
+    }
+    for name, title in titles.items():
+        fit = published.published(name)
+        node = fit.node
+        assert isinstance(node.jitter, float)
+        lines.append(
+            f"  {title}: {1000 * node.image_s:.2f} ms an image and rank, jitter {100 * node.jitter:.2f} %"
+            + (f", {1000 * node.batch_s:.0f} ms a batch" if node.batch_s else "")
+        )
+        table = [["", "published", "model", "error", "", ""]]
+        for point in fit.comparisons:
+            measured, predicted = f"{point.measured:.4g} {point.unit}", f"{point.predicted:.4g}"
+            kind = "fitted to" if point.fitted else "held out"
+            table.append(
+                [point.name, measured, predicted, f"{100 * point.error:+.1f} %", kind, rows[point.name]["what"]]
+            )
+        lines += ["    " + line for line in aligned(table, str.ljust)]
+    many = published.many_cores()
+    lines.append(
+        f"  104K cores, read as 1,536 Xeon Phi of 68 cores with 16 images each, speed fitted to 2,048 of them: "
+        f"{many.minutes.predicted:.1f} min for 90 epochs (published {many.minutes.measured:g}, error "
+        f"{100 * many.minutes.error:+.1f} %), efficiency {100 * many.efficiency:.1f} % of one node"
+    )
+    lines.append(
+        f"  for {many.minutes.measured:g} min each of the 1,536 has to reach {many.needed_images_per_s:.1f} images/s, "
+        f"a step of {1000 * 16 / many.needed_images_per_s:.0f} ms, including the slowest of them"
+    )
+    return lines
+
+
+def plot_data(
+    cluster: Cluster, points: List[CurvePoint]
+) -> Tuple[Dict[str, Tuple[List[int], List[float]]], List[Dict[str, Any]], str]:
+    """Return curves by name (nodes, efficiency), published speed-ups (`nodes share label fitted`), and the title."""
+    curves = {"this": _shares(points)}
+    for threads, label in ((1, "most kernels' gradients last"), (2, "gradients layer by layer")):
+        if threads != cluster.inter_op_threads:
+            other = cluster._replace(inter_op_threads=threads)
+            curves[f"if {label}"] = _shares(clusters.curve(other, points[-1].nodes)[0])
+    rows = published.published_rows()
+    speed_ups = []
+    for point in published.published().comparisons:
+        if point.unit == "x":
+            nodes = int(rows[point.name]["nodes"])
+            share = point.measured / nodes
+            speed_ups.append({"nodes": nodes, "share": share, "label": point.name, "fitted": point.fitted})
+    title = f"{cluster.settings.model.model}, {_per_rank(points[0].batch)}, {cluster.ranks_per_node} ranks a node, "
+    return curves, speed_ups, title + cluster.network.name
+
+
+def _shares(points: List[CurvePoint]) -> Tuple[List[int], List[float]]:
+    return [point.nodes for point in points], [efficiency(points[0], point) for point in points]
+
+
+def _draw(cluster: Cluster, points: List[CurvePoint]) -> None:
+    """Draw the curve to PLOT; raise FlagError without matplotlib."""
+    from resnet_cpu.report import run_plots as plots
+
+    if not plots.available():
+        raise FlagError("--format=png: matplotlib is not installed; use --format=table, or pip install matplotlib")
+    curves, speed_ups, title = plot_data(cluster, points)
+    plots.draw_prediction(curves, speed_ups, PLOT, title)

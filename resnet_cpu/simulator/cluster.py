@@ -1,0 +1,336 @@
+"""The simulated cluster: from settings to node, network and exchange, then to steps, the curve and training time."""
+
+import dataclasses
+import os
+import statistics
+import zipfile
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+
+from resnet_cpu import settings as settings_module
+from resnet_cpu.cluster import placement
+from resnet_cpu.data.datasets import facts_of
+from resnet_cpu.errors import CheckpointError, FlagError
+from resnet_cpu.model import tensors
+from resnet_cpu.model.tensors import Gradient
+from resnet_cpu.recipe.batch import Batch
+from resnet_cpu.run import past_run
+from resnet_cpu.run.folder import read_json, read_rows
+from resnet_cpu.settings import Settings
+from resnet_cpu.simulator import exchange, published
+from resnet_cpu.simulator.exchange import Exchange, Node, Step
+from resnet_cpu.simulator.network import ALGORITHM_NAMES, NETWORKS, Allocation, Network
+
+RANKS_PER_NODE = 2  # where neither flags nor a past run say otherwise
+DISK_BANDWIDTH = 1e9  # bytes/s at which rank 0 writes a checkpoint; assumed
+KNOWN_SPEED = "resnet50 of width 1 at 224 pixels in float32"  # the network of the published figures
+_ALWAYS_POSITIVE = ("bandwidth", "memory_bandwidth", "image_s", "input_images_per_s")
+_REQUIRED = ("latency_s", "bandwidth")
+
+
+class Cluster(NamedTuple):
+    """Everything that a prediction depends on."""
+
+    settings: Settings
+    node: Node
+    ranks_per_node: int
+    network: Network
+    exchange: Exchange
+    inter_op_threads: int  # of TensorFlow; decides the order of gradients
+    sources: Tuple[str, ...]  # a line on each: where the constants come from
+
+
+class CurvePoint(NamedTuple):
+    """The step of a number of nodes."""
+
+    nodes: int
+    batch: Batch
+    step: Step
+
+    @property
+    def speed(self) -> float:
+        """Return the images/s of one of the nodes."""
+        return self.batch.total / self.step.total / self.nodes
+
+
+def from_settings(settings: Settings) -> Cluster:
+    """Return the cluster that the flags describe.
+
+    Raises FlagError for flags or constants that contradict each other, CheckpointError for an unusable past run.
+    """
+    name = settings.simulate.network
+    constants = {} if name in NETWORKS else _read_constants(name)
+    speed = settings.prediction.speed
+    rate = None if speed is None else _number(speed)
+    ranks_per_node = _ranks_per_node(settings, None if rate is not None else speed)
+    network = f"{settings.model.model} of width {settings.model.width:g} at {settings.data.image_size} pixels in "
+    network += settings.model.precision
+    fit = published.published()
+    measured: Tuple[str, ...] = ()
+    if speed is None:
+        if network != KNOWN_SPEED:
+            raise FlagError(
+                f"the speed of {network} is not known; give --speed, as images/s of one node or as the folder of a run"
+            )
+        node, source = fit.node, "Intel Caffe's on 2x Xeon 8160, fitted to published points, see below"
+    elif rate is not None:
+        measured = ("image_s", "batch_s")
+        node = Node(image_s=ranks_per_node / rate, jitter=fit.node.jitter)
+        source = "speed as given; jitter fitted to published points, see below"
+    else:
+        measured = ("image_s", "fixed_s", "batch_s", "jitter")
+        node, source = _node_of_run(speed, settings), f"speed and jitter of {speed}"
+    twice = [key for key in measured if key in constants]
+    if twice:
+        raise FlagError(f"--network={name}: --speed={speed} also gives {', '.join(twice)}; remove one of the two")
+    threads = int(constants.get("inter_op_threads", placement.environment(1)["TF_NUM_INTEROP_THREADS"]))
+    order = "most kernels last" if threads == 1 else "layer by layer"
+    base = NETWORKS.get(name) or Network(name, constants["latency_s"], constants["bandwidth"])
+    sources = (
+        f"node: {source}",
+        _source_of(base),
+        f"gradients: {order}, as TensorFlow yields them with inter_op_threads={threads}",
+    )
+    return Cluster(
+        settings,
+        _with_constants(node, constants),
+        ranks_per_node,
+        _with_constants(base, constants),
+        _with_constants(Exchange(), constants),
+        threads,
+        sources,
+    )
+
+
+def _number(speed: str) -> Optional[float]:
+    """Return the images/s of --speed, None if it names a run folder; raise FlagError unless they are above 0."""
+    try:
+        rate = float(speed)
+    except ValueError:
+        return None
+    if not _positive(rate):
+        raise FlagError(f"--speed={speed}: must be above 0; give images/s of one node, or the folder of a run")
+    return rate
+
+
+def _ranks_per_node(settings: Settings, run_dir: Optional[str]) -> int:
+    """Return the ranks of a node, by flag, as in the past run `run_dir`, or the default."""
+    recorded = past_run.ranks_per_node(run_dir) if run_dir else None
+    ranks_per_node = settings.launch.ranks_per_node or recorded or RANKS_PER_NODE
+    if recorded not in (None, ranks_per_node):
+        raise FlagError(
+            f"--ranks_per_node={ranks_per_node}: --speed={run_dir} had {recorded} ranks on a node, which slow each "
+            "other down; remove the flag, or name a run with as many ranks per node"
+        )
+    nodes = settings.simulate.nodes
+    if settings.system.ranks not in (None, nodes * ranks_per_node):
+        raise FlagError(
+            f"--ranks={settings.system.ranks}: contradicts {nodes} nodes of {ranks_per_node} ranks; remove it and give "
+            "--nodes and --ranks_per_node"
+        )
+    return ranks_per_node
+
+
+def _source_of(network: Network) -> str:
+    if network.name not in NETWORKS:
+        return f"network: {network.name}"
+    return (
+        f"network: {network.name}, {network.bandwidth * 8 / 1e9:g} Gb/s by name; assumed: "
+        f"{1e6 * network.latency_s:g} us a message, {network.memory_bandwidth / 1e9:g} GB/s a rank in memory and in "
+        "adding up"
+    )
+
+
+def _with_constants(part: Any, constants: Dict[str, Any]) -> Any:
+    """Return a Network, Exchange or Node with those of the `constants` that are its fields."""
+    names = {field.name for field in dataclasses.fields(part)}
+    return dataclasses.replace(part, **{key: value for key, value in constants.items() if key in names})
+
+
+def _read_constants(path: str) -> Dict[str, Any]:
+    """Return the constants of a JSON file: numbers by name, `jitter` also a list, `algorithm` a name.
+
+    Raises FlagError that names the file, the key and the remedy.
+    """
+    flag = f"--network={path}"
+    if not os.path.exists(path):
+        raise FlagError(f"{flag}: neither a file nor one of {', '.join(NETWORKS)}")
+    constants = read_json(path)
+    if not isinstance(constants, dict):
+        raise FlagError(f"{flag}: not a JSON object; write names and numbers, as in docs/simulate.md")
+    fields = [field.name for kind in (Network, Exchange, Node) for field in dataclasses.fields(kind)]
+    known = sorted({*fields, "inter_op_threads"} - {"name"})
+    for key, value in constants.items():
+        if key not in known:
+            raise FlagError(f"{flag}: unknown key '{key}'; known keys are {', '.join(known)}")
+        if key == "algorithm":
+            if value not in ALGORITHM_NAMES:
+                raise FlagError(f"{flag}: algorithm={value}: unknown; use one of {', '.join(ALGORITHM_NAMES)}")
+        elif key == "jitter" and isinstance(value, list) and value and all(_positive(time) for time in value):
+            constants[key] = tuple(value)
+        elif key in _ALWAYS_POSITIVE and not _positive(value):
+            raise FlagError(f"{flag}: {key}={value!r} must be a number above 0")
+        elif not (_positive(value) or value == 0):
+            raise FlagError(f"{flag}: {key}={value!r} must be a number, 0 or above")
+    if constants.get("interference", 0) >= 1:
+        raise FlagError(f"{flag}: interference={constants['interference']} must be a share below 1")
+    for key in _REQUIRED:
+        if key not in constants:
+            raise FlagError(f"{flag}: '{key}' is missing; measure it (docs/simulate.md)")
+    return constants
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 < value < float("inf")
+
+
+def _node_of_run(run_dir: str, settings: Settings) -> Node:
+    """Return the speed of the ranks of a past run and the jitter of its logged steps."""
+    result = past_run.result(run_dir, settings.model, [settings.data.image_size])
+    step_times = os.path.join(run_dir, "step_times.npz")
+    if os.path.exists(step_times):
+        return _node_of_step_times(step_times, result)
+    rows = read_rows(os.path.join(run_dir, "metrics.jsonl"))
+    times = [row["step_s"] for row in rows[1:] if row.get("step_s")]
+    if len(times) < 3:
+        raise CheckpointError(f"--speed={run_dir}: metrics.jsonl has fewer than 4 rows; name a run that logged more")
+    # A row is the mean of the steps since the previous row; the mean of k independent steps varies less, by sqrt(k).
+    span = statistics.median(after["step"] - before["step"] for before, after in zip(rows, rows[1:]))
+    jitter = exchange.fit_jitter(times) * span**0.5
+    return Node(image_s=result["ranks"] / result["images_per_second"], jitter=jitter)
+
+
+def _node_of_step_times(path: str, result: Dict[str, Any]) -> Node:
+    """Return the speed and jitter of ranks by their own clocks, in a run of --experiment=scaling.
+
+    Waiting for peers and messages is not part of it.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            seconds = file["seconds"]  # [ranks, steps, (between, data, compute, after the last gradient)]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        raise CheckpointError(f"{path}: cannot be read; repeat the scaling run, or remove the file") from None
+    work = seconds[..., :3].sum(-1)
+    jitter = work / work.mean(1, keepdims=True)  # per rank: one that is always slow does not jitter
+    # After its last gradient a single rank does nothing but the update.
+    fixed_s = float(seconds[..., 3].mean()) if len(seconds) == 1 else 0.0
+    images = result["global_batch_size"] / result["ranks"]
+    return Node(image_s=float(work.mean()) / images, fixed_s=fixed_s, jitter=tuple(jitter.ravel().tolist()))
+
+
+def gradients(cluster: Cluster, image_size: int) -> Tuple[Gradient, ...]:
+    """Return the gradients of the cluster's network for images of `image_size` pixels."""
+    model = cluster.settings.model
+    return tensors.gradients(
+        model=model.model,
+        width=model.width,
+        num_classes=model.num_classes,
+        stem=model.stem,
+        conv1_bias=model.conv1_bias,
+        image_size=image_size,
+        stride_in=model.stride_in,
+        inter_op_threads=cluster.inter_op_threads,
+    )
+
+
+def step_of(cluster: Cluster, nodes: int, batch: Batch, image_size: Optional[int] = None) -> Step:
+    """Return the step of `nodes` nodes; the time of an image of another size is proportional to its work."""
+    usual = cluster.settings.data.image_size
+    size = image_size or usual
+    node = cluster.node
+    if size != usual:
+        work, usual_work = (sum(one.backward_work for one in gradients(cluster, pixels)) for pixels in (size, usual))
+        node = dataclasses.replace(node, image_s=node.image_s * work / usual_work)
+    return exchange.step(
+        gradients(cluster, size),
+        batch.per_rank,
+        node,
+        Allocation(nodes, cluster.ranks_per_node),
+        cluster.network,
+        cluster.exchange,
+        batch.accumulate_steps,
+    )
+
+
+def point(cluster: Cluster, nodes: int) -> CurvePoint:
+    """Return the point of the curve at `nodes` nodes; raise FlagError if the global batch is not divisible there."""
+    batch = settings_module.resolve_batch(cluster.settings, nodes * cluster.ranks_per_node)
+    return CurvePoint(nodes, batch, step_of(cluster, nodes, batch))
+
+
+def curve(cluster: Cluster, most: int) -> Tuple[List[CurvePoint], List[int]]:
+    """Return the points at 1, 2, 4, ... and `most` nodes, and the node counts that do not divide the global batch.
+
+    Without a global batch the images of a rank are constant and the batch grows with the nodes. A global batch is
+    constant, and ranks accumulate as the flags say. Raises FlagError if no node count divides it.
+    """
+    points: List[CurvePoint] = []
+    skipped: List[int] = []
+    refused: Optional[FlagError] = None
+    for nodes in [*(2**power for power in range(most.bit_length()) if 2**power < most), most]:
+        try:
+            points.append(point(cluster, nodes))
+        except FlagError as error:
+            skipped.append(nodes)
+            refused = error
+    if refused is not None and not points:
+        raise refused
+    return points, skipped
+
+
+def efficiency(one: CurvePoint, many: CurvePoint) -> float:
+    """Return the speed of a node at `many` relative to that of a node at `one`."""
+    return many.speed / one.speed
+
+
+def first_below(cluster: Cluster, points: List[CurvePoint], share: float) -> Optional[CurvePoint]:
+    """Return the first point with an efficiency below `share`, to 2 % of the nodes; None if there is not any.
+
+    Between two points of the curve efficiency is assumed to fall. It does not where the algorithm is a butterfly, which
+    costs more on a number of ranks that is not a power of two, and a global batch is not divisible by every number of
+    nodes: in these cases the result is one of `points`.
+    """
+    below = next((number for number, one in enumerate(points) if efficiency(points[0], one) < share), None)
+    if not below:
+        return None
+    low, high = points[below - 1], points[below]
+    falling = cluster.network.algorithm in ("best", "ring", "hierarchical")
+    between = falling and not cluster.settings.recipe.global_batch_size
+    while between and high.nodes - low.nodes > max(1, low.nodes // 50):
+        middle = point(cluster, (low.nodes + high.nodes) // 2)
+        low, high = (low, middle) if efficiency(points[0], middle) < share else (middle, high)
+    return high
+
+
+def train_examples(settings: Settings) -> Optional[int]:
+    """Return the number of training examples, by flag or of the data set; None if it is not known."""
+    return settings.data.train_examples or facts_of(settings.data.dataset).train_examples
+
+
+def training_seconds(cluster: Cluster, nodes: int, examples: int) -> Dict[str, float]:
+    """Return the seconds of the recipe on `nodes` nodes by what they are spent on.
+
+    Keys: `training`, `evaluation` (a forward pass; the last batch is padded) and `checkpoints`.
+    """
+    settings, ranks = cluster.settings, nodes * cluster.ranks_per_node
+    resolved = settings_module.resolve_recipe(settings, ranks, examples)
+    sizes = {phase.image_size for phase in resolved.phases}
+    step_s = {size: step_of(cluster, nodes, resolved.batch, size).total for size in sizes}
+    training, steps = 0.0, 0
+    for phase in resolved.phases:
+        training += phase.steps * step_s[phase.image_size]
+        steps += phase.steps
+    run, evaluations = settings.run, 0.0
+    if run.eval_every_epochs:
+        evaluations = steps * resolved.batch.total / examples / run.eval_every_epochs
+    per_rank = run.eval_batch_size or resolved.batch.per_rank
+    batches = -(-(facts_of(settings.data.dataset).validation_examples or 0) // (ranks * per_rank))
+    forward_s = (1 - exchange.BACKWARD_SHARE) * cluster.node.image_s
+    saved = steps / run.checkpoint_every_steps if run.checkpoint_every_steps else len(resolved.phases)
+    weights = sum(gradient.bytes for gradient in gradients(cluster, settings.data.image_size))
+    return {
+        "training": training,
+        "evaluation": evaluations * batches * per_rank * forward_s,
+        "checkpoints": saved * 2 * weights / DISK_BANDWIDTH,
+    }
