@@ -21,7 +21,7 @@ def save(run_dir, step, groups=GROUPS):
     return path
 
 
-def test_what_is_saved_is_loaded_bit_by_bit(tmp_path):
+def test_saved_arrays_are_loaded_bit_by_bit(tmp_path):
     path = save(tmp_path, 3)
     for group, arrays in GROUPS.items():
         loaded = checkpoint.load(path, group)
@@ -49,11 +49,11 @@ def test_no_truncation_and_no_flipped_bit_is_accepted(tmp_path, name):
             opened.write(content)
         with pytest.raises(CheckpointError, match="damaged"):
             checkpoint.load(path, name[:-4])
-        with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        with pytest.raises(CheckpointError, match="all checkpoints are damaged"):
             checkpoint.newest(str(tmp_path))
 
 
-def test_a_damaged_one_is_passed_over_loudly(tmp_path, capfd):
+def test_a_damaged_checkpoint_is_skipped_with_a_message(tmp_path, capfd):
     save(tmp_path, 1)
     with open(os.path.join(save(tmp_path, 2), "weights.npz"), "ab") as file:
         file.write(b"x")
@@ -62,7 +62,7 @@ def test_a_damaged_one_is_passed_over_loudly(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 1}', '{"files": {}, "step": "x"}'])
-def test_a_broken_manifest_is_no_checkpoint(tmp_path, content):
+def test_a_folder_with_a_broken_manifest_is_not_a_checkpoint(tmp_path, content):
     path = save(tmp_path, 1)
     with open(os.path.join(path, "manifest.json"), "w") as file:
         file.write(content)
@@ -70,7 +70,7 @@ def test_a_broken_manifest_is_no_checkpoint(tmp_path, content):
         checkpoint.read_manifest(path)
 
 
-def test_a_save_that_was_cut_off_is_not_seen_and_is_cleaned_up(tmp_path):
+def test_an_interrupted_save_is_ignored_and_cleaned_up(tmp_path):
     path = save(tmp_path, 1)
     half = checkpoint.folder(str(tmp_path), 2) + ".tmp"
     shutil.copytree(path, half)
@@ -86,14 +86,85 @@ def test_prune_keeps_the_newest(tmp_path):
     assert checkpoint.steps(str(tmp_path)) == [9, 12]
 
 
-def test_nothing_that_is_not_finite_is_saved(tmp_path):
+def test_prune_counts_only_whole_checkpoints_among_the_kept(tmp_path):
+    """With two to keep, one of them truncated, a single whole one was left."""
+    for step in (1, 5, 9, 12):
+        save(tmp_path, step)
+    os.truncate(os.path.join(checkpoint.folder(str(tmp_path), 12), "weights.npz"), 10)
+    checkpoint.prune(str(tmp_path), 2)
+    assert checkpoint.steps(str(tmp_path)) == [5, 9, 12]
+    os.remove(os.path.join(checkpoint.folder(str(tmp_path), 9), "optimizer.npz"))
+    checkpoint.prune(str(tmp_path), 1)
+    assert checkpoint.steps(str(tmp_path)) == [5, 9, 12]
+
+
+def test_prune_keeps_what_a_run_that_resumes_at_the_oldest_kept_needs(tmp_path):
+    for step in (1, 5, 9, 12):
+        save(tmp_path, step)
+    checkpoint.prune(str(tmp_path), 2, lambda oldest: {1} if oldest == 9 else set())
+    assert checkpoint.steps(str(tmp_path)) == [1, 9, 12]
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "member"])
+def test_a_published_folder_is_there_at_every_moment_of_a_replacement(tmp_path, monkeypatch, kind):
+    """It was removed before its successor was renamed: killed in between, neither was there."""
+    run_dir = str(tmp_path)
+    path = checkpoint.folder(run_dir, 3) if kind == "checkpoint" else checkpoint.member_folder(run_dir, "one")
+    checkpoint.save(path, GROUPS, {"step": 3, "signature": {}, "number": 1})
+    calls = [(os, name) for name in ("rename", "fsync", "makedirs")] + [(checkpoint.shutil, "rmtree")]
+    for number in range(40):
+        left = [number]
+
+        def killed(real, left=left):
+            def call(*arguments, **options):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt  # as a kill: nothing in `save` handles it
+                return real(*arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for module, name in calls:
+                patch.setattr(module, name, killed(getattr(module, name)))
+            try:
+                checkpoint.save(path, GROUPS, {"step": 3, "signature": {}, "number": 2})
+                finished = True
+            except KeyboardInterrupt:
+                finished = False
+        checkpoint.recover(run_dir)
+        assert checkpoint.read_manifest(path)["number"] in (1, 2)
+        assert checkpoint.load(path, "weights").keys() == GROUPS["weights"].keys()
+        if finished:
+            break
+    assert finished and checkpoint.read_manifest(path)["number"] == 2
+    assert os.listdir(os.path.dirname(path)) == [os.path.basename(path)]  # nothing is left behind
+
+
+def test_a_failed_replacement_leaves_the_published_one(tmp_path, monkeypatch):
+    path = save(tmp_path, 3)
+    real = os.rename
+
+    def rename(source, target):
+        if source.endswith(f"{3:08d}.tmp"):
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OutputError, match="No space left"):
+        save(tmp_path, 3)
+    assert checkpoint.newest(str(tmp_path))[0] == path
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000003"]
+
+
+def test_values_that_are_not_finite_are_not_saved(tmp_path):
     broken = {"weights": {"w": np.array([1.0, np.nan], np.float32)}, "optimizer": {}}
     with pytest.raises(NotFinite, match="w is not finite after step 4"):
         save(tmp_path, 4, broken)
     assert checkpoint.steps(str(tmp_path)) == []
 
 
-def test_a_full_disk_leaves_the_earlier_one_whole(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_earlier_checkpoint_intact(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
     def full(path, content):
@@ -106,7 +177,7 @@ def test_a_full_disk_leaves_the_earlier_one_whole(tmp_path, monkeypatch):
     assert checkpoint.newest(str(tmp_path))[1]["step"] == 1
 
 
-def test_the_save_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_a_checkpoint_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
     """Order of (fsync, rename): every file and the folder before the rename, the parent after it."""
     happened = []
     real_sync, real_rename = os.fsync, os.rename
@@ -117,12 +188,3 @@ def test_the_save_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     before, after = happened[: happened.index("rename")], happened[happened.index("rename") + 1 :]
     assert set(before) == {temporary, *(f"{temporary}/{name}" for name in os.listdir(path))}
     assert before[-1] == temporary and after == [os.path.dirname(path)]
-
-
-def test_differences_are_told_leaf_by_leaf():
-    there = {"model": {"num_classes": 10, "width": 1.0}, "seed": 0}
-    here = {"model": {"num_classes": 12, "width": 1.0}, "seed": 0, "more": 1}
-    assert checkpoint.differences(there, here) == ["model.num_classes 10 there, 12 here", "more None there, 1 here"]
-    with pytest.raises(CheckpointError, match="num_classes 10 there, 12 here"):
-        checkpoint.check_signature("x", there, here)
-    checkpoint.check_signature("x", there, dict(there))

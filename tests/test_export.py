@@ -40,7 +40,7 @@ def test_arrays_are_those_of_the_checkpoint(run_dir, run_command, tmp_path):
     assert process.returncode == 0, process.stderr
     with np.load(target, allow_pickle=False) as arrays:
         assert not runs.differing(dict(arrays), checkpoint.read_weights(run_dir))
-    for place, part in ((target, "is there already"), (f"{tmp_path}/no/such/folder", "no folder")):
+    for place, part in ((target, "already exists"), (f"{tmp_path}/no/such/folder", "does not exist")):
         with pytest.raises(FlagError, match=part):
             evaluate.main([f"--run_dir={run_dir}", f"--export={place}"])
 

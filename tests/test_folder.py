@@ -1,4 +1,4 @@
-"""The run folder: rows, lock, and what JSON can hold."""
+"""The run folder: rows, and values that JSON does not have."""
 
 import json
 import math
@@ -22,13 +22,13 @@ def test_rows_are_appended_over_attempts_and_the_last_one_of_a_step_counts(tmp_p
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "att')  # a kill in the middle of a line
     folder = runlog.RunFolder(str(tmp_path))
-    folder.append("metrics.jsonl", {"step": 5, "attempt": 3})  # and the next attempt's row is not glued to it
+    folder.append("metrics.jsonl", {"step": 5, "attempt": 3})  # the row of the next attempt begins a new line
     folder.close()
     rows = runlog.read_rows(str(tmp_path / "metrics.jsonl"))
     assert [(row["step"], row["attempt"]) for row in rows] == [(0, 1), (1, 1), (2, 2), (3, 2), (5, 3)]
 
 
-def test_a_folder_in_use_is_refused_and_names_its_holder(tmp_path):
+def test_a_folder_in_use_is_refused_and_its_holder_named(tmp_path):
     holder = runlog.RunFolder(str(tmp_path))
     with pytest.raises(RunFolderError, match=f"pid {os.getpid()}"):
         runlog.RunFolder(str(tmp_path))
@@ -36,13 +36,13 @@ def test_a_folder_in_use_is_refused_and_names_its_holder(tmp_path):
     runlog.RunFolder(str(tmp_path)).close()
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="cannot be written"):
         runlog.RunFolder(str(tmp_path / "file" / "run"))
 
 
-def test_what_json_cannot_hold_becomes_null():
+def test_values_that_json_does_not_have_become_null():
     content = {"a": math.nan, "b": [math.inf, np.float32(1.5), np.int64(3)], "c": {"d": -math.inf}}
     assert json.loads(json.dumps(runlog.finite(content), allow_nan=False)) == {
         "a": None,
@@ -56,7 +56,7 @@ def test_durations(seconds, text):
     assert text_of.duration(seconds) == text
 
 
-def test_progress_is_one_plain_line_where_there_is_no_terminal(capsys):
+def test_progress_is_one_plain_line_without_a_terminal(capsys):
     row = {
         "step": 9,
         "phase": "main",
@@ -72,7 +72,7 @@ def test_progress_is_one_plain_line_where_there_is_no_terminal(capsys):
     )
 
 
-def test_progress_of_the_first_step_has_no_speed_yet(capsys):
+def test_progress_of_the_first_step_has_no_speed(capsys):
     row = {
         "step": 0,
         "phase": "main",

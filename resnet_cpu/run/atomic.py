@@ -1,4 +1,4 @@
-"""Files that are either absent, old or complete, whatever is interrupted."""
+"""Files that are absent, old or complete, but never half-written."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from typing import Union
 def write_atomically(path: str, content: Union[bytes, memoryview]) -> None:
     """Write `content` to a temporary file beside `path`, flush it to the disk and rename it; raise OSError on failure.
 
-    The file is either absent, old or complete, also after a power loss.
+    Afterwards the file at `path` is absent, old or complete, also after a power loss.
     """
     temporary = f"{path}.tmp{os.getpid()}"
     try:

@@ -1,9 +1,9 @@
-"""Checkpoints: absent or complete, checked when read, plain arrays (npz and JSON; nothing is ever unpickled).
+"""Checkpoints: absent or complete, verified when read, plain arrays (npz and JSON; nothing is ever unpickled).
 
     checkpoints/step-00001234/  weights.npz  optimizer.npz  manifest.json
 
-They are written to a temporary folder, flushed to the disk and renamed; the manifest holds size and SHA-256 of each
-file, and the shape and dtype of each array.
+A checkpoint is written to a temporary folder, flushed to the disk and renamed. The manifest holds the size and SHA-256
+of each file, and the shape and dtype of each array.
 """
 
 import hashlib
@@ -23,6 +23,8 @@ from resnet_cpu.run.atomic import write_atomically
 Arrays = Dict[str, np.ndarray]
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
+_UNFINISHED = ".tmp"  # suffix of folders that are being written; no phase, and so no member, has such a name
+_REPLACED = "+old.tmp"  # suffix of a published folder that is being replaced; "+" is not allowed in names of phases
 
 
 def folder(run_dir: str, step: int) -> str:
@@ -31,20 +33,22 @@ def folder(run_dir: str, step: int) -> str:
 
 
 def member_folder(run_dir: str, name: str) -> str:
-    """Return the folder of the ensemble member `name`: a checkpoint of weights without velocity."""
+    """Return the folder of the ensemble member `name`: a checkpoint with weights only."""
     return os.path.join(run_dir, "members", name)
 
 
 def save(path: str, groups: Mapping[str, Arrays], info: Mapping[str, Any]) -> None:
     """Publish the arrays of `groups` (file name without .npz -> arrays) and `info` as the checkpoint `path`.
 
-    Raises NotFinite, and writes nothing, if a value is no finite number; OutputError if the disk is full.
+    A checkpoint that is already there is replaced; it is removed only after the new one has taken its place. Raises
+    NotFinite, and writes nothing, if a value is not finite; OutputError if writing fails.
     """
     for group, arrays in groups.items():
         for name, array in arrays.items():
             if not np.isfinite(array).all():
                 raise NotFinite(f"{group} {name} is not finite after step {info.get('step')}; nothing was saved")
-    temporary = f"{path}.tmp"
+    _recover(path)
+    temporary = f"{path}{_UNFINISHED}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         os.makedirs(temporary)
@@ -54,12 +58,35 @@ def save(path: str, groups: Mapping[str, Arrays], info: Mapping[str, Any]) -> No
         manifest = {**info, "files": files}
         _write(os.path.join(temporary, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
         _sync_folder(temporary)
-        shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step; a good one is never written twice
+        if os.path.isdir(path):
+            os.rename(path, f"{path}{_REPLACED}")
         os.rename(temporary, path)
         _sync_folder(os.path.dirname(path))
     except OSError as error:
+        _recover(path)
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OutputError(f"{path}: not saved ({error.strerror}); the earlier checkpoints are whole") from None
+        raise OutputError(f"{path}: not saved ({error.strerror}); earlier checkpoints are intact") from None
+    shutil.rmtree(f"{path}{_REPLACED}", ignore_errors=True)
+
+
+def _recover(path: str) -> None:
+    """Complete a replacement of the checkpoint `path` that was interrupted: keep the one that is published.
+
+    Between the two renames of `save` only the old one is there, under another name, and gets its name back.
+    """
+    replaced = f"{path}{_REPLACED}"
+    if os.path.isdir(path):
+        shutil.rmtree(replaced, ignore_errors=True)
+    elif os.path.isdir(replaced):
+        os.rename(replaced, path)
+
+
+def recover(run_dir: str) -> None:
+    """Complete replacements of checkpoints and members that a kill interrupted; only for the holder of the folder."""
+    for parent in (os.path.join(run_dir, "checkpoints"), os.path.join(run_dir, "members")):
+        for name in os.listdir(parent) if os.path.isdir(parent) else ():
+            if name.endswith(_REPLACED):
+                _recover(os.path.join(parent, name[: -len(_REPLACED)]))
 
 
 def _write_arrays(path: str, arrays: Arrays) -> Dict[str, Any]:
@@ -73,7 +100,7 @@ def _write_arrays(path: str, arrays: Arrays) -> Dict[str, Any]:
 
 
 def _npz(arrays: Arrays) -> memoryview:
-    # Names of variables hold slashes, which are folders to a zip: fine inside the archive, never extracted.
+    # Names of variables contain slashes, which are folders in a zip archive; it is never extracted.
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return buffer.getbuffer()
@@ -100,22 +127,22 @@ def read_manifest(path: str) -> Dict[str, Any]:
         with open(os.path.join(path, MANIFEST), encoding="utf-8") as file:
             manifest = json.load(file)
         if not isinstance(manifest["files"], dict) or not isinstance(manifest["step"], int):
-            raise ValueError("not a checkpoint's")
+            raise ValueError("not the manifest of a checkpoint")
         return manifest
     except OSError as error:
         raise CheckpointError(
-            f"{path}: no checkpoint ({error.strerror}); name a folder that holds {MANIFEST}"
+            f"{path}: not a checkpoint ({error.strerror}); name a folder that contains {MANIFEST}"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: unreadable {MANIFEST} ({error}); use another checkpoint") from None
 
 
 def load(path: str, group: str) -> Arrays:
-    """Return the arrays of one file of the checkpoint `path`; raise CheckpointError if a bit differs."""
+    """Return the arrays of one file of the checkpoint `path`; raise CheckpointError if it is damaged."""
     name = f"{group}.npz"
     expected = read_manifest(path)["files"].get(name)
     if expected is None:
-        raise CheckpointError(f"{path}: holds no {name}; use another checkpoint")
+        raise CheckpointError(f"{path}: does not contain {name}; use another checkpoint")
     try:
         with open(os.path.join(path, name), "rb") as file:
             content = file.read()
@@ -128,7 +155,10 @@ def load(path: str, group: str) -> Arrays:
 
 
 def find_weights(path: str) -> str:
-    """Return the file of weights that `path` names: an .npz file, a checkpoint's folder or a run's (its newest)."""
+    """Return the file of weights at `path`: an .npz file, or that of a checkpoint folder or a run's newest checkpoint.
+
+    Raises CheckpointError if there is none.
+    """
     if os.path.isfile(path):
         return path
     if steps(path):
@@ -136,36 +166,38 @@ def find_weights(path: str) -> str:
         path = found[0] if found else path
     weights = os.path.join(path, "weights.npz")
     if not os.path.isfile(weights):
-        raise CheckpointError(f"{path}: no weights; name a run's folder, a checkpoint's, or an .npz file of --export")
+        raise CheckpointError(
+            f"{path}: no weights found; name a run folder, a checkpoint folder, or an .npz file of --export"
+        )
     return weights
 
 
 def read_weights(path: str) -> Arrays:
-    """Return the weights and statistics that `path` names, see `find_weights`; nothing is unpickled."""
+    """Return weights and batch norm's statistics by name; for `path` see `find_weights`. Nothing is unpickled."""
     weights = find_weights(path)
-    folder_of_it = os.path.dirname(weights)
-    if os.path.basename(weights) == "weights.npz" and os.path.exists(os.path.join(folder_of_it, MANIFEST)):
-        return load(folder_of_it, "weights")
+    parent = os.path.dirname(weights)
+    if os.path.basename(weights) == "weights.npz" and os.path.exists(os.path.join(parent, MANIFEST)):
+        return load(parent, "weights")
     try:
         with np.load(weights, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}
-    except Exception as error:  # a damaged zip raises many kinds
+    except Exception as error:  # a damaged zip archive raises exceptions of many kinds
         raise CheckpointError(f"{weights}: unreadable as .npz ({error}); export the weights again") from None
 
 
 def check_export(path: str) -> None:
-    """Raise FlagError if something lies at `path` already, or its folder does not exist."""
+    """Raise FlagError if `path` exists already or its folder does not."""
     if not path:
-        raise FlagError("--export=: is empty; name a file.npz or a folder")
+        raise FlagError("--export=: the value is empty; name a file.npz or a folder")
     if os.path.lexists(path):
-        raise FlagError(f"--export={path}: is there already; choose another name or remove it")
+        raise FlagError(f"--export={path}: already exists; choose another name or remove it")
     parent = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(parent):
-        raise FlagError(f"--export={path}: no folder {parent}; make it first")
+        raise FlagError(f"--export={path}: the folder {parent} does not exist; create it first")
 
 
 def write_weights(path: str, arrays: Arrays) -> None:
-    """Write arrays as an .npz file that is either absent, old or complete."""
+    """Write arrays as an .npz file, atomically."""
     write_atomically(path, _npz(arrays))
 
 
@@ -181,7 +213,7 @@ def _verify(path: str) -> None:
 
 
 def steps(run_dir: str) -> List[int]:
-    """Return the steps of all published checkpoints, rising."""
+    """Return the steps of all published checkpoints, in ascending order."""
     try:
         names = os.listdir(os.path.join(run_dir, "checkpoints"))
     except OSError:
@@ -190,7 +222,10 @@ def steps(run_dir: str) -> List[int]:
 
 
 def newest(run_dir: str) -> Optional[Tuple[str, Dict[str, Any]]]:
-    """Return (path, manifest) of the newest checkpoint whose every file is whole; say loudly which are passed over."""
+    """Return (path, manifest) of the newest intact checkpoint, None if there are no checkpoints at all.
+
+    Every file is verified; damaged checkpoints are skipped with a message. Raises CheckpointError if all are damaged.
+    """
     damaged = None
     for step in reversed(steps(run_dir)):
         path = folder(run_dir, step)
@@ -202,25 +237,38 @@ def newest(run_dir: str) -> Optional[Tuple[str, Dict[str, Any]]]:
             continue
         return path, read_manifest(path)
     if damaged is not None:
-        raise CheckpointError(f"no whole checkpoint left in {run_dir}; the last one: {damaged}")
+        raise CheckpointError(f"{run_dir}: all checkpoints are damaged; the oldest: {damaged}")
     return None
 
 
 def prune(run_dir: str, keep: int, needed_from: Callable[[int], Set[int]] = lambda step: set()) -> None:
-    """Remove all but the newest `keep` checkpoints and those that are still needed, and what a killed job left behind.
+    """Remove all checkpoints but the newest `keep` and those still needed, and folders left behind by killed jobs.
 
-    `needed_from(step)` names the steps whose checkpoints a run needs that goes on from `step`: from any of those kept.
+    `needed_from(step)` returns the steps whose checkpoints a run needs that resumes at `step`, which may be any of
+    those kept. Checkpoints with a missing or truncated file do not count among the kept.
     """
+    recover(run_dir)
     parent = os.path.join(run_dir, "checkpoints")
-    there = steps(run_dir)
-    needed = needed_from(there[-keep:][0]) if there else set()
-    for step in there[:-keep]:
-        if step not in needed:
-            shutil.rmtree(folder(run_dir, step), ignore_errors=True)
+    published = steps(run_dir)
+    kept = [step for step in published if _looks_whole(folder(run_dir, step))][-keep:]
+    if kept:
+        needed = needed_from(kept[0])
+        for step in published:
+            if step < kept[0] and step not in needed:
+                shutil.rmtree(folder(run_dir, step), ignore_errors=True)
     if os.path.isdir(parent):
         for name in os.listdir(parent):
-            if name.endswith(".tmp"):
+            if name.endswith(_UNFINISHED):
                 shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
+
+
+def _looks_whole(path: str) -> bool:
+    """Return whether the manifest is readable and every file has its size; the files themselves are not read."""
+    try:
+        files = read_manifest(path)["files"]
+        return all(os.path.getsize(os.path.join(path, name)) == about["bytes"] for name, about in files.items())
+    except (CheckpointError, OSError, KeyError, TypeError):
+        return False
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> List[str]:

@@ -1,46 +1,38 @@
-"""What a run leaves behind: the run folder with its lock, rows, result, and the progress line. Rank 0 only.
+"""The run folder: its lock, rows and JSON files. Only rank 0 opens one.
 
-Files are append-only over attempts; nothing here imports TensorFlow but the TensorBoard writer, when it is opened.
+Rows are appended over all attempts of a run.
 """
 
-import fcntl
 import json
 import os
-import socket
 import time
 from typing import IO, Any, Dict, Iterator, List, Mapping, Optional
 
 import numpy as np
 
 from resnet_cpu.errors import RunFolderError
+from resnet_cpu.run import lock
 from resnet_cpu.run.atomic import write_atomically
 
 
 class RunFolder:
-    """A run folder held by this process until it is closed or dies."""
+    """A run folder that this process has locked until it is closed or the process ends."""
 
     def __init__(self, path: str) -> None:
-        """Make the folder if it is missing and lock it; raise RunFolderError if it cannot be used."""
+        """Create the folder if it is missing and lock it; raise RunFolderError if it cannot be used."""
         self.path = path
         self._files: Dict[str, IO[bytes]] = {}
         self._board: Any = None
         try:
             os.makedirs(os.path.join(path, "plots"), exist_ok=True)
-            # Opened for appending: the text of a live holder must stay for the message below.
-            self._lock = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115  # held
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._lock.truncate(0)
-            self._lock.write(f"{socket.gethostname()} pid {os.getpid()}")
-            self._lock.flush()
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
+            self._lock = lock.FolderLock(path)
+        except lock.InUse as holder:
             raise RunFolderError(
-                f"--run_dir={path}: in use by a live job ({holder}); wait for it or choose another"
+                f"--run_dir={path}: in use by a live job ({holder}); wait for it or choose another folder"
             ) from None
-        except OSError as error:  # also of a file system without locks
+        except OSError as error:
             raise RunFolderError(
-                f"--run_dir={path}: cannot be written and locked ({error.strerror}); choose another"
+                f"--run_dir={path}: cannot be written and locked ({error.strerror}); choose another folder"
             ) from None
 
     def file(self, *parts: str) -> str:
@@ -48,11 +40,12 @@ class RunFolder:
         return os.path.join(self.path, *parts)
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
-        """Append a row to a JSON-lines file; it reaches the file system at once."""
+        """Append a row to a JSON-lines file and flush it."""
+        self._lock.check()
         if name not in self._files:
             self._files[name] = file = open(self.file(name), "a+b")  # noqa: SIM115  # kept open
             if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                file.write(b"\n")  # a line that a kill cut short must not swallow ours
+                file.write(b"\n")  # the last line was cut short by a kill: begin a new one
         self._files[name].write(json_line(row).encode() + b"\n")
         self._files[name].flush()
 
@@ -68,23 +61,25 @@ class RunFolder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace a JSON file atomically."""
+        self._lock.check()
         write_atomically(self.file(name), (json.dumps(finite(content), indent=1) + "\n").encode())
 
     def write_text(self, name: str, content: str) -> None:
         """Replace a text file atomically."""
+        self._lock.check()
         write_atomically(self.file(name), content.encode())
 
     def close(self) -> None:
-        """Flush everything and give the folder free."""
+        """Flush and close all files and release the folder."""
         for file in self._files.values():
             file.close()
         if self._board is not None:
             self._board.close()
-        self._lock.close()
+        self._lock.release()
 
 
 def finite(content: Any) -> Any:
-    """Return `content` with what JSON cannot hold (NaN, infinities) as null, numpy numbers as Python's."""
+    """Return `content` with NaN and infinities, which JSON does not have, as None, and numpy numbers as Python's."""
     if isinstance(content, Mapping):
         return {key: finite(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -102,7 +97,7 @@ def json_line(content: Any) -> str:
 
 
 def read_json(path: str) -> Optional[Dict[str, Any]]:
-    """Return a JSON file's content, or None if there is none that can be read."""
+    """Return the content of a JSON file, or None if it is missing or unreadable."""
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
@@ -111,7 +106,7 @@ def read_json(path: str) -> Optional[Dict[str, Any]]:
 
 
 def read_rows(path: str) -> List[Dict[str, Any]]:
-    """Return the rows of a JSON-lines file, of each step the last attempt's, in the order of the steps."""
+    """Return the rows of a JSON-lines file in the order of their steps; for each step that of the last attempt."""
     rows: Dict[int, Dict[str, Any]] = {}
     for row in _parsed_lines(path):
         rows[row["step"]] = row
@@ -125,13 +120,13 @@ def _parsed_lines(path: str) -> Iterator[Dict[str, Any]]:
                 try:
                     yield json.loads(line)
                 except ValueError:
-                    continue  # a line that a kill cut short
+                    continue  # cut short by a kill
     except OSError:
         return
 
 
 class Stopwatch:
-    """Seconds since it was made, by a clock that nobody sets."""
+    """Seconds since its creation, by a clock that is never set."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()

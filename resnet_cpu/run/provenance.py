@@ -1,4 +1,7 @@
-"""What a result depends on: versions, machine, code. Collected from an allow-list; no environment is dumped."""
+"""Provenance: the versions, machine and code that a result depends on.
+
+Environment variables are recorded from an allow-list only.
+"""
 
 import functools
 import hashlib
@@ -10,41 +13,39 @@ import sys
 from importlib import metadata
 from typing import Any, Dict, List, Optional
 
-import psutil
-
-from resnet_cpu.cluster import machine as topology
+from resnet_cpu.cluster import machine
 
 _PACKAGES = ("tensorflow", "intel-extension-for-tensorflow", "horovod", "mpi4py", "numpy", "keras")
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def of_job() -> Dict[str, Any]:
-    """Return what all ranks share."""
+    """Return the part that all ranks share."""
     return {"versions": versions(), "python": sys.version.split()[0], "code": code_digest(), "git": git_id()}
 
 
 def of_rank(threads: Dict[str, str]) -> Dict[str, Any]:
-    """Return where this rank sits; `threads` is the environment that the layout set."""
-    machine = topology.read()
+    """Return host, processor and cores of this rank; `threads` holds the environment variables set for it."""
+    here = machine.read()
     return {
         "host": socket.gethostname(),
-        "cpu": machine.model or platform.machine(),
-        "instruction_sets": list(machine.instruction_sets),
+        "cpu": here.model or platform.machine(),
+        "instruction_sets": list(here.instruction_sets),
         "topology": {
-            "sockets": machine.sockets,
-            "numa_domains": sum(bool(node.cpus) for node in machine.nodes),
-            "threads_per_core": max(len(cpu.siblings) for cpu in machine.cpus),
-            "quota": machine.quota,
+            "sockets": here.sockets,
+            "numa_domains": sum(bool(node.cpus) for node in here.nodes),
+            "threads_per_core": max(len(cpu.siblings) for cpu in here.cpus),
+            "quota": here.quota,
         },
         "cores": sorted(os.sched_getaffinity(0)),
         "host_cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_gib": round(here.memory_bytes / 2**30, 1),
         "environment": threads,
     }
 
 
 def versions() -> Dict[str, Optional[str]]:
-    """Return the versions of the packages that decide speed and results, None where one is not installed."""
+    """Return the versions of the packages that affect speed and results, None for one that is not installed."""
     found: Dict[str, Optional[str]] = {}
     for name in _PACKAGES:
         try:
@@ -69,7 +70,10 @@ def code_digest() -> str:
 
 
 def git_id() -> Optional[str]:
-    """Return the commit that is checked out, None outside a checkout; read from files, since MPI forbids a fork."""
+    """Return the commit that is checked out, None outside a checkout.
+
+    It is read from files, since forking git is not safe under MPI.
+    """
     git = os.path.join(_ROOT, ".git")
     try:
         with open(os.path.join(git, "HEAD"), encoding="ascii") as file:
@@ -91,10 +95,10 @@ def git_id() -> Optional[str]:
 
 
 def instruction_sets() -> List[str]:
-    """Return those of this processor that decide which kernels run, as the kernel names them."""
-    return topology.processor()[1]
+    """Return the instruction sets of this processor that affect which kernels run, as Linux names them."""
+    return machine.processor()[1]
 
 
 def peak_memory_gib() -> float:
-    """Return the most memory this process has held, GiB."""
+    """Return the peak memory of this process, GiB."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
