@@ -1,51 +1,76 @@
-"""What a past run says of speed: of the same network only, whatever else it was."""
+"""The speed of a past run, as `plan` and `simulate` take it from --speed=RUN: only of a run of the same network."""
 
-import dataclasses
 import os
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Optional
 
-from resnet_cpu.errors import CheckpointError
-from resnet_cpu.run import checkpoint
+from resnet_cpu.errors import CheckpointError, FlagError
+from resnet_cpu.run import signature
 from resnet_cpu.run.folder import read_json
 from resnet_cpu.settings import Model
 
-# What of a network a step costs as much with as without, or nearly so.
-_NOT_OF_SPEED = ("num_classes", "padding", "conv1_bias", "zero_gamma", "bn_momentum", "bn_epsilon")
+# Settings of the network that hardly change the duration of a step.
+_SAME_SPEED = ("num_classes", "padding", "conv1_bias", "zero_gamma", "bn_momentum", "bn_epsilon")
+
+
+def rate_of(speed: str) -> Optional[float]:
+    """Return the images/s that --speed gives as a number; None if it names a run folder.
+
+    Raises FlagError for a number that is not a speed.
+    """
+    try:
+        rate = float(speed)
+    except ValueError:
+        return None
+    if not 0 < rate < float("inf"):
+        raise FlagError(f"--speed={speed}: must be above 0; give images/s, or the folder of a past run")
+    return rate
 
 
 def result(run_dir: str, model: Model, pixels: List[int]) -> Dict[str, Any]:
-    """Return result.json of a run of `model` on images of these sizes; raise CheckpointError for others."""
+    """Return result.json of a run that trained `model` on images of the sizes `pixels`.
+
+    Raises CheckpointError if the run folder does not say how fast it was, or if it trained another network.
+    """
     found = read_json(os.path.join(run_dir, "result.json"))
     if not found or not found.get("images_per_second"):
-        raise CheckpointError(f"--past_run={run_dir}: no result.json with a speed in it; name a run that has ended")
-    signature = _record(run_dir).get("signature", {})
-    there, here = signature.get("model", {}), dataclasses.asdict(model)
-    seen = sorted({phase["image_size"] for phase in signature.get("phases", {}).values()})
-    other = checkpoint.differences(
-        {**_of_speed(there), "pixels": seen or pixels}, {**_of_speed(here), "pixels": pixels}
+        raise CheckpointError(
+            f"--speed={run_dir}: no result.json with a speed in it; name the folder of a finished run"
+        )
+    recorded = _record(run_dir).get("signature", {})
+    if "model" not in recorded:
+        raise CheckpointError(f"--speed={run_dir}: run.json does not describe the network; name the folder of a run")
+    # Data and recipe may differ: a step takes as long whatever the images show.
+    recorded = signature.normalised({"data": {}, "recipe": {}, "phases": {}, **recorded})
+    seen = sorted({phase["image_size"] for phase in recorded["phases"].values()})
+    other = signature.differences(
+        {**_of_speed(recorded["model"]), "pixels": seen or pixels},
+        {**_of_speed(signature.deciding(model)), "pixels": pixels},
     )
     if other:
         raise CheckpointError(
-            f"--past_run={run_dir}: its speed is of another network: {'; '.join(other[:4])}; name a run of this one, "
-            "or give --images_per_second"
+            f"--speed={run_dir}: this run trained another network ({'; '.join(other[:4])}); name a run of the same "
+            "network, or give images/s"
         )
     return found
 
 
 def ranks_per_node(run_dir: str) -> Optional[int]:
-    """Return how many ranks the run had, which has to be of one host; None where it does not say."""
+    """Return the number of ranks of a run on one node; None if the run folder does not say.
+
+    Raises CheckpointError for a run on several hosts.
+    """
     hosts = [row.get("host") for row in _record(run_dir).get("per_rank", [])]
     if len(set(hosts)) > 1:
         raise CheckpointError(
-            f"--past_run={run_dir}: ran on {len(set(hosts))} hosts, so its steps hold their messages; name one on one "
-            "node"
+            f"--speed={run_dir}: this run used {len(set(hosts))} hosts, so its step times include communication; name "
+            "a run on one host"
         )
     return len(hosts) or None
 
 
-def _record(run_dir: str) -> Mapping[str, Any]:
+def _record(run_dir: str) -> Dict[str, Any]:
     return read_json(os.path.join(run_dir, "run.json")) or {}
 
 
-def _of_speed(model: Mapping[str, Any]) -> Dict[str, Any]:
-    return {key: value for key, value in model.items() if key not in _NOT_OF_SPEED}
+def _of_speed(model: Dict[str, Any]) -> Dict[str, Any]:
+    return {key: value for key, value in model.items() if key not in _SAME_SPEED}

@@ -1,0 +1,138 @@
+"""The plan of a flagfile, as `python -m resnet_cpu.plan` prints it: a table, CSV with a row per step, or a plot."""
+
+from typing import Callable, Iterator, List, Optional, Tuple
+
+from resnet_cpu.data.datasets import facts_of
+from resnet_cpu.errors import DataError, FlagError
+from resnet_cpu.recipe import schedule
+from resnet_cpu.recipe.phases import Phase
+from resnet_cpu.report.text import aligned, duration
+from resnet_cpu.run import past_run
+from resnet_cpu.settings import Resolved, Settings, resolve_recipe
+
+CSV_HEADER = "step,phase,step_in_phase,epoch,lr,weight_decay,momentum,augment,image_size"
+PLOT = "plan.png"
+_SMALL_STATISTICS = 16  # images; batch norm is known to suffer from fewer
+
+
+def answer(settings: Settings) -> str:
+    """Return the text to print: a table, CSV, or the path of the plot that was drawn."""
+    ranks, examples = settings.system.ranks or 1, train_examples(settings)
+    resolved = resolve_recipe(settings, ranks, examples)
+    if settings.prediction.format == "csv":
+        return "\n".join(csv_lines(resolved, examples, settings.recipe.momentum_correction))
+    if settings.prediction.format == "png":
+        _draw(resolved, examples)
+        return PLOT
+    rate = images_per_second(settings, resolved, ranks)
+    return "\n".join([*table_lines(resolved, ranks, examples, rate), *notes(settings, resolved)])
+
+
+def train_examples(settings: Settings) -> int:
+    """Return the number of training examples: of the flag, the data set's known size, or the size of its shards."""
+    known = settings.data.train_examples or facts_of(settings.data.dataset).train_examples
+    if known is None and settings.data.data_dir:
+        from resnet_cpu.data import folders  # not needed otherwise, and slow to load
+
+        described = folders.describe(settings.data.data_dir, settings.data.dataset)
+        known = sum(row["examples"] for row in described["splits"].get("train", []))
+    if not known:
+        raise DataError(f"--dataset={settings.data.dataset}: unknown size; give --train_examples or --data_dir")
+    return known
+
+
+def images_per_second(settings: Settings, resolved: Resolved, ranks: int) -> Optional[float]:
+    """Return the images/s of all ranks together by --speed; None without it.
+
+    For a past run, each of the `ranks` is assumed to be as fast as one of its ranks.
+    """
+    speed = settings.prediction.speed
+    if speed is None:
+        return None
+    rate = past_run.rate_of(speed)
+    if rate is not None:
+        return rate
+    pixels = sorted({phase.image_size for phase in resolved.phases})
+    result = past_run.result(speed, settings.model, pixels)
+    return result["images_per_second"] / result["ranks"] * ranks
+
+
+def csv_lines(resolved: Resolved, examples: int, momentum_correction: bool) -> Iterator[str]:
+    """Yield the header, then one line for each executed step; floats are written so that they read back exactly."""
+    yield CSV_HEADER
+    for step, phase, within, rate in schedule.walk(resolved.phases):
+        momentum = schedule.momentum(resolved.phases, phase, within, momentum_correction)
+        yield (
+            f"{step},{phase.name},{within},{step * resolved.batch.total / examples!r},{rate!r},{phase.wd!r},"
+            f"{momentum!r},{phase.augment},{phase.image_size}"
+        )
+
+
+def table_lines(resolved: Resolved, ranks: int, examples: int, rate: Optional[float]) -> List[str]:
+    """Return a row for each phase in the order of execution, then the totals; with times if images/s are given."""
+    batch, steps = resolved.batch, schedule.total_steps(resolved.phases)
+    images = steps * batch.total
+    columns = _columns(batch.total, examples, rate)
+    rows = [[title for title, _ in columns], *([cell(phase) for _, cell in columns] for phase in resolved.phases)]
+    micro_batches = f" x {batch.accumulate_steps} accumulated" if batch.accumulate_steps > 1 else ""
+    lines = [
+        *aligned(rows, str.ljust),
+        "",
+        f"{steps:,} steps, {images / examples:.2f} epochs, {images:,} images",
+        f"global batch {batch.total:,} = {ranks} ranks x {batch.per_rank}{micro_batches}; {examples:,} training "
+        f"examples = {examples / batch.total:.2f} steps an epoch",
+    ]
+    if rate is not None:
+        lines.append(
+            f"{duration(images / rate)} at {rate:,.1f} images/s of all ranks, evaluations and start not counted"
+        )
+    return lines
+
+
+def _columns(global_batch: int, examples: int, rate: Optional[float]) -> List[Tuple[str, Callable[[Phase], str]]]:
+    """Return (title, function from a phase to its cell) of every column."""
+    columns: List[Tuple[str, Callable[[Phase], str]]] = [
+        ("phase", lambda phase: phase.name),
+        ("from", lambda phase: phase.parent or "-"),
+        ("kind", lambda phase: " ".join(kind for kind in ("branch", "member") if getattr(phase, kind)) or "-"),
+        ("steps", lambda phase: f"{phase.steps:,}"),
+        ("images", lambda phase: f"{phase.steps * global_batch:,}"),
+        ("epochs", lambda phase: f"{phase.steps * global_batch / examples:.2f}"),
+        ("LR first", lambda phase: f"{schedule.learning_rate(phase, 0):.4g}"),
+        ("peak", lambda phase: f"{phase.lr:.4g}"),
+        ("last", lambda phase: f"{schedule.learning_rate(phase, phase.steps - 1):.4g}"),
+        ("decay", lambda phase: f"poly^{phase.power:g}" if phase.decay == "poly" else phase.decay),
+        ("wd", lambda phase: f"{phase.wd:g}"),
+        ("momentum", lambda phase: f"{phase.momentum:g}"),
+        ("velocity", lambda phase: phase.velocity if phase.parent else "-"),
+        ("augment", lambda phase: phase.augment),
+        ("image", lambda phase: str(phase.image_size)),
+    ]
+    if rate is not None:
+        columns.append(("time", lambda phase: duration(phase.steps * global_batch / rate)))
+    return columns
+
+
+def notes(settings: Settings, resolved: Resolved) -> List[str]:
+    """Return the notes that belong below the table."""
+    texts = []
+    seen = settings.model.bn_stats_batch or resolved.batch.per_rank
+    if seen < _SMALL_STATISTICS:
+        texts.append(f"batch norm uses statistics of {seen} images per rank; at least {_SMALL_STATISTICS} are usual")
+    if settings.run.max_steps:
+        texts.append(f"--max_steps={settings.run.max_steps} stops the run earlier; the table shows the whole recipe")
+    if settings.system.ranks is None:
+        texts.append("planned for 1 rank; use --ranks=N to plan for N ranks")
+    return [f"note: {text}" for text in texts]
+
+
+def _draw(resolved: Resolved, examples: int) -> None:
+    """Draw the learning rate to PLOT; raise FlagError without matplotlib."""
+    from resnet_cpu.report import plotting, run_plots
+
+    if not plotting.available():
+        raise FlagError("--format=png: matplotlib is not installed; use --format=table, or pip install matplotlib")
+    epochs_per_step = resolved.batch.total / examples
+    steps = list(schedule.walk(resolved.phases))
+    starts = {phase.name: step * epochs_per_step for step, phase, within, _ in steps if within == 0}
+    run_plots.draw_plan([step * epochs_per_step for step, *_ in steps], [row[3] for row in steps], starts, PLOT)
