@@ -1,7 +1,6 @@
-"""`plan`: the table and the csv of what a flagfile would do."""
+"""`plan`: the table, the CSV and the plot of what a flagfile would do."""
 
 import csv
-import dataclasses
 import io
 import json
 import math
@@ -12,9 +11,11 @@ import sys
 import pytest
 from conftest import ROOT, last_line
 
-from resnet_cpu import flags, plan
+from resnet_cpu import commandline, plan
 from resnet_cpu.errors import FlagError, UserError
-from resnet_cpu.report import run_plots as plots
+from resnet_cpu.report import plotting
+from resnet_cpu.run import signature
+from resnet_cpu.settings import resolve_recipe
 
 RECIPE = [
     "--phase=main:steps=20,lr=0.2,warmup_steps=4,wd=5e-5",
@@ -27,7 +28,7 @@ def rows(capsys, *arguments):
     return list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
 
 
-def test_csv_has_one_row_a_step_and_floats_that_read_back(capsys):
+def test_csv_has_one_row_per_step_and_floats_that_read_back(capsys):
     found = rows(capsys, *RECIPE, "--ranks=4", "--batch_size=64", "--train_examples=100000")
     assert ",".join(found[0]) == "step,phase,step_in_phase,epoch,lr,weight_decay,momentum,augment,image_size"
     assert [row["step"] for row in found] == [str(t) for t in range(24)]  # 0.01 * 100000 / 256 = 3.9 -> 4
@@ -57,34 +58,72 @@ def test_table_shows_phases_and_sums(capsys):
     assert last_line(text) == "global batch 256 = 8 ranks x 32; 1,281,167 training examples = 5004.56 steps an epoch"
 
 
-def test_table_tells_images_and_time_of_every_phase(capsys, tmp_path):
-    asked = [*RECIPE, "--global_batch_size=256", "--ranks=8"]
-    plan.main([*asked, "--images_per_second=2.56"])
+ASKED = [*RECIPE, "--global_batch_size=256", "--ranks=8"]
+
+
+def write_run(folder, *arguments):
+    """Write what `plan` reads of a past run at 0.32 images/s per rank."""
+    settings = commandline.parse([*ASKED, *arguments])
+    record = {"signature": signature.of(settings, resolve_recipe(settings, 8, 1281167), 1281167, None)}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "result.json").write_text('{"images_per_second": 0.64, "ranks": 2}')
+
+
+def test_table_shows_images_and_time_of_every_phase(capsys, tmp_path):
+    plan.main([*ASKED, "--speed=2.56"])
     text = capsys.readouterr().out
     main, tail = (next(line for line in text.splitlines() if line.startswith(name)) for name in ("main", "tail"))
-    assert " 5,120 " in main and main.endswith(" 33m20s")  # 20 steps of 256 images at 2.56 a second
+    assert " 5,120 " in main and main.endswith(" 33m20s")  # 20 steps of 256 images at 2.56 images/s
     assert " 12,800 " in tail and tail.endswith(" 1h23m")
     assert "1h56m at 2.6 images/s of all ranks" in text and "evaluations" in text
-    (tmp_path / "result.json").write_text('{"images_per_second": 0.64, "ranks": 2}')
-    model = dataclasses.asdict(flags.parse([]).model)
-    signature = {"model": model, "phases": {"a": {"image_size": 160}, "b": {"image_size": 224}}}
-    (tmp_path / "run.json").write_text(json.dumps({"signature": signature}))
-    plan.main([*asked, f"--past_run={tmp_path}"])
-    assert capsys.readouterr().out == text  # 0.32 a rank, eight ranks
-    plan.main(asked)
+    write_run(tmp_path)
+    plan.main([*ASKED, f"--speed={tmp_path}"])
+    assert capsys.readouterr().out == text  # 0.32 images/s per rank, eight ranks
+    plan.main(ASKED)
     assert "time" not in capsys.readouterr().out
-    with pytest.raises(UserError, match="another network: width 1.0 there, 0.5 here") as caught:
-        plan.main([*asked, f"--past_run={tmp_path}", "--width=0.5"])
-    assert caught.value.exit_code == 66
 
 
-def test_a_speed_that_cannot_be_had_is_told(tmp_path):
-    with pytest.raises(UserError, match="contradicts --images_per_second") as caught:
-        plan.main([*RECIPE, f"--past_run={tmp_path}", "--images_per_second=3"])
-    assert caught.value.exit_code == 64
-    with pytest.raises(UserError, match="no result.json") as caught:
-        plan.main([*RECIPE, f"--past_run={tmp_path}"])
+def test_the_speed_of_a_past_run_is_only_taken_for_the_same_network(tmp_path, capsys):
+    write_run(tmp_path)
+    plan.main([*ASKED, f"--speed={tmp_path}", "--padding=caffe", "--seed=3"])  # both take no time
+    with pytest.raises(UserError, match="another network .*width: default recorded, 0.5 now") as caught:
+        plan.main([*ASKED, f"--speed={tmp_path}", "--width=0.5"])
     assert caught.value.exit_code == 66
+    with pytest.raises(UserError, match=r"another network .*pixels: \[160, 224\] recorded, \[160, 192\] now"):
+        plan.main([*ASKED, f"--speed={tmp_path}", "--image_size=192"])
+
+
+def test_a_run_of_version_0_1_gives_its_speed_as_well(tmp_path, capsys):
+    """Its signature holds every setting of the network, also those at their defaults."""
+    write_run(tmp_path)
+    record = json.loads((tmp_path / "run.json").read_text())
+    model = {"model": "resnet50", "width": 1.0, "stem": "imagenet", "stride_in": "3x3", "precision": "float32"}
+    recorded = {"model": {**model, "bn_stats_batch": None}, "phases": record["signature"]["phases"], "data": {}}
+    recorded.update(optimizer=["sgd", 0.001], global_batch_size=256, order_of_phases=["main", "tail"])
+    (tmp_path / "run.json").write_text(json.dumps({"signature": recorded}))
+    plan.main([*ASKED, f"--speed={tmp_path}"])
+    assert "at 2.6 images/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "speed, part, code",
+    [
+        ("{}", "no result.json with a speed", 66),
+        ("0", "--speed=0: must be above 0", 64),
+        ("-3", "must be above 0", 64),
+        ("inf", "must be above 0", 64),
+    ],
+)
+def test_a_useless_speed_is_refused(tmp_path, speed, part, code):
+    with pytest.raises(UserError, match=part) as caught:
+        plan.main([*RECIPE, f"--speed={speed.format(tmp_path)}"])
+    assert caught.value.exit_code == code
+
+
+def test_a_run_folder_without_a_network_is_refused(tmp_path):
+    (tmp_path / "result.json").write_text('{"images_per_second": 0.64, "ranks": 2}')
+    with pytest.raises(UserError, match="run.json does not describe the network"):
+        plan.main([*ASKED, f"--speed={tmp_path}"])
 
 
 def test_table_shows_branches_members_and_accumulation(capsys):
@@ -92,7 +131,10 @@ def test_table_shows_branches_members_and_accumulation(capsys):
     plan.main([*tree, "--global_batch_size=256", "--batch_size=8", "--accumulate_steps=0", "--ranks=4"])
     text = capsys.readouterr().out
     assert any(line.split()[:5] == ["b", "a", "branch", "member", "1"] for line in text.splitlines())
-    assert "global batch 256 = 4 ranks x 8 x 8 accumulated" in text and "note: batch norm sees 8 images" in text
+    assert (
+        "global batch 256 = 4 ranks x 8 x 8 accumulated" in text
+        and "note: batch norm uses statistics of 8 images" in text
+    )
 
 
 def test_corrected_momentum_is_in_the_csv(capsys):
@@ -105,19 +147,21 @@ def test_size_of_a_prepared_data_set_comes_from_its_facts_or_the_flag(capsys):
     assert len(found) == 100
 
 
-def test_png(tmp_path, capsys):
-    path = tmp_path / "plan.png"
-    plan.main([*RECIPE, "--format=png", f"--output={path}"])
-    assert path.read_bytes().startswith(b"\x89PNG")
+def test_png_is_drawn_into_the_current_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan.main([*RECIPE, "--format=png"])
+    assert last_line(capsys.readouterr().out) == "plan.png"
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_png_without_matplotlib_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "available", lambda: False)
-    with pytest.raises(FlagError, match="matplotlib"):
-        plan.main([*RECIPE, "--format=png", f"--output={tmp_path}/plan.png"])
+def test_png_without_matplotlib_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plotting, "available", lambda: False)
+    with pytest.raises(FlagError, match="matplotlib is not installed"):
+        plan.main([*RECIPE, "--format=png"])
 
 
-def test_a_reader_that_has_enough_is_no_error():
+def test_a_reader_that_closes_the_pipe_is_not_an_error():
     long = "--phase=main:steps=200000,lr=1"
     command = (
         f"{shlex.quote(sys.executable)} -m resnet_cpu.plan {long} --format=csv | head -n 2; exit ${{PIPESTATUS[0]}}"

@@ -1,11 +1,10 @@
-"""Every plot is drawn from rows as they are written, and nothing is left beside it."""
+"""Every plot is drawn from rows as they are written, and no temporary file is left beside it."""
 
 import numpy as np
 import pytest
 
-from resnet_cpu.report import run_plots as plots
-from resnet_cpu.report import tables as results
-from resnet_cpu.scaling import steptimes as throughput
+from resnet_cpu.report import run_plots, study_plots, tables
+from resnet_cpu.scaling import steptimes
 
 EVALUATIONS = [{"epoch": 1.0, "top1": 0.5, "loss": 1.0}, {"epoch": 2.0, "top1": 0.75, "loss": 0.5}]
 METRICS = [{"epoch": 0.5, "loss": 2.0, "lr": 0.1}, {"epoch": 1.5, "loss": 1.0, "lr": 0.05}]
@@ -19,31 +18,49 @@ def row(run, what="last", **more):
 @pytest.mark.parametrize(
     "draw, arguments",
     [
-        (plots.draw_curves, (METRICS, EVALUATIONS)),
-        (plots.draw_lr_scaling, (EVALUATIONS, results.read_csv(results.PUBLISHED_CURVES))),
-        (plots.draw_ensemble, (MEMBERS, [{"top1": 0.8}, {"top1": 0.83}])),
+        (run_plots.draw_curves, (METRICS, EVALUATIONS)),
+        (run_plots.draw_lr_scaling, (EVALUATIONS, tables.read_csv(tables.PUBLISHED_CURVES))),
+        (run_plots.draw_ensemble, (MEMBERS, [{"top1": 0.8}, {"top1": 0.83}])),
     ],
 )
 def test_plots_of_a_run(draw, arguments, tmp_path):
-    title = [] if draw is plots.draw_ensemble else ["a title"]
+    title = [] if draw is run_plots.draw_ensemble else ["a title"]
     draw(*arguments, str(tmp_path / "plot.png"), *title)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def rung(ranks, rate, sd, efficiency, low="", high=""):
+    figures = {"ranks": ranks, "images_per_second": rate, "images_per_second_sd": sd, "efficiency": efficiency}
+    return {"what": "weak", "nodes": "", **figures, "efficiency_low": low, "efficiency_high": high}
+
+
+LADDER = [rung("1", "30.0", "", "1"), rung("2", "57.0", "1.0", "0.95", "0.9", "0.96")]
+PUBLISHED = {"what": "64 nodes", "nodes": "64", "efficiency": "0.945"}
+
+
 def test_plots_of_step_times_and_of_ladders(tmp_path):
     times = np.random.default_rng(0).uniform(0.1, 0.2, [3, 10, 4])
-    plots.draw_scaling(throughput.per_rank(times, ["a", "a", "b"]), str(tmp_path / "scaling.png"), "a title")
-    rungs = [
-        throughput.Rung(1, 1, 32, 1, 30.0, None, 1.0, 1.0, None, {}),
-        throughput.Rung(2, 1, 64, 1, 57.0, 1.0, 1.9, 0.95, (0.9, 0.96), {}),
-    ]
-    published = [("64 nodes", 64, 0.945)]
-    plots.draw_efficiency({"weak": rungs, "alone": rungs[:1]}, published, str(tmp_path / "efficiency.png"))
+    run_plots.draw_scaling(steptimes.per_rank(times, ["a", "a", "b"]), str(tmp_path / "scaling.png"), "a title")
+    alone = {**LADDER[0], "what": "alone"}
+    study_plots.draw_efficiency([*LADDER, alone, {"what": "not run"}], [PUBLISHED], str(tmp_path / "efficiency.png"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["efficiency.png", "scaling.png"]
 
 
-def test_plots_of_all_runs_and_runs_of_somebodys_own_do_not_disturb(tmp_path):
+def test_the_plan_is_drawn_with_the_start_of_each_phase(tmp_path):
+    run_plots.draw_plan([0.0, 0.5, 1.0], [0.1, 0.2, 0.1], {"main": 0.0, "tail": 1.0}, str(tmp_path / "plan.png"))
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]
+
+
+def test_plots_of_predictions(tmp_path):
+    points = [{"nodes": 64, "share": 0.9, "label": "a point", "fitted": fitted} for fitted in (True, False)]
+    study_plots.draw_prediction({"a network": ([1, 2], [1.0, 0.9])}, points, str(tmp_path / "one.png"), "a title")
+    points = [{"measured": 1.0, "predicted": 1.1, "fitted": fitted} for fitted in (True, False)]
+    study_plots.draw_validation(points, str(tmp_path / "two.png"), "a title")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]
+
+
+def test_plots_of_all_experiments_ignore_other_runs_and_tables(tmp_path):
     runs = [
         row("ladder/linear-64/seed-0"),
         row("ladder/linear-256/seed-0"),
@@ -54,5 +71,9 @@ def test_plots_of_all_runs_and_runs_of_somebodys_own_do_not_disturb(tmp_path):
         row("ensemble/one_model/seed-0"),
         row("somewhere/else"),
     ]
-    plots.draw_results(runs, [row("cycles/poly/seed-0"), row("cycles/poly/seed-0", epoch="2")], str(tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"ladder.png", "ensemble.png", "cycles.png"}
+    curves = [row("cycles/poly/seed-0"), row("cycles/poly/seed-0", epoch="2")]
+    made = {"scaling": LADDER, "published": [PUBLISHED], "recipes": [{"what": "a score", "n": "1"}]}
+    study_plots.draw_results(runs, curves, made, str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{n}.png" for n in ("ladder", "ensemble", "cycles", "scaling")
+    }
