@@ -59,7 +59,7 @@ lint: setup
 
 docs: setup
 	@$(PYTHON_ENV) -c "from resnet_cpu import commandline; print(commandline.reference(), end='')" >docs/flags.md
-	@$(PYTHON_ENV) tests/machine_trees.py >docs/layouts.md
+	@$(PYTHON_ENV) tests/machine_trees.py >docs/placements.md
 
 # For machines without a network (docs/offline.md). Run it where Python and processor are those of the nodes.
 wheelhouse: setup

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a command as MPI ranks on this machine, each bound to its share of the cores; more ranks than cores share them.
-# Short for python -m resnet_cpu.launch --ranks=RANKS -- COMMAND, whose pid becomes that of mpirun.
+# Run a command as MPI ranks on this machine, each bound to its share of the cores. More ranks than cores share the cores.
+# Short for RESNET_CPU_OVERSUBSCRIBE=1 python -m resnet_cpu.launch --ranks=RANKS -- COMMAND; this process becomes mpirun.
 #
 #   launch/local.sh RANKS COMMAND [ARGUMENT ...]
 #   launch/local.sh 2 python -m resnet_cpu.train --flagfile=experiments/quickstart.flags
@@ -9,4 +9,5 @@ if (($# < 2)) || ! [[ $1 =~ ^[1-9][0-9]{0,5}$ ]]; then
   echo "usage: launch/local.sh RANKS COMMAND [ARGUMENT ...]" >&2
   exit 64
 fi
-exec python -m resnet_cpu.launch --ranks="$1" --oversubscribe -- "${@:2}"
+export RESNET_CPU_OVERSUBSCRIBE=1
+exec python -m resnet_cpu.launch --ranks="$1" -- "${@:2}"

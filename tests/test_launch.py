@@ -1,4 +1,4 @@
-"""Installing and starting: what is run and what is said where something is missing, with stand-ins for the machine."""
+"""Installing and launching: what is run and reported, with stand-ins for the machine and its programs."""
 
 import os
 import shlex
@@ -13,16 +13,16 @@ import pytest
 from conftest import OUTSIDE, ROOT
 
 from resnet_cpu import launch
-from resnet_cpu.cluster import machine as topology
-from resnet_cpu.cluster import start
+from resnet_cpu.cluster import launching, start
+from resnet_cpu.cluster.machine import Cpu, Machine, Node
 from resnet_cpu.errors import FlagError, OutputError, PeerLost
 
 NEEDED = ["bash", "dirname", "head", "sed", "cat", "sha256sum", "sort", "wc", "grep", "env"]
 
 
 @pytest.fixture
-def machine(tmp_path):
-    """A PATH of our own: the tools a bare machine has, plus what a test puts there."""
+def bare_machine(tmp_path):
+    """A PATH of its own: the tools of a bare machine, and those that a test adds with `put`."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for tool in NEEDED:
@@ -41,17 +41,17 @@ def machine(tmp_path):
     return put, run
 
 
-def test_no_suitable_python_is_one_line(machine):
-    put, run = machine
-    put("python3", "exit 1")  # as one of another version answers
+def test_a_missing_python_is_reported_in_one_line(bare_machine):
+    put, run = bare_machine
+    put("python3", "exit 1")  # as an unsupported version does
     process = run("launch/install.sh")
     assert process.returncode == 1 and process.stdout == ""
     (line,) = process.stderr.splitlines()
     assert "no Python 3.9-3.11" in line and "PYTHON=" in line
 
 
-def test_without_root_the_missing_packages_are_listed(machine):
-    put, run = machine
+def test_without_root_the_missing_packages_are_listed(bare_machine):
+    put, run = bare_machine
     put("python3", "exit 0")
     put("id", "echo 1000")
     put("cmake", "exit 0")
@@ -64,33 +64,34 @@ def test_without_root_the_missing_packages_are_listed(machine):
 
 
 @pytest.mark.parametrize("arguments", [[], ["2"], ["0", "true"], ["two", "true"], ["-1", "true"]])
-def test_local_says_how_it_is_used(machine, arguments):
-    process = machine[1]("launch/local.sh", *arguments)
+def test_local_prints_its_usage(bare_machine, arguments):
+    process = bare_machine[1]("launch/local.sh", *arguments)
     assert process.returncode == 64 and "usage:" in process.stderr
 
 
-def test_local_hands_everything_on_as_it_is(machine):
-    put, run = machine
-    put("python", 'printf "<%s>" "$@"')
+def test_local_passes_all_words_unchanged(bare_machine):
+    put, run = bare_machine
+    put("python", 'printf "<%s>" "$RESNET_CPU_OVERSUBSCRIBE" "$@"')
     process = run("launch/local.sh", "3", "python", "a b", "$(touch x)", "--", "-n")
     assert process.returncode == 0, process.stderr
-    given = ["-m", "resnet_cpu.launch", "--ranks=3", "--oversubscribe", "--", "python", "a b", "$(touch x)", "--", "-n"]
+    given = ["1", "-m", "resnet_cpu.launch", "--ranks=3", "--", "python", "a b", "$(touch x)", "--", "-n"]
     assert process.stdout == "".join(f"<{word}>" for word in given)
 
 
 @pytest.fixture
-def starts(machine, monkeypatch, tmp_path):
-    """Call `launch` on two cores with stand-ins in PATH; return the line that it became."""
-    put, _ = machine
+def starts(bare_machine, monkeypatch, tmp_path):
+    """Call `launch` on two cores with stand-ins in PATH; return the command line that it became."""
+    put, _ = bare_machine
     put("mpirun", "echo 'mpirun (Open MPI) 4.1.4'")
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMP_", "TF_", "KMP_", "LD_PRELOAD"))]:
+    prefixes = ("SLURM_", "OMP_", "TF_", "KMP_", "HOROVOD_", "LD_PRELOAD", "RESNET_CPU_")
+    for name in [name for name in os.environ if name.startswith(prefixes)]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setattr(launch.topology, "read", lambda: TWO_CORES)
-    monkeypatch.setattr(launch.tuning, "remembered", lambda machine: None)
+    monkeypatch.setattr(launching.machine, "read", lambda: TWO_CORES)
+    monkeypatch.setattr(launching.tuning, "remembered", lambda host: None)
     lines = []
-    monkeypatch.setattr(launch.os, "execvp", lambda name, line: lines.append(line))
-    monkeypatch.setattr(launch.start, "follow", lines.append)
+    monkeypatch.setattr(launching.os, "execvp", lambda name, line: lines.append(line))
+    monkeypatch.setattr(launching.start, "follow", lines.append)
 
     def become(*arguments):
         launch.main(list(arguments))
@@ -99,11 +100,11 @@ def starts(machine, monkeypatch, tmp_path):
     return become
 
 
-CORES = tuple(topology.Cpu(id=n, core=n, socket=0, node=0, cache=0, siblings=(n,)) for n in range(2))
-TWO_CORES = topology.Topology("", (), CORES, (topology.Node(0, (0, 1), 0),), (0, 1), root="/nowhere")
+CORES = tuple(Cpu(id=n, core=n, socket=0, node=0, cache=0, siblings=(n,)) for n in range(2))
+TWO_CORES = Machine("", (), CORES, (Node(0, (0, 1), 0),), (0, 1), root="/nowhere")
 
 
-def test_launch_becomes_the_launcher_and_says_why(starts, capsys):
+def test_launch_becomes_the_launcher_and_gives_its_reasons(starts, capsys):
     line = starts("--ranks=2", "--", "cat", "$(touch x)", "--ranks=9")
     assert line[:7] == ["mpirun", "--quiet", "-np", "2", "--map-by", "slot:PE=1", "--bind-to"]
     assert line[-3:] == ["cat", "$(touch x)", "--ranks=9"] and "RESNET_CPU_RANKS=2" in line
@@ -139,26 +140,57 @@ def test_in_a_batch_job_every_launcher_gets_its_nodes_and_tasks(starts, monkeypa
     assert launcher != "srun" or "--nodes=1 --ntasks=2 --ntasks-per-node=2" in line
 
 
-def test_what_does_not_fit_the_job_is_warned_of(starts, monkeypatch, capsys):
+def test_a_placement_that_does_not_fit_the_job_is_warned_of(starts, monkeypatch, capsys):
     starts("--hosts=elsewhere", "--dry_run", "--", "cat")
-    assert "no rank will be" in capsys.readouterr().err
+    assert "will run no rank" in capsys.readouterr().err
     starts(f"--hosts={socket.gethostname()}", "--dry_run", "--", "cat")
     assert "warning" not in capsys.readouterr().err
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "1"}.items():
         monkeypatch.setenv(name, value)
     starts("--dry_run", "--", "cat")
     said = capsys.readouterr().err
-    assert "no rank will be" in said  # as in the shell of salloc
-    assert "1 tasks a node, its nodes suggest --ntasks-per-node=2" in said
+    assert "will run no rank" in said  # as in the shell of salloc
+    assert "1 tasks per node; for nodes of this type submit with --ntasks-per-node=2" in said
 
 
-def test_what_the_user_exported_stands_and_is_told(starts, monkeypatch, capsys):
+def test_exported_variables_are_kept_and_reported(starts, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "9")
     assert not any(word.startswith("OMP_NUM_THREADS") for word in starts("--ranks=1", "--", "cat"))
-    assert "warning: OMP_NUM_THREADS=9 is exported and stands (laid out: 2)" in capsys.readouterr().err
+    assert (
+        "warning: OMP_NUM_THREADS=9 is set in your environment and overrides the proposed 2" in capsys.readouterr().err
+    )
     monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "7")
     assert not any(word.startswith("TF_NUM_INTRAOP_THREADS") for word in starts("--ranks=1", "--", "cat"))
-    assert "TF_NUM_INTRAOP_THREADS=5" in starts("--ranks=1", "--threads=5", "--", "cat")  # but for the flag
+    assert "TF_NUM_INTRAOP_THREADS=5" in starts("--ranks=1", "--threads=5", "--", "cat")  # except for the flag
+
+
+def test_an_exported_number_of_threads_is_reported_even_if_it_is_the_proposed_one(starts, monkeypatch, capsys):
+    """Fault: it decided, and nothing said so."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    starts("--ranks=1", "--", "cat")
+    said = capsys.readouterr().err
+    assert "launch: OMP_NUM_THREADS=2 is set in your environment and is kept" in said and "warning" not in said
+
+
+def test_exported_pinning_is_reported(starts, monkeypatch, capsys):
+    """Fault: "KMP_AFFINITY stays unset" was printed although the user had exported it."""
+    starts("--ranks=1", "--", "cat")
+    assert "warning: KMP_AFFINITY" not in capsys.readouterr().err
+    monkeypatch.setenv("KMP_AFFINITY", "compact")
+    starts("--ranks=1", "--", "cat")
+    said = capsys.readouterr().err
+    assert "warning: KMP_AFFINITY=compact is set in your environment" in said and "stays unset" not in said
+
+
+def test_the_placement_is_worked_out_once(starts, monkeypatch):
+    """Fault: it was computed up to three times, in a batch job."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
+    calls = []
+    propose = launching.placement.propose
+    monkeypatch.setattr(launching.placement, "propose", lambda *a, **k: calls.append(a) or propose(*a, **k))
+    starts("--mpi=openmpi", "--dry_run", "--", "cat")
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -166,7 +198,8 @@ def test_what_the_user_exported_stands_and_is_told(starts, monkeypatch, capsys):
     [
         (["--ranks=2"], ["no command", "--"]),
         (["--ranks=2", "cat", "-n"], ["write -- before the command", "-- cat"]),
-        (["--ranks=3", "--", "cat"], ["3", "2 cores"]),
+        (["--ranks=3", "--", "cat"], ["--ranks=3: ", "2 cores"]),
+        (["--ranks_per_node=3", "--", "cat"], ["--ranks_per_node=3: ", "2 cores"]),
         (["--ranks_per_node=many", "--", "cat"], ["--ranks_per_node=many", "auto"]),
         (["--ranks_per_node=0", "--", "cat"], ["--ranks_per_node=0"]),
         (["--model=resnet18", "--", "cat"], ["--model", "after --"]),
@@ -177,24 +210,30 @@ def test_what_the_user_exported_stands_and_is_told(starts, monkeypatch, capsys):
         (["--mpi=ibrun", "--ranks_per_node=1", "--", "cat"], ["ibrun", "--ntasks-per-node=1"]),
         (["--mpi=ibrun", "--", "cat"], ["ibrun", "PATH"]),
         (["--tune", "--ranks=2"], ["--ranks", "--tune"]),
-        (["--tune", "--ranks_per_node=2"], ["--ranks_per_node=2", "--tune"]),
+        (["--tune", "--ranks_per_node=2"], ["--ranks_per_node", "--tune"]),
+        (["--oversubscribe", "--", "cat"], ["--oversubscribe", "RESNET_CPU_OVERSUBSCRIBE=1"]),
+        (["--launch_agent=x", "--", "cat"], ["--launch_agent", "RESNET_CPU_LAUNCH_AGENT"]),
     ],
 )
-def test_what_cannot_be_started_is_told_in_one_line(starts, arguments, parts):
+def test_what_cannot_be_started_is_reported_in_one_line(starts, arguments, parts):
     with pytest.raises(FlagError) as caught:
         starts(*arguments)
     assert all(part in str(caught.value) for part in parts), caught.value
     assert "\n" not in str(caught.value)
 
 
-def test_oversubscribed_ranks_are_bound_nowhere(starts):
-    line = starts("--ranks=3", "--oversubscribe", "--", "cat")
+def test_oversubscribed_ranks_are_not_bound(starts, monkeypatch):
+    monkeypatch.setenv("RESNET_CPU_OVERSUBSCRIBE", "1")
+    line = starts("--ranks=3", "--", "cat")
     assert line[4:7] == ["--oversubscribe", "--bind-to", "none"] and "OMP_NUM_THREADS=1" in line
-    assert "--oversubscribe" not in starts("--ranks=2", "--oversubscribe", "--", "cat")  # they need not
+    assert "--oversubscribe" not in starts("--ranks=2", "--", "cat")  # two ranks fit
+    monkeypatch.setenv("RESNET_CPU_OVERSUBSCRIBE", "yes")
+    with pytest.raises(FlagError, match="RESNET_CPU_OVERSUBSCRIBE=yes: must be 1"):
+        starts("--ranks=3", "--", "cat")
 
 
-def test_hosts_that_do_not_answer_or_are_full_are_named_before_anything_starts(starts, machine, monkeypatch, tmp_path):
-    put, _ = machine
+def test_hosts_that_do_not_answer_or_are_full_are_named_before_the_start(starts, bare_machine, monkeypatch, tmp_path):
+    put, _ = bare_machine
     put(
         "enter",
         'case $1 in good*) eval "$2" ;; full) echo "$2" >asked; echo "tmpfs 65536 65436 100 99% /dev/shm" ;; '
@@ -202,22 +241,34 @@ def test_hosts_that_do_not_answer_or_are_full_are_named_before_anything_starts(s
     )
     put("df", "exit 1")  # no /dev/shm there
     monkeypatch.chdir(tmp_path)
-    agent = "--launch_agent=enter"
-    assert "good1:1,good2:1" in starts("--hosts=good1:1,good2:1", agent, "--", "cat")
+    monkeypatch.setenv("RESNET_CPU_LAUNCH_AGENT", "enter")
+    assert "good1:1,good2:1" in starts("--hosts=good1:1,good2:1", "--", "cat")
     put("df", "echo Filesystem; echo tmpfs 65536 0 65536 0% /dev/shm")
-    assert "good1:1,good2:1" in starts("--hosts=good1:1,good2:1", agent, "--", "cat")
+    assert "good1:1,good2:1" in starts("--hosts=good1:1,good2:1", "--", "cat")
     with pytest.raises(OutputError) as caught:
-        starts("--hosts=good1:1,full:1", agent, "--", "cat")
+        starts("--hosts=good1:1,full:1", "--", "cat")
     assert "full:/dev/shm: 0 MiB free, 1 ranks need 8" in str(caught.value) and "good1" not in str(caught.value)
     assert "df -Pk /dev/shm" in (tmp_path / "asked").read_text()
-    monkeypatch.setattr(launch.start, "_ANSWER_S", 0.5)
+    monkeypatch.setattr(start, "_ANSWER_S", 0.5)
     with pytest.raises(PeerLost) as caught:
-        starts("--hosts=good1,bad,slow", "--ranks_per_node=1", agent, "--", "cat")
+        starts("--hosts=good1,bad,slow", "--ranks_per_node=1", "--", "cat")
     assert "bad (no way there)" in str(caught.value) and "slow (no answer in" in str(caught.value)
     assert "good1" not in str(caught.value)
 
 
-def test_full_shared_memory_is_told(monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "here", "here.cluster", "HERE"])
+def test_this_host_needs_no_ssh(starts, monkeypatch, capsys, name):
+    """Fault: a host was reached by ssh to itself. Negative control: another host still needs it."""
+    monkeypatch.setattr(start.socket, "gethostname", lambda: "here.cluster")
+    assert f"{name}:1" in starts(f"--hosts={name}:1", "--", "cat")  # there is no ssh in PATH
+    assert "will run no rank" not in capsys.readouterr().err
+    with pytest.raises(FlagError, match="ssh: no such program"):
+        starts(f"--hosts={name}:1,there:1", "--", "cat")
+    with pytest.raises(FlagError, match="ssh: no such program"):
+        starts("--hosts=here.elsewhere:1", "--", "cat")
+
+
+def test_full_shared_memory_is_reported(monkeypatch, tmp_path):
     class Full:
         f_bavail, f_frsize = 10, 4096
 
@@ -228,7 +279,7 @@ def test_full_shared_memory_is_told(monkeypatch, tmp_path):
 
 
 def stand_in_for_mpirun(folder, says):
-    """Return an environment whose mpirun prints for so many ranks what `says` has, and keeps its own process id."""
+    """Return an environment whose mpirun runs the branch of `says` for its number of ranks, in its own process."""
     folder.mkdir()
     program = folder / "mpirun"
     program.write_text(
@@ -249,23 +300,23 @@ def tune(environment, **more):
     )
 
 
-def test_tuning_times_layouts_and_later_starts_take_the_fastest(tmp_path):
+def test_tuning_times_numbers_of_ranks_and_later_starts_use_the_fastest(tmp_path):
     says = '1) echo "total images/sec: 9.5" ;; *) echo broken >&2; exit 3 ;;'
     environment = stand_in_for_mpirun(tmp_path / "bin", says)
     process = tune(environment)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and out == "1\n", err
-    assert "1 ranks: 9.50 images/s" in err and "resnet_cpu/layouts.json" in err
-    assert "timing [1] ranks" in err or " ranks: failed with 3: broken" in err
+    assert "1 ranks: 9.50 images/s" in err and "resnet_cpu/placements.json" in err
+    assert "timing [1] ranks" in err or " ranks: failed with exit code 3: broken" in err
     command = [sys.executable, "-m", "resnet_cpu.launch", "--mpi=openmpi", "--dry_run", "--", "true"]
     later = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    assert " -np 1 " in later.stdout and "1 ranks a node were the fastest here" in later.stderr
+    assert " -np 1 " in later.stdout and "1 ranks per host were the fastest" in later.stderr
 
 
-def test_tuning_that_times_nothing_or_is_ended_leaves_nothing(tmp_path):
+def test_tuning_that_fails_or_is_ended_leaves_nothing(tmp_path):
     process = tune(stand_in_for_mpirun(tmp_path / "none", "*) exit 3 ;;"))
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 64 and out == "" and "no layout could be timed" in err
+    assert process.returncode == 64 and out == "" and "no number of ranks could be timed" in err
     folder = tmp_path / "slow"
     sleeps = f"*) echo $$ >{folder}/pid.new; mv {folder}/pid.new {folder}/pid; exec sleep 60 ;;"
     process = tune(stand_in_for_mpirun(folder, sleeps))
@@ -286,25 +337,27 @@ def test_tuning_that_times_nothing_or_is_ended_leaves_nothing(tmp_path):
         ("export PMI_SIZE=2 PMI_RANK=0;", "sees 1: launcher and mpi4py belong to different MPIs"),
     ],
 )
-def test_a_launcher_that_starts_worlds_of_one_is_told(tmp_path, announced, message):
-    """As mpirun of one MPI does with programs of another: every process is a job of its own."""
+def test_a_launcher_that_starts_worlds_of_one_is_reported(tmp_path, announced, message):
+    """mpirun of one MPI does this to programs of another: every process is a job of its own."""
     pytest.importorskip("mpi4py")
     alone = """while :; do case $1 in
     -x) case $2 in *=*) export "$2" ;; esac; shift 2 ;; --quiet | --oversubscribe | --allow-run-as-root) shift ;;
     --mca) shift 3 ;; -*) shift 2 ;; *) break ;; esac; done;"""
     environment = stand_in_for_mpirun(tmp_path / "bin", f'2) shift 2; {alone} {announced} exec "$@" ;;')
-    command = [sys.executable, "-m", "resnet_cpu.launch", "--mpi=openmpi", "--ranks=2", "--oversubscribe", "--"]
+    command = [sys.executable, "-m", "resnet_cpu.launch", "--mpi=openmpi", "--ranks=2", "--"]
     command += [sys.executable, "-m", "resnet_cpu.train", "--flagfile=experiments/smoke.flags"]
     process = subprocess.run(
         [*command, f"--run_dir={tmp_path / 'run'}"],
         cwd=ROOT,
-        env=environment,
+        env={**environment, "RESNET_CPU_OVERSUBSCRIBE": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    told = [line for line in process.stderr.splitlines() if line.startswith("resnet_cpu:")]
-    assert process.returncode == 64 and process.stdout == "" and len(told) == 1 and message in told[0], process.stderr
+    errors = [line for line in process.stderr.splitlines() if line.startswith("resnet_cpu:")]
+    assert process.returncode == 64 and process.stdout == "" and len(errors) == 1 and message in errors[0], (
+        process.stderr
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -319,7 +372,7 @@ def test_a_launcher_that_starts_worlds_of_one_is_told(tmp_path, announced, messa
         ("trap 'exit 75' USR1; kill -USR1 $PPID; while :; do sleep 0.01; done", 75, ""),
     ],
 )
-def test_over_several_hosts_signals_are_handed_on_and_a_lost_host_is_told(script, expected, message):
+def test_over_several_hosts_signals_are_forwarded_and_a_lost_host_is_reported(script, expected, message):
     program = (
         f"import sys; from resnet_cpu.cluster import guard, start; "
         f"guard.run(lambda _: start.follow(['bash', '-c', {script!r}]))"

@@ -1,4 +1,4 @@
-"""The line that starts the ranks, against golden text, and where ranks go."""
+"""The command lines that start the ranks, against golden text, and how ranks are distributed over hosts."""
 
 import dataclasses
 import shlex
@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from resnet_cpu.cluster import launchers
-from resnet_cpu.cluster.launchers import Placement
+from resnet_cpu.cluster.launchers import RankMap
 from resnet_cpu.errors import FlagError
 
 COMMAND = ["python", "-m", "resnet_cpu.train", "--flagfile=my experiments/a.flags"]
@@ -18,12 +18,12 @@ OUTSIDE = {
     "HOME": "/home/x",
     "SECRET_KEY": "x",
 }
-HERE = Placement(ranks=2, per_host=2, cores=1, yields=True, as_root=True)
-SHARED = Placement(ranks=4, per_host=4, cores=1, bound=False, yields=True)
-NODES = Placement(ranks=8, per_host=2, cores=24, cpus_per_core=2, hosts=("n1", "n2", "n3", "n4"))
-WIRED = Placement(ranks=2, per_host=1, cores=8, hosts=("a", "b"), interface="eth1", agent="/sw/enter", yields=True)
-FEW = Placement(ranks=3, per_host=2, cores=4, cpus_per_core=2, hosts=("n1", "n2"), in_batch_job=True, bound=False)
-BATCH = Placement(ranks=128, per_host=2, cores=24, in_batch_job=True)
+HERE = RankMap(ranks=2, per_host=2, cores=1, yields=True, as_root=True)
+SHARED = RankMap(ranks=4, per_host=4, cores=1, bound=False, yields=True)
+NODES = RankMap(ranks=8, per_host=2, cores=24, cpus_per_core=2, hosts=("n1", "n2", "n3", "n4"))
+WIRED = RankMap(ranks=2, per_host=1, cores=8, hosts=("a", "b"), interface="eth1", agent="/sw/enter", yields=True)
+FEW = RankMap(ranks=3, per_host=2, cores=4, cpus_per_core=2, hosts=("n1", "n2"), in_batch_job=True, bound=False)
+BATCH = RankMap(ranks=128, per_host=2, cores=24, in_batch_job=True)
 
 TRAIN = "python -m resnet_cpu.train '--flagfile=my experiments/a.flags'"
 OMPI = "-x OMP_NUM_THREADS=22 -x LD_PRELOAD=/usr/lib/libtcmalloc_minimal.so.4 -x RESNET_CPU_RANKS="
@@ -115,21 +115,21 @@ GOLDEN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher, placement, expected", GOLDEN)
-def test_lines(launcher, placement, expected):
-    line = launchers.line(launcher, placement, SET, OUTSIDE, COMMAND)
+@pytest.mark.parametrize("launcher, rank_map, expected", GOLDEN)
+def test_lines(launcher, rank_map, expected):
+    line = launchers.line(launcher, rank_map, SET, OUTSIDE, COMMAND)
     assert shlex.join(line) == expected
-    assert line[-len(COMMAND) :] == COMMAND  # whatever is in it
+    assert line[-len(COMMAND) :] == COMMAND  # unchanged, whatever it contains
 
 
-def test_every_launcher_has_a_line_and_nothing_secret_is_passed_on():
+def test_every_launcher_has_a_golden_line_and_secrets_are_not_passed():
     assert {launcher for launcher, _, _ in GOLDEN} == set(launchers.LINES)
-    for launcher, placement, _ in GOLDEN:
-        line = launchers.line(launcher, placement, SET, OUTSIDE, COMMAND)
+    for launcher, rank_map, _ in GOLDEN:
+        line = launchers.line(launcher, rank_map, SET, OUTSIDE, COMMAND)
         assert "SECRET_KEY" not in " ".join(line) and "horovodrun" not in line
 
 
-def test_what_the_user_exports_for_open_mpi_stands():
+def test_exported_settings_of_open_mpi_are_kept():
     mine = {
         "APPTAINERENV_HOST_MPI": "/m",
         "OMPI_MCA_btl_tcp_if_include": "ib0",
@@ -143,7 +143,7 @@ def test_what_the_user_exports_for_open_mpi_stands():
     assert "btl_tcp_flags" not in " ".join(launchers.line("srun", BATCH, SET, mine, COMMAND))
 
 
-def test_srun_counts_no_hyper_threads_where_the_job_leaves_them_out():
+def test_srun_does_not_count_hyper_threads_if_the_job_excludes_them():
     threaded = dataclasses.replace(BATCH, cpus_per_core=2)
     for hint, cpus in (({}, 48), ({"SLURM_HINT": "nomultithread"}, 24)):
         assert f"--cpus-per-task={cpus}" in launchers.line("srun", threaded, SET, hint, COMMAND)
@@ -165,18 +165,14 @@ def test_srun_needs_a_batch_job():
         (None, True, False, True, "srun"),
     ],
 )
-def test_recognised(version, batch, ibrun, srun, expected):
+def test_the_launcher_is_recognised_by_its_version(version, batch, ibrun, srun, expected):
     assert launchers.recognise(version, batch, ibrun, srun) == expected
 
 
 @pytest.mark.parametrize("version, part", [(None, "no mpirun in PATH"), ("my mpi 3", "my mpi 3"), ("", "nothing")])
-def test_not_recognised(version, part):
+def test_an_unknown_launcher_is_refused(version, part):
     with pytest.raises(FlagError, match=part):
         launchers.recognise(version, False, True, True)
-
-
-def proposed(wanted, several):
-    return wanted or 4
 
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4"}
@@ -201,27 +197,48 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4"}
         (JOB, ["a:2", "b:2"], None, None, (4, 2, ("a", "b"), True)),
     ],
 )
-def test_places(environ, hosts, ranks, per_node, expected):
-    assert launchers.place(environ, hosts, ranks, per_node, proposed) == expected
+def test_ranks_are_distributed_over_hosts(environ, hosts, ranks, per_node, expected):
+    assert launchers.distribute(environ, hosts, ranks, per_node, default=4)[:4] == expected
 
 
 @pytest.mark.parametrize(
     "environ, hosts, ranks, per_node, parts",
     [
         ({}, ["a:2", "b:2"], 5, None, ["--ranks=5", "more ranks than slots", "2 hosts x 2 slots"]),
-        ({}, ["a:2", "b:2"], None, 3, ["--ranks_per_node=3", "2 slots"]),
+        ({}, ["a:2", "b:2"], 4, 1, ["--ranks=4", "more ranks than slots", "--ranks_per_node=1"]),
+        ({}, ["a:2", "b:2"], None, 3, ["--ranks_per_node=3", "more ranks than slots", "2 slots"]),
         ({}, ["a:2", "b:3"], None, None, ["unequal"]),
         ({}, ["a", "a"], None, None, ["twice"]),
-        ({}, ["-oProxyCommand=x"], None, None, ["is no host"]),
-        ({}, ["a;touch x"], None, None, ["is no host"]),
-        ({}, ["a:0"], None, None, ["is no host"]),
+        ({}, ["-oProxyCommand=x"], None, None, ["is not a host"]),
+        ({}, ["a;touch x"], None, None, ["is not a host"]),
+        ({}, ["a:0"], None, None, ["is not a host"]),
         ({}, [], 4, 2, ["--ranks=4", "--ranks_per_node=2"]),
         ({}, ["a:2", "b:2"], 3, None, ["--ranks=3", "evenly"]),
         ({**JOB, "SLURM_NTASKS_PER_NODE": "2"}, [], 9, None, ["--ranks=9", "4 nodes x 2 tasks"]),
         ({**JOB, "SLURM_NTASKS_PER_NODE": "2"}, [], None, 3, ["--ranks_per_node=3", "--ntasks-per-node=3"]),
     ],
 )
-def test_refused_places(environ, hosts, ranks, per_node, parts):
+def test_ranks_that_cannot_be_distributed_are_refused(environ, hosts, ranks, per_node, parts):
     with pytest.raises(FlagError) as caught:
-        launchers.place(environ, hosts, ranks, per_node, proposed)
+        launchers.distribute(environ, hosts, ranks, per_node, default=4)
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+@pytest.mark.parametrize(
+    "environ, hosts, ranks, per_node, expected",
+    [
+        ({}, [], None, None, "auto"),
+        ({}, [], 3, None, "--ranks=3"),
+        ({}, [], None, 3, "--ranks_per_node=3"),
+        ({}, [], 2, 3, "--ranks=2"),
+        ({}, ["a:2", "b:2"], None, None, "--hosts=...:2"),
+        ({}, ["a:2", "b:2"], 1, None, "--ranks=1"),
+        ({}, ["a", "b"], None, 5, "--ranks_per_node=5"),
+        ({}, ["a", "b"], None, None, "auto"),
+        ({**JOB, "SLURM_NTASKS_PER_NODE": "2"}, [], None, None, "--ntasks-per-node=2 of the batch job"),
+        (JOB, [], None, None, "auto"),
+    ],
+)
+def test_what_decided_the_number_of_ranks_is_named(environ, hosts, ranks, per_node, expected):
+    """Fault: "more ranks than cores" named --ranks_per_node, which the user had not typed."""
+    assert launchers.distribute(environ, hosts, ranks, per_node, default=4).decided_by == expected

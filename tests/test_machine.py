@@ -1,4 +1,4 @@
-"""What is read of a machine: described ones, made-up limits, missing and damaged files, and this one."""
+"""Reading a machine: described ones, made-up limits, missing and damaged files, and this one."""
 
 import dataclasses
 import os
@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resnet_cpu.cluster import control
-from resnet_cpu.cluster import machine as topology
+from resnet_cpu.cluster import control, machine
 
 AMX = {"amx_tile", "amx_int8", "amx_bf16"}
 
@@ -34,18 +33,18 @@ AMX = {"amx_tile", "amx_int8", "amx_bf16"}
     ],
 )
 def test_machines(name, sockets, nodes, cores, smt, allowed):
-    machine = machine_trees.read(name)
-    assert (machine.sockets, len(machine.nodes), len(machine.cores())) == (sockets, nodes, cores)
-    assert {len(core) for core in machine.cores()} == {smt} and len(machine.allowed) == allowed
-    assert machine.model
-    assert sorted(cpu for node in machine.nodes for cpu in node.cpus) == [cpu.id for cpu in machine.cpus]
+    found = machine_trees.read(name)
+    assert (found.sockets, len(found.nodes), len(found.cores())) == (sockets, nodes, cores)
+    assert {len(core) for core in found.cores()} == {smt} and len(found.allowed) == allowed
+    assert found.model
+    assert sorted(cpu for node in found.nodes for cpu in node.cpus) == [cpu.id for cpu in found.cpus]
 
 
 def test_every_described_machine_is_tried():
     assert {path.stem for path in (machine_trees.HERE / "machines").glob("*.json")} == set(machine_trees.NAMES)
 
 
-def test_cores_lie_beside_those_they_share_with():
+def test_cores_are_ordered_by_what_they_share():
     even = machine_trees.read("stampede2_skx").cores()
     assert [core[0].id for core in even[:3]] == [0, 2, 4] and [cpu.id for cpu in even[0]] == [0, 48]
     assert [core[0].socket for core in even] == [0] * 24 + [1] * 24
@@ -55,7 +54,7 @@ def test_cores_lie_beside_those_they_share_with():
     assert machine_trees.read("knl_quadrant_cache").cpus[69].cache == 0  # a tile, by its second-level cache
 
 
-def test_memory_without_cpus_is_seen():
+def test_memory_without_cpus_is_found():
     knl = machine_trees.read("knl_snc4_flat")
     assert [len(node.cpus) for node in knl.nodes] == [72, 72, 64, 64, 0, 0, 0, 0]
     assert [node.memory_bytes >> 30 for node in knl.nodes] == [24] * 4 + [4] * 4
@@ -87,7 +86,7 @@ def write(root, **files):
         whole.write_text(text)
 
 
-def test_the_tightest_limit_on_the_way_up_holds(tmp_path):
+def test_the_tightest_limit_of_all_parents_applies(tmp_path):
     write(
         tmp_path,
         **{
@@ -101,28 +100,28 @@ def test_the_tightest_limit_on_the_way_up_holds(tmp_path):
             "sys/devices/system/cpu/online": "0-7\n",
         },
     )
-    machine = topology.read(str(tmp_path))
-    assert (machine.quota, machine.allowed, machine.memory_bytes) == (1.5, (2, 3), 1000000)
+    found = machine.read(str(tmp_path))
+    assert (found.quota, found.allowed, found.memory_bytes) == (1.5, (2, 3), 1000000)
     write(tmp_path, **{"proc/self/cgroup": "4:cpu,cpuacct:/a\n1:cpuset:/a\n0::/../outside\n"})
-    assert topology.read(str(tmp_path)).quota is None
+    assert machine.read(str(tmp_path)).quota is None
     write(tmp_path, **{"sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "50000", "sys/fs/cgroup/cpuset/a/cpuset.cpus": "5"})
-    assert topology.read(str(tmp_path)).quota == 0.5 and topology.read(str(tmp_path)).allowed == (5,)
+    assert machine.read(str(tmp_path)).quota == 0.5 and machine.read(str(tmp_path)).allowed == (5,)
 
 
-def test_nothing_is_required(tmp_path):
-    empty = topology.read(str(tmp_path))
+def test_no_file_is_required(tmp_path):
+    empty = machine.read(str(tmp_path))
     assert [len(core) for core in empty.cores()] == [1] and empty.sockets == 1 and empty.nodes[0].cpus == (0,)
-    four = topology.read(str(tmp_path), allowed=[3, 5, 6, 8])
+    four = machine.read(str(tmp_path), allowed=[3, 5, 6, 8])
     assert len(four.cores()) == 4 and four.sockets == 1 and len(four.nodes) == 1 and four.memory_bytes == 0
     write(tmp_path, **{"proc/cpuinfo": "processor\t: 0\n\nprocessor\t: 1\n"})
-    assert [cpu.id for cpu in topology.read(str(tmp_path)).cpus] == [0, 1]
-    assert topology.processor(str(tmp_path)) == ("", [])
+    assert [cpu.id for cpu in machine.read(str(tmp_path)).cpus] == [0, 1]
+    assert machine.processor(str(tmp_path)) == ("", [])
 
 
 @pytest.mark.parametrize(
     "text", ["", "x\n", "-1\n", "3-\n", "9-2", "0-1:0/0", "0-99999999999", "7" * 30, "\0\xff", "5 of\n", "2-3,oops,4"]
 )
-def test_damaged_files_are_no_traceback(text, tmp_path):
+def test_damaged_files_raise_no_error(text, tmp_path):
     places = [
         f"sys/devices/system/cpu/cpu0/{f}" for f in ("topology/thread_siblings_list", "topology/core_siblings_list")
     ]
@@ -130,47 +129,64 @@ def test_damaged_files_are_no_traceback(text, tmp_path):
     places += ["proc/cpuinfo", "proc/meminfo", "sys/devices/system/cpu/cpu0/cache/index3/shared_cpu_list"]
     places += [f"sys/fs/cgroup/{f}" for f in ("cpu.max", "cpuset.cpus.effective", "memory.max")]
     write(tmp_path, **{"proc/self/cgroup": "0::/\n", **dict.fromkeys(places, text)})
-    machine = topology.read(str(tmp_path), allowed=[0, 1])
-    assert machine.allowed and {cpu for core in machine.cores() for cpu in core} <= set(machine.cpus)
+    found = machine.read(str(tmp_path), allowed=[0, 1])
+    assert found.allowed and {cpu for core in found.cores() for cpu in core} <= set(found.cpus)
 
 
-def test_a_large_machine_takes_few_reads(tmp_path, monkeypatch):
+def test_a_large_machine_needs_few_reads(tmp_path, monkeypatch):
     machine_trees.tree(machine_trees.described("knl_quadrant_cache"), tmp_path)
     asked = []
-    real = topology._text
-    monkeypatch.setattr(topology, "_text", lambda root, path: asked.append(path) or real(root, path))
-    assert len(topology.read(str(tmp_path)).cpus) == 272
-    assert len(asked) < 272  # a file a core or a cache, never several a hyper-thread
+    real = machine._text
+    monkeypatch.setattr(machine, "_text", lambda root, path: asked.append(path) or real(root, path))
+    assert len(machine.read(str(tmp_path)).cpus) == 272
+    assert len(asked) < 272  # one file per core or cache, not several per hyper-thread
 
 
 def test_hyper_threads_count_once(tmp_path):
     machine_trees.tree(machine_trees.described("stampede2_skx"), tmp_path)
-    assert topology.physical_cores([0, 48, 2, 50], str(tmp_path)) == 2
-    assert topology.physical_cores([0, 2, 4], str(tmp_path)) == 3
-    assert topology.physical_cores([], str(tmp_path)) == 0
+    assert machine.physical_cores([0, 48, 2, 50], str(tmp_path)) == 2
+    assert machine.physical_cores([0, 2, 4], str(tmp_path)) == 3
+    assert machine.physical_cores([], str(tmp_path)) == 0
 
 
 def test_this_machine():
-    here = topology.read()
+    here = machine.read()
     assert here.allowed == tuple(sorted(os.sched_getaffinity(0)))
-    assert len(here.cores()) == topology.physical_cores(os.sched_getaffinity(0))
+    assert len(here.cores()) == machine.physical_cores(os.sched_getaffinity(0))
     assert 0 < here.memory_bytes <= psutil.virtual_memory().total
-    assert (here.model, list(here.instruction_sets)) == topology.processor()
+    assert (here.model, list(here.instruction_sets)) == machine.processor()
 
 
-def test_a_quota_reaches_the_ranks():
-    assert control.share_of_cores([0, 1, 2, 3], [[0, 1, 2, 3]]) == topology.physical_cores([0, 1, 2, 3])
+def test_a_quota_limits_the_cores_of_ranks():
+    assert control.share_of_cores([0, 1, 2, 3], [[0, 1, 2, 3]]) == machine.physical_cores([0, 1, 2, 3])
     assert control.share_of_cores([0, 1, 2, 3], [[0, 1, 2, 3]], granted=1.5) == 1
     assert control.share_of_cores([0, 1], [[0, 1], [2, 3]], granted=0.5) == 1
 
 
 @given(st.sets(st.integers(0, 400)))
-def test_lists_as_the_kernel_writes_them(cpus):
-    assert topology.cpu_list(machine_trees.written(cpus)) == cpus
+def test_cpu_lists_of_the_kernel_are_read(cpus):
+    assert machine.cpu_list(machine_trees.written(cpus)) == cpus
 
 
-def test_lists_for_people():
-    assert topology.spans([3, 1, 2, 8]) == "1-3,8"
-    assert topology.spans(range(0, 48, 2)) == "0-46:2"
-    assert topology.spans([0, 2]) == "0,2" and topology.spans([]) == ""
-    assert topology.cpu_list("0-94:1/2") == set(range(0, 95, 2))
+def test_cpu_lists_are_written_for_people():
+    assert machine.spans([3, 1, 2, 8]) == "1-3,8"
+    assert machine.spans(range(0, 48, 2)) == "0-46:2"
+    assert machine.spans([0, 2]) == "0,2" and machine.spans([]) == ""
+    assert machine.cpu_list("0-94:1/2") == set(range(0, 95, 2))
+
+
+SAPPHIRE_RAPIDS = "processor\t: 0\nflags\t\t: fpu sse4_2 avx2 avx512f avx512_bf16 amx_bf16 amx_tile\n"
+SKYLAKE = "processor\t: 0\nflags\t\t: fpu sse4_2 avx2 avx512f avx512cd\nflags : other\n"
+
+
+def test_bfloat16_without_amx_is_warned_of(tmp_path):
+    found = {}
+    for name, text in (("new", SAPPHIRE_RAPIDS), ("old", SKYLAKE), ("odd", "")):
+        (tmp_path / name / "proc").mkdir(parents=True)
+        (tmp_path / name / "proc" / "cpuinfo").write_text(text)
+        found[name] = machine.processor(str(tmp_path / name))[1]
+    assert found["new"] == ["avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16"]
+    assert found["old"] == ["avx2", "avx512f"] and found["odd"] == []
+    assert machine.precision_warning("bfloat16", found["new"]) is None
+    assert "no AMX" in machine.precision_warning("bfloat16", found["old"])
+    assert machine.precision_warning("float32", found["old"]) is None

@@ -1,7 +1,7 @@
-"""What this machine is: cores, sockets, NUMA nodes, limits and instruction sets, as the kernel tells them.
+"""Read what the kernel reports about this machine: cores, sockets, NUMA nodes, limits and instruction sets.
 
-Read from /proc and /sys, the only readers of them in the package. Nothing is required: where a file is missing the
-machine has one socket and one node, and each logical CPU is a core of its own.
+Nothing else in the package reads /proc and /sys for this. No file is required: without them the machine has one socket
+and one NUMA node, and each logical CPU is its own core.
 """
 
 import dataclasses
@@ -9,11 +9,11 @@ import os
 import re
 from typing import Dict, FrozenSet, Iterable, List, Optional, Sequence, Set, Tuple
 
-# What decides which kernels oneDNN takes, as the kernel names it in the flags of /proc/cpuinfo.
+# The instruction sets that decide which kernels oneDNN uses, by their names in the flags of /proc/cpuinfo.
 _INSTRUCTION_SETS = (
     "avx2",
     "avx512f",
-    "avx512bw",  # not in Knights Landing: oneDNN's AVX-512 kernels need it
+    "avx512bw",  # missing on Knights Landing; oneDNN's AVX-512 kernels need it
     "avx512_vnni",
     "avx512_bf16",
     "avx512_fp16",
@@ -23,8 +23,8 @@ _INSTRUCTION_SETS = (
 )
 _CPUS = "sys/devices/system/cpu"
 _NODES = "sys/devices/system/node"
-_MOST_CPUS = 2**16  # beyond the kernel's own 8,192; a damaged list must not fill the memory
-_UNLIMITED_BYTES = 2**60  # cgroup v1 writes 2^63 less a page for no limit
+_MAX_CPUS = 2**16  # above the kernel's own limit of 8,192; a damaged list must not fill the memory
+_UNLIMITED_BYTES = 2**60  # without a limit, cgroup v1 reports 2^63 minus one page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Cpu:
     socket: int  # 0, 1, ... in the order of their first CPUs
     node: int
     cache: int  # the lowest CPU that shares its last-level cache
-    siblings: Tuple[int, ...]  # all hyper-threads of its core, itself included
+    siblings: Tuple[int, ...]  # all hyper-threads of its core, including itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """A NUMA node; one without `cpus` is memory only, as MCDRAM in flat mode."""
+    """A NUMA node. One without `cpus` has only memory, like MCDRAM in flat mode."""
 
     id: int
     cpus: Tuple[int, ...]
@@ -49,31 +49,31 @@ class Node:
 
 
 @dataclasses.dataclass(frozen=True)
-class Topology:
+class Machine:
     """A machine and the part of it that this process may use."""
 
     model: str
     instruction_sets: Tuple[str, ...]
-    cpus: Tuple[Cpu, ...]  # online ones, by id
+    cpus: Tuple[Cpu, ...]  # those online, by id
     nodes: Tuple[Node, ...]
-    allowed: Tuple[int, ...]  # ids of `cpus` by affinity and cpuset, never empty
-    quota: Optional[float] = None  # CPUs' worth of time that a cgroup grants, None: no limit
-    memory_bytes: int = 0  # of the machine, or what a cgroup leaves of it; 0: unknown
+    allowed: Tuple[int, ...]  # ids of the CPUs that affinity and cpuset permit, never empty
+    quota: Optional[float] = None  # CPU seconds per second that a cgroup grants, None: no limit
+    memory_bytes: int = 0  # of the machine, or the limit of its cgroup if smaller; 0: unknown
     root: str = "/"
 
     @property
     def sockets(self) -> int:
-        """Return how many sockets have CPUs."""
+        """Return the number of sockets that have CPUs."""
         return len({cpu.socket for cpu in self.cpus})
 
     @property
     def offered(self) -> int:
-        """Return how many cores there are to compute on: the allowed ones, or what a cgroup grants of their time."""
+        """Return the number of cores to compute on: the allowed ones, or fewer if a cgroup limits their time."""
         cores = len(self.cores())
         return cores if self.quota is None else max(1, min(cores, int(self.quota)))
 
     def cores(self) -> Tuple[Tuple[Cpu, ...], ...]:
-        """Return the allowed CPUs core by core, neighbours beside each other: by socket, node, shared cache."""
+        """Return the allowed CPUs of each core, the cores ordered by socket, NUMA node and shared cache."""
         grouped: Dict[int, List[Cpu]] = {}
         permitted = set(self.allowed)
         for cpu in self.cpus:
@@ -85,11 +85,11 @@ class Topology:
         )
 
 
-def read(root: str = "/", allowed: Optional[Iterable[int]] = None) -> Topology:
-    """Return the machine whose /proc and /sys lie below `root`, as far as a process may use it.
+def read(root: str = "/", allowed: Optional[Iterable[int]] = None) -> Machine:
+    """Return the machine whose /proc and /sys lie below `root`, and the part of it that a process may use.
 
-    `allowed` are the logical CPUs it may run on; by default this process' affinity mask, below another root the
-    cpuset of its cgroup.
+    `allowed` are the ids of the logical CPUs it may run on: by default the affinity mask of this process or, below
+    another root, the cpuset of the cgroup.
     """
     about = _first_processor(root)
     flags = set(about.get("flags", "").split())
@@ -103,7 +103,7 @@ def read(root: str = "/", allowed: Optional[Iterable[int]] = None) -> Topology:
     nodes = _nodes(root, known)
     machine = _meminfo(_text(root, "proc/meminfo"))
     limits = [limit for limit in (machine, cgroup.memory_bytes()) if limit]
-    return Topology(
+    return Machine(
         model=about.get("model name", ""),
         instruction_sets=tuple(name for name in _INSTRUCTION_SETS if name in flags),
         cpus=_cpus(root, known, nodes),
@@ -116,7 +116,7 @@ def read(root: str = "/", allowed: Optional[Iterable[int]] = None) -> Topology:
 
 
 def physical_cores(logical: Iterable[int], root: str = "/") -> int:
-    """Return how many cores the logical CPUs are on: two hyper-threads of a core do the work of one."""
+    """Return the number of physical cores that the logical CPUs belong to; hyper-threads of one core count once."""
     left, cores = set(logical), 0
     while left:
         cpu = min(left)
@@ -126,32 +126,42 @@ def physical_cores(logical: Iterable[int], root: str = "/") -> int:
 
 
 def quota(root: str = "/") -> Optional[float]:
-    """Return how many CPUs' worth of time the cgroup of this process grants, None where it sets no limit."""
+    """Return the CPU seconds per second that the cgroup of this process grants, or None if it sets no limit."""
     return _Cgroup(root).quota()
 
 
 def processor(root: str = "/") -> Tuple[str, List[str]]:
-    """Return the processor's name, empty where the kernel gives none, and the instruction sets that matter here."""
+    """Return the processor's name (empty if the kernel reports none) and its instruction sets that matter here."""
     about = _first_processor(root)
     present = about.get("flags", "").split()
     return about.get("model name", ""), [name for name in _INSTRUCTION_SETS if name in present]
 
 
+def precision_warning(precision: str, instruction_sets: Sequence[str]) -> Optional[str]:
+    """Return a warning if `precision` is known to be slow on a processor with these instruction sets, else None."""
+    if precision == "bfloat16" and "amx_bf16" not in instruction_sets:
+        return (
+            "--precision=bfloat16: this processor has no AMX; without it bfloat16 was slower than float32 "
+            "(BUILD_NOTES.md). Compare the two with python -m resnet_cpu.benchmark"
+        )
+    return None
+
+
 def cpu_list(text: str) -> Set[int]:
-    """Return the numbers of the kernel's list notation, such as `0-3,8`; what is no number is left out."""
+    """Return the numbers in the kernel's list notation, such as `0-3,8`, ignoring parts that are not numbers."""
     numbers: Set[int] = set()
     for part in text.strip().split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?::(\d+)/(\d+))?)?\s*", part)
         if match:
             first, last = int(match[1]), int(match[2] or match[1])
             used, group = int(match[3] or 1), int(match[4] or 1)
-            if last < _MOST_CPUS:
+            if last < _MAX_CPUS:
                 numbers.update(n for n in range(first, last + 1) if (n - first) % max(1, group) < used)
     return numbers
 
 
 def spans(numbers: Iterable[int]) -> str:
-    """Return the kernel's list notation of `numbers`, such as `0-3,8`; with a stride as `0-46:2`."""
+    """Return `numbers` in the kernel's list notation, such as `0-3,8`, or `0-46:2` if they have a stride."""
     ordered = sorted(set(numbers))
     if len(ordered) > 2 and ordered[1] - ordered[0] > 1:
         step = ordered[1] - ordered[0]
@@ -167,7 +177,7 @@ def spans(numbers: Iterable[int]) -> str:
 
 
 def _text(root: str, path: str) -> str:
-    """Return a small file's text, empty where it cannot be read."""
+    """Return the text of a small file, or an empty string if it cannot be read."""
     try:
         with open(os.path.join(root, path), encoding="utf-8", errors="replace") as file:
             return file.read()
@@ -183,7 +193,7 @@ def _number(text: str, default: int) -> int:
 
 
 def _first_processor(root: str) -> Dict[str, str]:
-    """Return what /proc/cpuinfo says of the first processor; the rest takes the kernel long on many cores."""
+    """Return the entry of the first processor in /proc/cpuinfo; reading all of it is slow on many cores."""
     found: Dict[str, str] = {}
     try:
         with open(os.path.join(root, "proc/cpuinfo"), encoding="utf-8", errors="replace") as file:
@@ -206,9 +216,9 @@ def _siblings(root: str, cpu: int) -> Set[int]:
 
 
 def _groups(root: str, known: Set[int], paths: Sequence[str]) -> Dict[int, Tuple[int, ...]]:
-    """Return for each CPU the CPUs that the first of `paths` with an answer groups it with.
+    """Return for each CPU the CPUs of its group, from the first of `paths` that lists it.
 
-    One file is read a group, not a CPU: 256 CPUs with three files each would take tens of milliseconds.
+    Reads one file per group, not per CPU: three files for each of 256 CPUs would take tens of milliseconds.
     """
     found: Dict[int, Tuple[int, ...]] = {}
     for cpu in sorted(known):
@@ -230,7 +240,7 @@ def _nodes(root: str, known: Set[int]) -> Tuple[Node, ...]:
         mine = cpu_list(_text(root, f"{folder}/cpulist")) & left
         left -= mine
         nodes.append(Node(node, tuple(sorted(mine)), _meminfo(_text(root, f"{folder}/meminfo"))))
-    if left:  # no node claims them
+    if left:  # no node lists them
         where = next((i for i, node in enumerate(nodes) if node.cpus), 0)
         if not nodes:
             nodes = [Node(0, (), _meminfo(_text(root, "proc/meminfo")))]
@@ -249,7 +259,7 @@ def _cpus(root: str, known: Set[int], nodes: Sequence[Node]) -> Tuple[Cpu, ...]:
     caches = _groups(root, known, ("cache/index3/shared_cpu_list", "cache/index2/shared_cpu_list"))
     node_of = {cpu: node.id for node in nodes for cpu in node.cpus}
     if all(len(group) == 1 for group in packages.values()):
-        packages = {cpu: tuple(sorted(known)) for cpu in known}  # nothing is told of sockets: then there is one
+        packages = {cpu: tuple(sorted(known)) for cpu in known}  # nothing is known about sockets: assume one
     sockets = {first: i for i, first in enumerate(sorted({group[0] for group in packages.values()}))}
     return tuple(
         Cpu(cpu, cores[cpu][0], sockets[packages[cpu][0]], node_of[cpu], caches[cpu][0], cores[cpu])
@@ -258,11 +268,11 @@ def _cpus(root: str, known: Set[int], nodes: Sequence[Node]) -> Tuple[Cpu, ...]:
 
 
 class _Cgroup:
-    """The limits of this process' control groups, versions 1 and 2; a limit of any parent holds too."""
+    """The limits of this process's control groups, versions 1 and 2, including those of their parents."""
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.folders: Dict[str, List[str]] = {}  # controller ("" is version 2) -> folders, the innermost first
+        self.folders: Dict[str, List[str]] = {}  # controller ("" for version 2) -> folders, innermost first
         for line in _text(root, "proc/self/cgroup").splitlines():
             number, _, rest = line.partition(":")
             controllers, _, path = rest.partition(":")
@@ -277,7 +287,7 @@ class _Cgroup:
         return [text for text in found if text]
 
     def quota(self) -> Optional[float]:
-        """Return CPUs' worth of time, None: no limit."""
+        """Return the granted CPU seconds per second, or None without a limit."""
         shares = []
         for text in self._values("", "cpu.max"):
             words = text.split()
@@ -292,7 +302,7 @@ class _Cgroup:
         return min(shares, default=None)
 
     def cpuset(self) -> FrozenSet[int]:
-        """Return the CPUs of the innermost cpuset that names any, empty: no limit."""
+        """Return the CPUs of the innermost cpuset that lists any; empty without a limit."""
         names = (("", "cpuset.cpus.effective"), ("cpuset", "cpuset.effective_cpus"), ("cpuset", "cpuset.cpus"))
         for controller, name in names:
             for text in self._values(controller, name):
@@ -300,7 +310,7 @@ class _Cgroup:
         return frozenset()
 
     def memory_bytes(self) -> int:
-        """Return the memory limit, 0: none."""
+        """Return the memory limit, or 0 without one."""
         limits = [
             _number(text, 0)
             for text in self._values("", "memory.max") + self._values("memory", "memory.limit_in_bytes")
@@ -309,9 +319,9 @@ class _Cgroup:
 
 
 def _levels(path: str, mounts: Iterable[str]) -> List[str]:
-    """Return the folders of a control group and its parents below each mount, the innermost first.
+    """Return the folders of a control group and its parents below each mount, innermost first.
 
-    In a container the path may be the host's, of which only the mount itself is to be seen.
+    In a container the path may be that of the host, of which only the mount point is visible.
     """
     parts = [part for part in path.split("/") if part]
     if ".." in parts:

@@ -1,30 +1,34 @@
-"""Starting ranks: what is looked at before, so that nothing waits for what is not there; what is told at the end."""
+"""Check a job's hosts before its ranks are started, so that no launcher waits for one that is missing; run mpirun.
+
+`follow` runs mpirun over several hosts and reports a lost host with an exit code of its own.
+"""
 
 import concurrent.futures
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-from typing import List, NoReturn, Optional, Sequence
+from typing import List, NoReturn, Optional, Sequence, Tuple
 
 from resnet_cpu.errors import FlagError, OutputError, PeerLost
 
-_ANSWER_S = 20.0  # what a host is given to answer before it counts as gone
-_LOST_HOST = (205, 255)  # how mpirun ends then: its daemon does not answer, or what started it ended
+_ANSWER_S = 20.0  # a host that does not answer within this time counts as lost
+_LOST_HOST = (205, 255)  # exit codes of mpirun: its daemon does not answer, or the program that started it ended
 _SHM = "/dev/shm"
-_SHM_PER_RANK = 8 * 2**20  # bytes; Open MPI keeps 4 MiB a rank there
+_SHM_PER_RANK = 8 * 2**20  # bytes; Open MPI uses 4 MiB per rank there
 
 
 def check_programs(*programs: str) -> None:
-    """Raise FlagError for a program that PATH does not have."""
+    """Raise FlagError for a program that is not in PATH."""
     for program in programs:
         if shutil.which(program) is None:
             raise FlagError(f"{program}: no such program in PATH; load its module, or activate the environment")
 
 
 def check_shared_memory(ranks: int, path: str = _SHM) -> None:
-    """Raise OutputError where the ranks of this host could not exchange messages: MPI would end with a bus error."""
+    """Raise OutputError if this host's shared memory is too small for `ranks` ranks: MPI would die of a bus error."""
     try:
         free = os.statvfs(path).f_bavail * os.statvfs(path).f_frsize
     except OSError:
@@ -33,68 +37,85 @@ def check_shared_memory(ranks: int, path: str = _SHM) -> None:
         raise OutputError(_too_full(path, free, ranks))
 
 
+def host_name() -> str:
+    """Return the name of this host."""
+    return socket.gethostname()
+
+
+def is_this_host(name: str) -> bool:
+    """Return whether `name` is this host: localhost, 127.0.0.1, or its name with or without the domain."""
+    name, own = name.lower(), host_name().lower()
+    if name in ("localhost", "127.0.0.1") or name == own:
+        return True
+    return ("." not in name or "." not in own) and name.split(".")[0] == own.split(".")[0]
+
+
 def check_hosts(hosts: Sequence[str], ranks: int, agent: Optional[str]) -> None:
-    """Look at all hosts at once, which get `ranks` ranks each.
+    """Check all hosts at once, each of which gets `ranks` ranks, by running a command there.
 
-    Raises PeerLost naming every host that does not run a command within 20 s, since mpirun would wait for it, and
-    OutputError naming those without room for messages between their ranks.
+    `agent` is the program that does so, by default ssh; this host needs none. Raises PeerLost naming every host that
+    does not answer within 20 s, since mpirun would wait for it, and OutputError naming those whose shared memory is
+    too full.
     """
-    if not hosts:
+    others = [host for host in hosts if not is_this_host(host)]
+    if not others:
         return
-    start = [agent] if agent else ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_ANSWER_S / 2:.0f}"]
-    check_programs(start[0])
-    silent: List[str] = []
-    full: List[str] = []
-
-    def ask(host: str) -> None:
-        try:
-            answer = subprocess.run(
-                [*start, host, f"df -Pk {_SHM}; true"],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=_ANSWER_S,
-            )
-        except subprocess.TimeoutExpired:
-            silent.append(f"{host} (no answer in {_ANSWER_S:.0f} s)")
-            return
-        if answer.returncode:
-            told = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
-            silent.append(f"{host} ({told})")
-            return
-        free = _available(answer.stdout)
-        if free is not None and free < ranks * _SHM_PER_RANK:
-            full.append(_too_full(f"{host}:{_SHM}", free, ranks))
-
-    with concurrent.futures.ThreadPoolExecutor(min(64, len(hosts))) as pool:
-        list(pool.map(ask, hosts))
-    if silent:
+    remote = [agent] if agent else ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_ANSWER_S / 2:.0f}"]
+    check_programs(remote[0])
+    with concurrent.futures.ThreadPoolExecutor(min(64, len(others))) as pool:
+        problems = [problem for problem in pool.map(lambda host: _problem(remote, host, ranks), others) if problem]
+    lost = sorted(text for kind, text in problems if kind is PeerLost)
+    if lost:
         raise PeerLost(
-            f"hosts that do not answer: {', '.join(sorted(silent))}; leave them out of --hosts, or mend {start[0]}"
+            f"hosts that do not answer: {', '.join(lost)}; remove them from --hosts, or repair {remote[0]} access"
         )
-    if full:
-        raise OutputError("; ".join(sorted(full)))
+    if problems:
+        raise OutputError("; ".join(sorted(text for _, text in problems)))
+
+
+def _problem(remote: Sequence[str], host: str, ranks: int) -> Optional[Tuple[type, str]]:
+    """Return the error's class and text if `host` cannot run `ranks` ranks, else None."""
+    try:
+        answer = subprocess.run(
+            [*remote, host, f"df -Pk {_SHM}; true"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_ANSWER_S,
+        )
+    except subprocess.TimeoutExpired:
+        return PeerLost, f"{host} (no answer in {_ANSWER_S:.0f} s)"
+    if answer.returncode:
+        reason = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
+        return PeerLost, f"{host} ({reason})"
+    free = _available(answer.stdout)
+    if free is not None and free < ranks * _SHM_PER_RANK:
+        return OutputError, _too_full(f"{host}:{_SHM}", free, ranks)
+    return None
 
 
 def _available(answer: str) -> Optional[int]:
-    """Return the free bytes that `df -Pk` tells in its last line, None where it tells none."""
+    """Return the free bytes in the last line of `df -Pk`, or None if it has none."""
     words = (answer.strip().splitlines() or [""])[-1].split()
     return int(words[3]) * 1024 if len(words) >= 6 and words[3].isdigit() else None
 
 
 def _too_full(where: str, free: int, ranks: int) -> str:
     return (
-        f"{where}: {free / 2**20:.0f} MiB free, {ranks} ranks need {ranks * _SHM_PER_RANK / 2**20:.0f}; remove what "
-        "dead jobs left there"
+        f"{where}: {free / 2**20:.0f} MiB free, {ranks} ranks need {ranks * _SHM_PER_RANK / 2**20:.0f}; remove the "
+        "files that dead jobs left there"
     )
 
 
 def follow(line: Sequence[str]) -> NoReturn:
-    """Run Open MPI over several hosts, handing signals on; end as it ends, but tell what it does not: a lost host."""
-    process: Optional[subprocess.Popen] = None
-    early: List[int] = []  # signals that came while it was being started
+    """Run mpirun of Open MPI over several hosts, forward signals to it, and exit with its code.
 
-    def hand_on(signum: int, frame: object) -> None:
+    Raises PeerLost if its code says that it lost a host.
+    """
+    process: Optional[subprocess.Popen] = None
+    early: List[int] = []  # signals that arrived before the process existed
+
+    def forward(signum: int, frame: object) -> None:
         if process is None:
             early.append(signum)
         else:
@@ -102,15 +123,15 @@ def follow(line: Sequence[str]) -> NoReturn:
 
     for signum in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(signum, hand_on)
-    signal.signal(signal.SIGINT, lambda signum, frame: None)  # a terminal sends that to both
+            signal.signal(signum, forward)
+    signal.signal(signal.SIGINT, lambda signum, frame: None)  # a terminal sends it to both processes
     process = subprocess.Popen(line)
-    for came in early:
-        process.send_signal(came)
+    for arrived in early:
+        process.send_signal(arrived)
     code = process.wait()
     if code in _LOST_HOST:
         raise PeerLost(
-            f"a host was lost, or could not be started (mpirun ended with {code}); start again without it: a run goes "
-            "on"
+            f"a host was lost, or could not be started (mpirun ended with {code}); run the same command again without "
+            "that host to continue"
         )
     sys.exit(code if code >= 0 else 128 - code)

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from resnet_cpu.cluster import guard, horovod
-from resnet_cpu.cluster import placement as layout
+from resnet_cpu.cluster import machine
 from resnet_cpu.data import batches as pipeline
 from resnet_cpu.errors import CheckpointError, NotFinite, StopRequested
 from resnet_cpu.recipe import batch as batch_rule
@@ -127,7 +127,7 @@ class _Training:
             + (f" x {job.batch.accumulate_steps} accumulated" if job.batch.accumulate_steps > 1 else "")
             + f"; {job.total_steps} steps = {self._epoch(job.total_steps):.2f} epochs; results in {job.run_dir}"
         )
-        doubt = layout.doubt_about(job.settings.model.precision, provenance.instruction_sets())
+        doubt = machine.precision_warning(job.settings.model.precision, provenance.instruction_sets())
         if doubt is not None:
             self.progress.say(doubt)
         if self.last < job.total_steps:

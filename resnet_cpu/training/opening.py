@@ -11,7 +11,7 @@ import sys
 from typing import Any, Dict, List, Optional, Tuple
 
 from resnet_cpu.cluster import control
-from resnet_cpu.cluster import placement as layout
+from resnet_cpu.cluster import seats
 from resnet_cpu.cluster.control import World
 from resnet_cpu.data import folders as layouts
 from resnet_cpu.data.datasets import DATASETS
@@ -232,7 +232,7 @@ def _tell_places(world: World, rows: List[Dict[str, Any]]) -> None:
         for row in rows
         for omp in [row["environment"].get("OMP_NUM_THREADS", "").split(",")[0].strip()]  # a list: by nesting
     ]
-    for line in [*layout.describe(places), *(f"warning: {doubt}" for doubt in layout.doubts(places))]:
+    for line in [*seats.describe(places), *(f"warning: {problem}" for problem in seats.warnings(places))]:
         print(line, file=sys.stderr, flush=True)
 
 
