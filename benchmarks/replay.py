@@ -1,11 +1,12 @@
-"""A training step's communication, replayed between hosts of the network lab; needs root.
+"""Replay the communication of a training step between hosts of the network lab; needs root.
 
-    python benchmarks/replay.py --out benchmarks/results/replay.csv
+    python benchmarks/replay.py --out runs/replay.csv
+    python benchmarks/replay_fit.py runs/replay.csv --reduce benchmarks/results/replay.csv
 
-Real Horovod allreduces of the real gradients of a network, in the order in which backward yields them, over TCP between
-two to four hosts with links of a chosen speed. Compute is replaced by sleeps in proportion to each layer's work, since
-several hosts cannot compute at full speed on the cores of one. So the figures say what the network costs, not how many
-images/s such a cluster trains. The columns of the CSV are described in docs/network_lab.md.
+Horovod averages the real gradients of a network, in the order in which backward yields them, over TCP between two to
+four hosts with links of a chosen speed. Compute is replaced by sleeps in proportion to the work of each layer, since
+several hosts cannot compute at full speed on the cores of one machine. The figures therefore measure the network, not
+the images/s of such a cluster. docs/network_lab.md describes the columns of the CSV.
 """
 
 import argparse
@@ -29,13 +30,13 @@ COLUMNS = [
     *("round", "hosts", "ranks", "mbit", "model", "width", "image_size", "compute_s", "forward_share", "bytes"),
     *("tensors", "fusion_bytes", "cycle_ms", "inter_op_threads", "allreduce", "step", "step_s", "lateness_s"),
 ]
-# As Open MPI 4.1 numbers them (ompi_info --param coll tuned --level 9).
+# The numbers of Open MPI 4.1 (ompi_info --param coll tuned --level 9).
 ALLREDUCES = {"auto": 0, "recursive_doubling": 3, "ring": 4, "segmented_ring": 5, "rabenseifner": 6}
-SETTING = ("hosts", "model", "width", "bytes", "mbit", "compute_s")  # what rows of one median have in common
+SETTING = ("hosts", "model", "width", "bytes", "mbit", "compute_s")  # rows that agree in these share a median
 
 
 def mpirun(hosts: int, name: str, allreduce: str, environment: Dict[str, str], command: List[str]) -> List[str]:
-    """Return the line that runs a command on `hosts` hosts of lab `name`, one rank each, from the first of them."""
+    """Return the command line that runs `command` on `hosts` hosts of lab `name`, one rank per host."""
     placed = [f"{name}{number}" for number in range(1, hosts + 1)]
     options = {
         "plm_rsh_agent": str(LAB.with_name("agent")),
@@ -59,7 +60,7 @@ def mpirun(hosts: int, name: str, allreduce: str, environment: Dict[str, str], c
 
 
 def rows_of(hosts: int, arguments: argparse.Namespace) -> Iterator[Dict[str, str]]:
-    """Start a lab of `hosts` hosts and yield the rows that its ranks measure."""
+    """Start a lab of `hosts` hosts and yield the rows that the ranks measure."""
     lab_environment = {**os.environ, "RESNET_CPU_LAB": arguments.lab}
     environment = {
         "PATH": os.environ["PATH"],
@@ -100,8 +101,8 @@ def rows_of(hosts: int, arguments: argparse.Namespace) -> Iterator[Dict[str, str
         subprocess.run([LAB, "down"], check=True, env=lab_environment)
 
 
-def tell(rows: List[Dict[str, str]]) -> None:
-    """Print the median of each setting's steps, with its interval and what of it was not hidden behind compute."""
+def print_medians(rows: List[Dict[str, str]]) -> None:
+    """Print the median step of each setting, with its interval and the part that compute did not hide."""
     print("hosts  model                  MB  Mbit/s  compute_s     step_s  95 % interval          exposed_s    n")
     by_setting: Dict[Tuple[str, ...], List[float]] = {}
     for row in rows:
@@ -120,18 +121,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hosts", default="2,3,4")
     parser.add_argument("--mbit", default="500,1000,2500,10000", help="speeds of the links; 0: not limited")
-    parser.add_argument("--models", default="resnet50,resnet18,resnet50:0.5", help="with :WIDTH where it is not 1")
-    parser.add_argument("--compute_s", default="0,0.5", help="seconds of compute a step; 0: communication alone")
+    parser.add_argument(
+        "--models", default="resnet50,resnet18,resnet50:0.5", help="networks, with :WIDTH unless it is 1"
+    )
+    parser.add_argument("--compute_s", default="0,0.5", help="seconds of compute per step; 0: communication alone")
     parser.add_argument("--messages", default="4096,2097152,33554432", help="bytes of single allreduces; -: none")
-    parser.add_argument("--rounds", type=int, default=2, help="over all speeds, models and computes, there and back")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a setting in a round; three steps at least")
-    parser.add_argument("--image_size", type=int, default=224, help="decides the layers' shares of compute")
-    parser.add_argument("--inter_op_threads", type=int, default=2, help="of TensorFlow; 1: gradients in another order")
-    parser.add_argument("--allreduce", choices=ALLREDUCES, default="auto", help="algorithm; auto: Open MPI's choice")
-    parser.add_argument("--fusion_bytes", type=int, default=128 * 2**20, help="Horovod's own default")
-    parser.add_argument("--cycle_ms", type=float, default=1.0, help="Horovod's own default")
-    parser.add_argument("--lab", default="replay", help="name of the lab that is started")
-    parser.add_argument("--out", default="", help="CSV of all steps")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="over all speeds, models and computes, in alternating directions"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="seconds of a setting in a round; at least three steps"
+    )
+    parser.add_argument(
+        "--image_size", type=int, default=224, help="pixels; decides the shares of the layers in compute"
+    )
+    parser.add_argument("--inter_op_threads", type=int, default=2, help="of TensorFlow; 1: another order of gradients")
+    parser.add_argument(
+        "--allreduce", choices=ALLREDUCES, default="auto", help="algorithm; auto: the choice of Open MPI"
+    )
+    parser.add_argument("--fusion_bytes", type=int, default=128 * 2**20, help="default: that of Horovod")
+    parser.add_argument("--cycle_ms", type=float, default=1.0, help="default: that of Horovod")
+    parser.add_argument("--lab", default="replay", help="name of the lab to start")
+    parser.add_argument("--out", default="", help="CSV for all steps; benchmarks/replay_fit.py fits and reduces it")
     arguments = parser.parse_args()
     started, rows = time.monotonic(), []
     for hosts in map(int, arguments.hosts.split(",")):
@@ -144,7 +155,7 @@ def main() -> None:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
-    tell(rows)
+    print_medians(rows)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import numpy as np
 from resnet_cpu.cluster import guard
 from resnet_cpu.errors import DataError
 from resnet_cpu.model import tensors
+from resnet_cpu.report import plotting, study_plots
 from resnet_cpu.report.text import aligned
 from resnet_cpu.simulator import exchange
 from resnet_cpu.simulator.exchange import Exchange
@@ -326,11 +327,9 @@ def lines(found: Validation) -> List[str]:
 
 def draw(found: Validation, path: str, title: str) -> None:
     """Draw predicted over measured seconds."""
-    from resnet_cpu.report import run_plots as plots
-
-    if not plots.available():
+    if not plotting.available():
         raise SystemExit("--plot: matplotlib is not installed; pip install matplotlib")
-    plots.draw_validation([dataclasses.asdict(point) for _, point in found.rows], path, title)
+    study_plots.draw_validation([dataclasses.asdict(point) for _, point in found.rows], path, title)
     print(path, file=sys.stderr)
 
 

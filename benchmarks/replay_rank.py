@@ -1,4 +1,4 @@
-"""What a rank of benchmarks/replay.py does; rank 0 sets the speed of the links and prints the rows."""
+"""Run as a rank of benchmarks/replay.py; rank 0 sets the speed of the links and prints the rows."""
 
 import argparse
 import dataclasses
@@ -21,24 +21,25 @@ import tensorflow as tf
 from mpi4py import MPI
 
 from resnet_cpu.cluster import control
-from resnet_cpu.model import tensors as layers
+from resnet_cpu.model import tensors
+from resnet_cpu.model.tensors import Gradient
 
 LAB = pathlib.Path(__file__).parent.parent / "launch" / "network-lab" / "lab"
-FORWARD_SHARE = 1 / 3  # backward does each product twice: for the data and for the weights
+FORWARD_SHARE = 1 / 3  # backward computes each product twice: for the inputs and for the weights
 MESSAGE_S = 0.3
 MOST_STEPS = 200  # of a setting in a round
-WARM_UP_STEPS = 2  # Horovod negotiates names at length the first time; TCP finds the new speed
+WARM_UP_STEPS = 2  # for Horovod's first negotiation of all names, and for TCP to adapt to the new speed
 
 
-def release_shares(gradients: Tuple[layers.Layer, ...]) -> List[float]:
-    """Return when each gradient is there, as a share of the step's compute: after forward and its part of backward."""
-    return [FORWARD_SHARE + (1 - FORWARD_SHARE) * share for share in layers.ready_shares(gradients)]
+def release_shares(gradients: Tuple[Gradient, ...]) -> List[float]:
+    """Return when each gradient is ready, as a share of the compute of a step: after forward and part of backward."""
+    return [FORWARD_SHARE + (1 - FORWARD_SHARE) * share for share in tensors.ready_shares(gradients)]
 
 
 class Replay:
-    """The graph of one network's step: gradient after gradient is released at its time and averaged by Horovod."""
+    """The graph of a step of one network: each gradient is released at its time and averaged by Horovod."""
 
-    def __init__(self, name: str, gradients: Tuple[layers.Layer, ...]) -> None:
+    def __init__(self, name: str, gradients: Tuple[Gradient, ...]) -> None:
         self._shares = release_shares(gradients)
         self._start = self._compute_s = self._lateness_s = 0.0
         graph = tf.Graph()
@@ -51,7 +52,7 @@ class Replay:
             ]
             released, averaged = tf.no_op(), []
             for number, (gradient, share) in enumerate(zip(gradients, self._shares)):
-                # Those of no work of their own, as batch norm's, come with the one before.
+                # A gradient that takes no work, such as the second of batch norm, is released with the previous one.
                 if number == 0 or share != self._shares[number - 1]:
                     with tf.control_dependencies([released]):
                         released = tf.numpy_function(self._sleep_until, [tf.constant(share, tf.float64)], tf.float64)
@@ -60,10 +61,10 @@ class Replay:
                 averaged.append(hvd.allreduce(tensor, op=hvd.Average, name=f"{name}.{number}.{gradient.name}"))
             self._step = tf.group(averaged)
             farthest = tf.reduce_max([tf.reduce_max(tf.abs(tensor - (hvd.size() - 1) / 2)) for tensor in averaged])
-            # As in training: operations one after the other, while Horovod's thread communicates. The second is for
-            # what the sleeping one would hold up: handing over a gradient.
+            # As in training, operations run one after the other while Horovod's thread communicates. The second thread
+            # enqueues a gradient while the first one sleeps.
             config = tf.compat.v1.ConfigProto(inter_op_parallelism_threads=2, intra_op_parallelism_threads=1)
-            # Its optimiser would drop allreduces whose results nobody reads.
+            # TensorFlow's graph optimizer would drop allreduces whose results are not used.
             config.graph_options.rewrite_options.disable_meta_optimizer = True
             self._session = tf.compat.v1.Session(config=config)
             self._session.run(tf.compat.v1.global_variables_initializer())
@@ -79,7 +80,7 @@ class Replay:
         return share
 
     def step(self, compute_s: float) -> float:
-        """Replay one step; return by how much compute was late in the end, in seconds."""
+        """Replay one step; return how late its compute ended, in seconds."""
         self._compute_s = compute_s
         self._start = time.perf_counter()
         self._session.run(self._step)
@@ -87,9 +88,9 @@ class Replay:
 
 
 def timed(comm: MPI.Comm, work: Callable[[], float], seconds: float) -> List[Tuple[float, float]]:
-    """Do `work` on all ranks together for about `seconds`, three times at least, MOST_STEPS times at most.
+    """Repeat `work` on all ranks for about `seconds`, at least three and at most MOST_STEPS times.
 
-    Returns (seconds, what `work` returned) of each repeat, both of the slowest rank.
+    Returns for each repeat its seconds and the result of `work`, both of the slowest rank.
     """
     slowest: List[Tuple[float, float]] = []
     for repeat in range(-WARM_UP_STEPS, MOST_STEPS):
@@ -97,7 +98,7 @@ def timed(comm: MPI.Comm, work: Callable[[], float], seconds: float) -> List[Tup
         start = time.perf_counter()
         late = work()
         mine = np.array([time.perf_counter() - start, late])
-        comm.Allreduce(MPI.IN_PLACE, mine, MPI.MAX)  # alike on all ranks: all stop after the same repeat
+        comm.Allreduce(MPI.IN_PLACE, mine, MPI.MAX)  # the same on all ranks, so all stop after the same repeat
         if repeat >= 0:
             slowest.append((float(mine[0]), float(mine[1])))
         if len(slowest) >= 3 and sum(taken for taken, _ in slowest) >= seconds:
@@ -107,7 +108,7 @@ def timed(comm: MPI.Comm, work: Callable[[], float], seconds: float) -> List[Tup
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is repeated: a network's step, or one message."""
+    """A unit of repeated work: the step of a network, or one message."""
 
     model: str
     width: float
@@ -117,14 +118,14 @@ class Case:
     compute_s: float
     through_horovod: bool
     seconds: float
-    work: Callable[[], float]  # returns by how much compute was late
+    work: Callable[[], float]  # returns how late compute ended, in seconds
 
 
-def of_networks(models: str, image_size: int, threads: int, computes: List[float], seconds: float) -> List[Case]:
+def cases_of_networks(models: str, image_size: int, threads: int, computes: List[float], seconds: float) -> List[Case]:
     cases = []
     for model in models.split(","):
         name, _, width = model.partition(":")
-        gradients = layers.gradients(name, width=float(width or 1), image_size=image_size, inter_op_threads=threads)
+        gradients = tensors.gradients(name, width=float(width or 1), image_size=image_size, inter_op_threads=threads)
         size = sum(gradient.bytes for gradient in gradients)
         replay = Replay(model.replace(":", "_"), gradients)
         for compute_s in computes:
@@ -134,7 +135,7 @@ def of_networks(models: str, image_size: int, threads: int, computes: List[float
     return cases
 
 
-def of_messages_by_mpi(comm: MPI.Comm, sizes: List[int]) -> List[Case]:
+def cases_by_mpi(comm: MPI.Comm, sizes: List[int]) -> List[Case]:
     def by_mpi(sent: np.ndarray, received: np.ndarray) -> float:
         comm.Allreduce(sent, received)
         return 0.0
@@ -147,7 +148,7 @@ def of_messages_by_mpi(comm: MPI.Comm, sizes: List[int]) -> List[Case]:
     return cases
 
 
-def of_messages_by_horovod(sizes: List[int]) -> List[Case]:
+def cases_by_horovod(sizes: List[int]) -> List[Case]:
     def by_horovod(sent: tf.Tensor, name: str) -> float:
         hvd.allreduce(sent, op=hvd.Sum, name=name)
         return 0.0
@@ -179,7 +180,7 @@ def write(
 
 
 def shape(comm: MPI.Comm, mbit: int) -> None:
-    """Set the speed of all links, together."""
+    """Set the speed of all links at the same time."""
     if comm.rank == 0:
         subprocess.run([LAB, "shape", str(mbit)], check=True)
     comm.Barrier()
@@ -196,27 +197,27 @@ def main() -> None:
     world = control.connect(None)
     comm = world.comm
     if comm is None or len(set(world.gather(socket.gethostname()))) != world.size:
-        raise SystemExit("replay: start one rank on each of several hosts")
+        raise SystemExit("replay: needs two or more hosts with one rank each; use benchmarks/replay.py")
     computes = [float(compute_s) for compute_s in arguments.compute_s.split(",")]
     sizes = [] if arguments.messages == "-" else [int(size) for size in arguments.messages.split(",")]
     speeds = [int(mbit) for mbit in arguments.mbit.split(",")]
 
     def measure(cases: List[Case]) -> None:
         for turn in range(1, arguments.rounds + 1):
-            # There and back, so that a machine that drifts does not favour the first.
-            there = 1 if turn % 2 else -1
-            for mbit in speeds[::there]:
+            # In alternating directions, so that a drift of the machine does not favour the first.
+            direction = 1 if turn % 2 else -1
+            for mbit in speeds[::direction]:
                 shape(comm, mbit)
-                for case in cases[::there]:
+                for case in cases[::direction]:
                     repeats = timed(comm, case.work, case.seconds)
                     if comm.rank == 0:
                         write(turn, comm.size, mbit, arguments.inter_op_threads, arguments.allreduce, case, repeats)
 
-    # Before Horovod: its thread asks all ranks every cycle, and makes MPI's own messages wait.
-    measure(of_messages_by_mpi(comm, sizes))
+    # Before Horovod starts: its thread communicates in every cycle and delays the messages of MPI.
+    measure(cases_by_mpi(comm, sizes))
     hvd.init()
     networks = arguments.models, arguments.image_size, arguments.inter_op_threads, computes, arguments.seconds
-    measure([*of_messages_by_horovod(sizes), *of_networks(*networks)])
+    measure([*cases_by_horovod(sizes), *cases_of_networks(*networks)])
     hvd.shutdown()
 
 

@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Tuple
 
 from resnet_cpu.errors import FlagError
 from resnet_cpu.recipe.batch import Batch
+from resnet_cpu.report import plotting, study_plots
 from resnet_cpu.report.text import aligned, count, duration
 from resnet_cpu.settings import Settings
 from resnet_cpu.simulator import cluster as clusters
@@ -230,9 +231,7 @@ def _shares(points: List[CurvePoint]) -> Tuple[List[int], List[float]]:
 
 def _draw(cluster: Cluster, points: List[CurvePoint]) -> None:
     """Draw the curve to PLOT; raise FlagError without matplotlib."""
-    from resnet_cpu.report import run_plots as plots
-
-    if not plots.available():
+    if not plotting.available():
         raise FlagError("--format=png: matplotlib is not installed; use --format=table, or pip install matplotlib")
     curves, speed_ups, title = plot_data(cluster, points)
-    plots.draw_prediction(curves, speed_ups, PLOT, title)
+    study_plots.draw_prediction(curves, speed_ups, PLOT, title)

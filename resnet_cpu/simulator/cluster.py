@@ -62,7 +62,7 @@ def from_settings(settings: Settings) -> Cluster:
     name = settings.simulate.network
     constants = {} if name in NETWORKS else _read_constants(name)
     speed = settings.prediction.speed
-    rate = None if speed is None else _number(speed)
+    rate = None if speed is None else past_run.rate_of(speed)
     ranks_per_node = _ranks_per_node(settings, None if rate is not None else speed)
     network = f"{settings.model.model} of width {settings.model.width:g} at {settings.data.image_size} pixels in "
     network += settings.model.precision
@@ -101,17 +101,6 @@ def from_settings(settings: Settings) -> Cluster:
         threads,
         sources,
     )
-
-
-def _number(speed: str) -> Optional[float]:
-    """Return the images/s of --speed, None if it names a run folder; raise FlagError unless they are above 0."""
-    try:
-        rate = float(speed)
-    except ValueError:
-        return None
-    if not _positive(rate):
-        raise FlagError(f"--speed={speed}: must be above 0; give images/s of one node, or the folder of a run")
-    return rate
 
 
 def _ranks_per_node(settings: Settings, run_dir: Optional[str]) -> int:
