@@ -1,84 +1,76 @@
-"""Tables: from run folders and published figures to documents, and the committed ones against what makes them."""
+"""Tables: from run folders and published figures to documents, and whether the committed tables are up to date."""
 
 import csv
-import json
-import pathlib
+import os
 import re
-import shutil
 import statistics
 
 import numpy as np
 import pytest
-import whole_runs as runs
 from conftest import ROOT
 
-from resnet_cpu import tables
-from resnet_cpu.cluster.control import World
+from resnet_cpu import commandline, tables
 from resnet_cpu.errors import DataError
-from resnet_cpu.report import efficiency
-from resnet_cpu.report import tables as results
-from resnet_cpu.scaling import steptimes as throughput
+from resnet_cpu.report import accuracy, efficiency
+from resnet_cpu.report import tables as report
+from resnet_cpu.run import signature
+from resnet_cpu.run.folder import RunFolder
+from resnet_cpu.scaling import steptimes
+from resnet_cpu.settings import resolve_recipe
+from resnet_cpu.training import ensemble
 
 EXPERIMENTS = ROOT / "experiments"
+SPEC_COLUMNS = "table,label,runs,what,flagfile,published\n"
 
 
-def committed():
-    return results.lines(
-        results.read_csv(str(EXPERIMENTS / "tables.csv")),
-        results.read_csv(str(EXPERIMENTS / "published.csv")),
-        results.read_csv(str(EXPERIMENTS / "results" / "runs.csv")),
-    )
+@pytest.fixture
+def committed(monkeypatch):
+    """The tables that `make tables` would write from the committed CSV files."""
+    monkeypatch.chdir(ROOT)
+    spec, published = (report.read_csv(f"experiments/{name}.csv") for name in ("tables", "published"))
+    runs, scaling_runs = report.read_results(accuracy.RUNS), report.read_results(efficiency.SCALING_RUNS)
+    return {**accuracy.tables(spec, published, runs), **efficiency.tables(spec, published, scaling_runs)}
 
 
-def committed_ladders():
-    runs_of = EXPERIMENTS / "results" / "scaling_runs.csv"
-    return efficiency.tables(
-        results.read_csv(str(EXPERIMENTS / "tables.csv")),
-        results.read_csv(str(EXPERIMENTS / "published.csv")),
-        results.read_csv(str(runs_of)) if runs_of.exists() else [],
-    )
-
-
-@pytest.mark.parametrize("document", ["README.md", "docs/results.md", "docs/scaling.md"])
-def test_documents_hold_what_make_tables_writes(document):
-    text = (ROOT / document).read_text()
-    texts = {name: results.markdown(table) for name, table in committed().items()}
-    texts.update({name: efficiency.markdown(table) for name, table in committed_ladders().items()})
-    assert "<!-- table: " in text and results.fill(text, texts) == text
-    # Negative control: a figure that somebody touched by hand is seen.
+def test_documents_hold_what_make_tables_writes(committed):
+    texts = {name: (ROOT / name).read_text() for name in report.DOCUMENTS if (ROOT / name).exists()}
+    marked = {name for name, text in texts.items() if "<!-- table: " in text}
+    assert marked >= {"docs/results.md", "docs/scaling.md"}
+    for name in marked:
+        assert report.fill(texts[name], committed) == texts[name], name
+    # Negative control: a figure that was edited by hand is found.
+    text = texts["docs/results.md"]
     changed = re.sub(r"(<!-- table: ensemble -->\n.*?)\d\d\.\d\d", r"\g<1>99.99", text, count=1, flags=re.S)
-    assert changed == text or results.fill(changed, texts) != changed
+    assert changed != text and report.fill(changed, committed) == text
 
 
-def test_committed_csv_and_latex_are_what_make_tables_writes(tmp_path):
-    for name, table in committed().items():
-        results.write_csv(str(tmp_path / "table.csv"), *results.table_csv(table))
+def test_committed_csv_and_latex_are_what_make_tables_writes(committed, tmp_path):
+    assert len(committed) >= 9
+    for name, table in committed.items():
+        report.write_csv(str(tmp_path / "table.csv"), table.rows, table.csv_columns)
         assert (tmp_path / "table.csv").read_text() == (EXPERIMENTS / "results" / f"{name}.csv").read_text(), name
-        assert results.latex(table) == (EXPERIMENTS / "results" / f"{name}.tex").read_text(), name
-    for name, table in committed_ladders().items():
-        results.write_csv(str(tmp_path / "table.csv"), *efficiency.table_csv(table))
-        assert (tmp_path / "table.csv").read_text() == (EXPERIMENTS / "results" / f"{name}.csv").read_text(), name
-        assert efficiency.latex(table) == (EXPERIMENTS / "results" / f"{name}.tex").read_text(), name
+        assert report.latex(table) == (EXPERIMENTS / "results" / f"{name}.tex").read_text(), name
 
 
-def test_every_measured_figure_is_the_mean_of_its_runs():
+def test_every_measured_figure_is_the_mean_of_its_runs(committed):
     rows = list(csv.DictReader((EXPERIMENTS / "results" / "runs.csv").open()))
     mine = [100 * float(r["top1"]) for r in rows if r["run"].startswith("ensemble/cycles/") and r["what"] == "ensemble"]
     assert len(mine) >= 3 and len({r["seed"] for r in rows if r["run"].startswith("ensemble/cycles/")}) >= 3
-    line = next(line for line in committed()["ensemble"] if "ensemble of all" in line.label)
-    assert line.spread("top1", 100, 2) == f"{statistics.mean(mine):.2f} ± {statistics.stdev(mine):.2f}"
+    columns = dict(committed["ensemble"].columns)
+    shown = columns["top-1, %"][columns["what"].index("**ensemble of all three**")]
+    assert shown == f"{statistics.mean(mine):.2f} ± {statistics.stdev(mine):.2f}"
 
 
-def test_every_published_figure_has_a_source_and_every_flagfile_is_there():
-    published = results.read_csv(str(EXPERIMENTS / "published.csv"))
+def test_every_published_figure_has_a_source_and_every_flagfile_exists():
+    published = report.read_csv(str(EXPERIMENTS / "published.csv"))
     assert len({row["id"] for row in published}) == len(published)
     for row in published:
         assert row["source"] and row["value"] and row["kind"] in ("read", "derived"), row
-    for row in results.read_csv(str(EXPERIMENTS / "tables.csv")):
+    for row in report.read_csv(str(EXPERIMENTS / "tables.csv")):
         assert (EXPERIMENTS / row["flagfile"]).is_file(), row
 
 
-def test_every_row_of_the_index_names_files_that_exist_and_none_is_left_out():
+def test_every_row_of_the_index_names_files_that_exist_and_lists_all_flagfiles():
     text = (EXPERIMENTS / "README.md").read_text()
     linked = re.findall(r"\]\(([^)#]+)\)", text)
     assert len(linked) > 40
@@ -92,7 +84,7 @@ def test_every_row_of_the_index_names_files_that_exist_and_none_is_left_out():
     assert files <= set(linked), files - set(linked)
 
 
-def test_flagfiles_are_short_and_say_where_they_come_from():
+def test_flagfiles_are_short_and_name_their_source():
     for path in EXPERIMENTS.rglob("*.flags"):
         lines = path.read_text().splitlines()
         assert lines[0].startswith("# "), path
@@ -102,154 +94,261 @@ def test_flagfiles_are_short_and_say_where_they_come_from():
             assert "Command" in head and "xpected" in head, path
 
 
-@pytest.fixture(scope="module")
-def folder_of_runs(tiny_data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    short = [flag.replace("steps=6", "steps=2").replace("steps=3", "steps=1") for flag in runs.TREE]
-    short = [flag.replace("warmup_steps=2", "warmup_steps=1") for flag in short]
-    for seed in (0, 1):
-        runs.train(World(1, 0), tiny_data, str(folder / "mine" / f"seed-{seed}"), *short, f"--seed={seed}")
-    runs.train(World(1, 0), tiny_data, str(folder / "cut"), "--max_steps=1")
-    return folder
+TREE = [
+    "--dataset=digits",
+    "--model=resnet18",
+    "--batch_size=12",
+    "--experiment=collapsed_ensemble",
+    "--phase=main:steps=4,lr=0.05",
+    "--phase=tail:steps=2,lr=0.02,branch=1,member=1",
+    "--phase=cycle:steps=4,lr=0.04",
+    "--phase=collapse:steps=2,lr=0.01,branch=1,member=1",
+]
+ENDS = {"main": 4, "tail": 6, "cycle": 10, "collapse": 12}
 
 
-def test_a_folder_of_runs_becomes_tables_and_collecting_again_changes_nothing(folder_of_runs, tmp_path, capsys):
-    place = tmp_path / "experiments"
-    (place / "results").mkdir(parents=True)
-    shutil.copy(EXPERIMENTS / "published.csv", place)
-    (place / "tables.csv").write_text(
-        "table,label,runs,what,flagfile,published\n"
-        "t,the ensemble,mine/seed-*,ensemble,x.flags,b_top1\n"
-        "t,never run,nowhere,last,y.flags,\n"
+def record_of(settings, ranks=1, code="c"):
+    recorded = signature.of(settings, resolve_recipe(settings, ranks, 50), 50, None)
+    per_rank = [{"cpu": "a processor", "host": "h"}] * ranks
+    return {"per_rank": per_rank, "versions": {"tensorflow": "2.15.1"}, "code": code, "signature": recorded}
+
+
+def write_run(path, seed=0, complete=True, **recorded):
+    """Write what a run of TREE leaves; `recorded` replaces entries of run.json. Return its result."""
+    settings = commandline.parse([*TREE, f"--run_dir={path}", f"--seed={seed}"])
+    generator = np.random.default_rng(seed)
+    labels = np.arange(20) % 10
+    scores = {name: generator.random([20, 10]) + 0.4 * np.eye(10)[labels] for name in ("tail", "collapse")}
+    members = {
+        name: ensemble.Predictions(np.arange(20), labels, (rows / rows.sum(1, keepdims=True)).astype(np.float32))
+        for name, rows in scores.items()
+    }
+    result = {
+        **{"experiment": "collapsed_ensemble", "examples": 20, "steps": 12, "epochs": 2.88, "ranks": 1, "seed": seed},
+        **{"global_batch_size": 12, "images_per_second": 50.0, "images_per_second_per_core": 50.0},
+        **{"top1": 0.5 + seed / 100, "top5": 0.9, "loss": 1.5, "wall_seconds": 12.5, "complete": complete},
+        **(ensemble.report(members) if complete else {}),
+    }
+    folder = RunFolder(str(path))
+    for phase, end in ENDS.items():
+        row = {"step": end - 1, "epoch": end * 12 / 50, "phase": phase, "end_of": phase, "wall_seconds": 1.0 * end}
+        folder.append("eval.jsonl", {**row, "top1": end / 100, "top5": 0.9, "loss": 1.5, "attempt": 1})
+    folder.write_json("run.json", {**record_of(settings), **recorded})
+    folder.write_json("result.json", result)
+    folder.close()
+    return result
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A current folder with experiments/, whose tables the test writes; the runs are in another one."""
+    place = tmp_path / "place"
+    (place / "experiments" / "results").mkdir(parents=True)
+    (place / "experiments" / "published.csv").write_bytes((EXPERIMENTS / "published.csv").read_bytes())
+    monkeypatch.chdir(place)
+    return place
+
+
+def results_of(place):
+    return {path.name: path.read_bytes() for path in (place / "experiments" / "results").glob("*.csv")}
+
+
+def test_run_folders_become_tables_and_collecting_them_again_changes_nothing(place, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    scored = [write_run(runs / "mine" / f"seed-{seed}", seed) for seed in (0, 1)]
+    write_run(runs / "cut", complete=False)
+    (place / "experiments" / "tables.csv").write_text(
+        SPEC_COLUMNS + "t,the ensemble,mine/seed-*,ensemble,x.flags,b_top1\nt,never run,nowhere,last,y.flags,\n"
     )
-    document = tmp_path / "text.md"
+    document = place / "README.md"
     document.write_text("before\n<!-- table: t -->\nold\n<!-- end of table -->\nafter\n")
-    arguments = [f"--experiments={place}", f"--documents={document}"]
-    tables.main([f"--runs={folder_of_runs}", *arguments])
-    assert "cut: has not finished; left out" in capsys.readouterr().err
-    scored = [json.loads((folder_of_runs / "mine" / f"seed-{s}" / "result.json").read_text()) for s in (0, 1)]
+    (place / "docs").mkdir()
+    (place / "docs" / "scaling.md").write_text("no marks\n")
+    tables.main([f"--runs={runs}"])
+    assert "cut: skipped, because this run has not finished" in capsys.readouterr().err
     values = [100 * result["ensemble"]["top1"] for result in scored]
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    rows = {row["what"]: row for row in results.read_csv(str(place / "results" / "runs.csv"))}
-    assert rows["ensemble"]["steps"] == str(scored[0]["steps"]) and rows["member:tail"]["steps"] == ""
-    assert rows["end_of:tail"]["steps"] == str(scored[0]["steps"] // 2) and rows["last"]["cores"] == "1"
+    assert sorted(os.listdir(place)) == ["README.md", "docs", "experiments"]  # other documents are not created
+    assert os.listdir(place / "docs") == ["scaling.md"] and (place / "docs/scaling.md").read_text() == "no marks\n"
+    rows = {row["what"]: row for row in report.read_results("runs.csv") if row["seed"] == "0"}
+    assert list(rows) == [
+        *("last", "end_of:main", "end_of:tail", "end_of:cycle", "end_of:collapse", "member:tail", "member:collapse"),
+        *("ensemble", "best_member", "best_subset", "prefix:1", "prefix:2"),
+    ]
+    assert rows["ensemble"]["steps"] == "12" and rows["member:tail"]["steps"] == ""
+    assert rows["end_of:tail"]["steps"] == "6" and rows["end_of:tail"]["wall_seconds"] == "6"
+    assert rows["last"]["cores"] == "1" and rows["last"]["cpu"] == "a processor"
     assert f"| the ensemble | 76.278 % | {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} | 2 |" in text
     assert "| never run |  | not run | 0 |" in text and "sara-nl/caffe" in text
-    assert r"76.278 \% & " in (place / "results" / "t.tex").read_text()
-    first = {path.name: path.read_bytes() for path in (place / "results").glob("*.csv")}
-    tables.main([f"--runs={folder_of_runs}", *arguments])
-    assert first == {path.name: path.read_bytes() for path in (place / "results").glob("*.csv")}
+    assert r"76.278 \% & " in (place / "experiments" / "results" / "t.tex").read_text()
+    assert len(report.read_results("curves.csv")) == 8
+    first = results_of(place)
+    tables.main([f"--runs={runs}"])
+    tables.main([])
+    assert first == results_of(place)
+
+
+def test_a_run_that_is_collected_again_replaces_its_rows_only(place, tmp_path):
+    (place / "experiments" / "tables.csv").write_text(SPEC_COLUMNS)
+    write_run(tmp_path / "one" / "a")
+    write_run(tmp_path / "one" / "b", code="first")
+    tables.main([f"--runs={tmp_path / 'one'}"])
+    write_run(tmp_path / "two" / "b", code="second")
+    tables.main([f"--runs={tmp_path / 'two'}"])
+    rows = report.read_results("runs.csv")
+    assert {(row["run"], row["code"]) for row in rows} == {("a", "c"), ("b", "second")} and len(rows) == 24
+
+
+def test_a_run_of_version_0_1_has_the_same_recipe_as_one_of_today(place, tmp_path):
+    """Version 0.1 recorded every setting, today's code those that are not at their default."""
+    today = record_of(commandline.parse([*TREE, "--seed=7"]))["signature"]
+    phase = {"decay": "poly", "power": 1.0, "decay_from": "warmup_end", "boundary_steps": [], "gamma": 0.1}
+    phase.update({"end_lr": 0.0, "warmup_steps": 0, "warmup_lr": 0.0, "wd": 1e-4, "momentum": 0.9, "augment": "full"})
+    phase.update({"branch": False, "parent": None, "velocity": "keep", "member": False})
+    old = {
+        "model": {**today["model"], "width": 1.0, "stem": "imagenet", "bn_stats_batch": None},
+        "data": {
+            **today["data"],
+            "resize": "bilinear",
+            "crop": ["inception", 0.08, 1.0, 0.75, 1.3333],
+            "order_block": 1,
+        },
+        "optimizer": ["sgd", 0.001],
+        "seed": 3,
+        "phases": {name: {**phase, **values} for name, values in today["phases"].items()},
+        **{key: today[key] for key in ("global_batch_size", "order_of_phases")},
+    }
+    write_run(tmp_path / "today", 0)
+    write_run(tmp_path / "old", 1, signature=old)
+    write_run(tmp_path / "other", 2, signature={**old, "global_batch_size": 24})
+    runs, _ = accuracy.collect(str(tmp_path))
+    recipes = {row["run"]: row["recipe"] for row in runs}
+    assert recipes["old"] == recipes["today"] != recipes["other"]
 
 
 def row_of(run, seed="0", recipe="same"):
-    return {"run": run, "what": "last", "seed": seed, "recipe": recipe, "top1": "0.5"}
+    return {
+        **{"run": run, "what": "last", "seed": seed, "recipe": recipe, "top1": "0.5"},
+        **{"cpu": "p", "ranks": "1", "cores": "1", "tensorflow": "2", "code": "c"},
+    }
 
 
-def test_a_line_never_mixes_recipes_or_counts_a_seed_twice():
+def test_a_line_never_averages_different_recipes_or_counts_a_seed_twice(capsys):
     spec = [{"table": "t", "label": "x", "runs": "a/*", "what": "last", "flagfile": "f", "published": ""}]
     alike = [row_of("a/0"), row_of("a/1", "1"), row_of("b/0", "0", "other")]
-    assert len(results.lines(spec, [], alike)["t"][0].measured) == 2
-    assert results.unplaced(spec, alike) == ["b/0"]
+    assert accuracy.tables(spec, [], alike)["t"].rows[0]["n"] == "2"
+    report.warn_of_unused("runs.csv", alike, spec)
+    assert "1 runs of experiments/results/runs.csv are not in any table: b/0;" in capsys.readouterr().err
     with pytest.raises(DataError, match="a/0, a/2 have different recipes"):
-        results.lines(spec, [], [row_of("a/0"), row_of("a/2", "2", "other")])
+        accuracy.tables(spec, [], [row_of("a/0"), row_of("a/2", "2", "other")])
     with pytest.raises(DataError, match="a/0, a/again have a seed in common"):
-        results.lines(spec, [], [row_of("a/0"), row_of("a/again")])
+        accuracy.tables(spec, [], [row_of("a/0"), row_of("a/again")])
 
 
-@pytest.mark.parametrize(
-    "arguments, part",
-    [
-        (["--experiments=/no/such"], "/no/such"),
-        (["--runs=/no/such"], "no finished run"),
-    ],
-)
-def test_what_is_not_there_is_told(arguments, part, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(DataError, match=part):
-        tables.main(arguments)
+@pytest.mark.parametrize("kind", [accuracy, efficiency])
+def test_an_unknown_published_figure_is_refused(kind):
+    what = "efficiency" if kind is efficiency else "last"
+    spec = [{"table": "t", "label": "x", "runs": "", "what": what, "flagfile": "f", "published": "nothing"}]
+    with pytest.raises(DataError, match="published id nothing is not in published.csv"):
+        kind.tables(spec, [], [])
 
 
-def test_an_unknown_table_in_a_document_is_told():
+def test_a_folder_without_experiments_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="experiments/tables.csv: .*root folder"):
+        tables.main([])
+
+
+def test_a_folder_without_runs_is_refused(place, tmp_path):
+    (place / "experiments" / "tables.csv").write_text(SPEC_COLUMNS)
+    with pytest.raises(DataError, match="contains no finished run"):
+        tables.main([f"--runs={tmp_path}/missing"])
+
+
+def test_an_unknown_table_in_a_document_is_refused():
     with pytest.raises(DataError, match="nothing"):
-        results.fill("<!-- table: nothing -->\n<!-- end of table -->", {"t": ""})
+        report.fill("<!-- table: nothing -->\n<!-- end of table -->", {})
 
 
-def test_published_curves_are_whole():
-    rows = results.read_csv(results.PUBLISHED_CURVES)
+def test_published_curves_are_complete():
+    rows = report.read_csv(report.PUBLISHED_CURVES)
     last = {row["name"]: row for row in rows}
     assert {int(row["global_batch_size"]): float(row["top1_percent"]) for row in last.values()} == {
         2048: pytest.approx(76.05, abs=0.5),
         4096: pytest.approx(76.148, abs=0.001),
     }
-    assert pathlib.Path(results.PUBLISHED_CURVES).is_file() and len(rows) == 166
+    assert len(rows) == 166
 
 
-def write_scaling_run(folder, ranks, step_s, *, batch_size=32, code="c", flags="--batch_size=32\n"):
-    """Leave what a run of --experiment=scaling leaves, of steps that all took `step_s`."""
-    folder.mkdir(parents=True)
-    times = np.full([ranks, 20, 4], step_s / 4)
-    found = throughput.summary(times, batch_size * ranks, ["h"] * ranks)
-    rate = found["images_per_second"]
-    result = {"experiment": "scaling", "ranks": ranks, "global_batch_size": batch_size * ranks, "complete": False}
-    result.update(images_per_second=rate, images_per_second_per_core=rate / ranks)
-    record = {"per_rank": [{"cpu": "a processor"}] * ranks, "versions": {"tensorflow": "2.15.1"}, "code": code}
-    for name, content in (("scaling.json", found), ("result.json", result), ("run.json", record)):
-        (folder / name).write_text(json.dumps(content))
-    (folder / "resolved.flags").write_text(f"# what is run\n--seed={ranks}\n--run_dir={folder}\n{flags}")
+def write_scaling_run(path, ranks, step_s, *, images=32, code="c", width=0.5):
+    """Write what a run of --experiment=scaling leaves whose steps all took `step_s`, with `images` per rank."""
+    settings = commandline.parse([*TREE, f"--width={width}", f"--seed={ranks}", f"--run_dir={path}"])
+    times, hosts = np.full([ranks, 20, 4], step_s / 4), ["h"] * ranks
+    timing = steptimes.summary(times, images * ranks, hosts)
+    rate = timing["images_per_second"]
+    result = {"experiment": "scaling", "ranks": ranks, "global_batch_size": images * ranks, "complete": False}
+    result.update(images_per_second=rate, images_per_second_per_core=rate / ranks, scaling=timing)
+    folder = RunFolder(str(path))
+    folder.write_text("resolved.flags", settings.resolved_flags)
+    folder.write_json("run.json", record_of(settings, ranks, code))
+    folder.write_json("scaling.json", {**timing, **steptimes.per_rank(times, hosts)})
+    folder.write_json("result.json", result)
+    folder.close()
 
 
 @pytest.fixture
-def ladder_place(tmp_path):
-    place = tmp_path / "experiments"
-    (place / "results").mkdir(parents=True)
-    shutil.copy(EXPERIMENTS / "published.csv", place)
-    (place / "results" / "runs.csv").write_text(",".join(results.RUN_COLUMNS) + "\n")
-    (place / "tables.csv").write_text(
-        "table,label,runs,what,flagfile,published\n"
-        "l,mine,weak/*,efficiency,x.flags,\n"
+def ladder_place(place, tmp_path):
+    (place / "experiments" / "tables.csv").write_text(
+        SPEC_COLUMNS + "l,mine,weak/*,efficiency,x.flags,\n"
         "l,never,strong/*,efficiency,y.flags,\n"
         "p,recipe B,,efficiency,z.flags,b_speed\n"
         "p,over one node,,efficiency,z.flags,intel_64_nodes\n"
     )
-    (place / "results" / "curves.csv").write_text(",".join(results.CURVE_COLUMNS) + "\n")
     for batch, slower in (("a", 1.0), ("b", 2.0)):
         for ranks, step_s in ((1, 0.5), (2, 0.625)):
             write_scaling_run(tmp_path / "runs" / "weak" / batch / f"ranks-{ranks}", ranks, slower * step_s)
-    return place
+    return place / "experiments" / "results"
 
 
-def test_ladders_become_tables_of_efficiency_with_published_figures_apart(ladder_place, tmp_path, capsys):
-    tables.main([f"--runs={tmp_path}/runs", f"--experiments={ladder_place}"])
-    assert "in no table" not in capsys.readouterr().err
-    rows = results.read_csv(str(ladder_place / "results" / "l.csv"))
+def test_ladders_become_tables_of_efficiency_separate_from_published_figures(ladder_place, tmp_path, capsys):
+    tables.main([f"--runs={tmp_path}/runs"])
+    assert "in any table" not in capsys.readouterr().err
+    rows = report.read_csv(str(ladder_place / "l.csv"))
     assert [(row["what"], row["ranks"], row["runs"], row["efficiency"]) for row in rows] == [
         ("mine", "1", "2", "1"),
-        ("mine", "2", "2", "0.8"),  # of each batch's own base, though one batch ran on a machine half as fast
+        ("mine", "2", "2", "0.8"),  # relative to the base of each batch, though one ran on a machine half as fast
         ("never", "", "", ""),
     ]
     assert (rows[1]["scaling"], rows[1]["efficiency_low"], rows[1]["times_base"]) == ("weak", "0.8", "1.6")
-    published = results.read_csv(str(ladder_place / "results" / "p.csv"))
+    published = report.read_csv(str(ladder_place / "p.csv"))
     assert [(row["nodes"], row["efficiency"]) for row in published] == [("64", ""), ("64", "0.945312")]
-    assert (ladder_place / "results" / "l.png").exists() and not (ladder_place / "results" / "p.png").exists()
-    assert r"80.0 (80.0 ... 80.0)" in (ladder_place / "results" / "l.tex").read_text()
-    kept = results.read_csv(str(ladder_place / "results" / "scaling_runs.csv"))
+    assert (ladder_place / "l.png").exists() and not (ladder_place / "p.png").exists()
+    assert r"80.0 (80.0 ... 80.0)" in (ladder_place / "l.tex").read_text()
+    kept = report.read_csv(str(ladder_place / "scaling_runs.csv"))
     assert len(kept) == 4 and {row["cores_per_rank"] for row in kept} == {"1"}
-    assert results.read_csv(str(ladder_place / "results" / "runs.csv")) == []
+    assert report.read_results("runs.csv") == []
     write_scaling_run(tmp_path / "runs" / "scaling-17" / "ranks-1", 1, 0.5)  # where launch/scaling.sbatch puts it
-    tables.main([f"--runs={tmp_path}/runs", f"--experiments={ladder_place}"])
-    assert "scaling_runs.csv but in no table: scaling-17/ranks-1" in capsys.readouterr().err
+    tables.main([f"--runs={tmp_path}/runs"])
+    assert "scaling_runs.csv are not in any table: scaling-17/ranks-1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "unlike, part",
     [
         ({"code": "other"}, "tables.csv: mine: the runs of a ladder differ in code"),
-        ({"flags": "--width=2\n"}, "differ in flags"),
-        ({"batch_size": 16}, "neither images a rank"),
+        ({"width": 0.25}, "differ in flags"),
+        ({"images": 16}, "neither the same images per rank"),
     ],
 )
-def test_unlike_runs_make_no_ladder(ladder_place, tmp_path, unlike, part):
+def test_different_runs_do_not_make_a_ladder(ladder_place, tmp_path, unlike, part):
     write_scaling_run(tmp_path / "runs" / "weak" / "a" / "ranks-4", 4, 0.5, **unlike)
     with pytest.raises(DataError, match=part):
-        tables.main([f"--runs={tmp_path}/runs", f"--experiments={ladder_place}"])
+        tables.main([f"--runs={tmp_path}/runs"])
+
+
+def test_a_scaling_run_without_its_flags_is_refused(ladder_place, tmp_path):
+    path = tmp_path / "runs" / "weak" / "a" / "ranks-1" / "resolved.flags"
+    path.unlink()
+    with pytest.raises(DataError, match="restore it or remove the run"):
+        tables.main([f"--runs={tmp_path}/runs"])

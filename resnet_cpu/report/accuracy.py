@@ -87,7 +87,9 @@ def _row(name: str, what: str, scores: Mapping, result: Mapping, record: Mapping
 
 def _recipe(recorded: Dict[str, Any]) -> str:
     """Return a digest of what runs of one recipe, model and data share, whatever their seeds and versions."""
-    shared = {key: value for key, value in signature.normalised(recorded).items() if key not in ("seed", "init_from")}
+    shared = signature.normalised(recorded)
+    shared["recipe"].pop("seed", None)
+    shared.pop("init_from", None)
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
 
 
