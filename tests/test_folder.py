@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from resnet_cpu.errors import RunFolderError
-from resnet_cpu.report import text as text_of
 from resnet_cpu.run import folder as runlog
 from resnet_cpu.training import report
 
@@ -49,11 +48,6 @@ def test_values_that_json_does_not_have_become_null():
         "b": [None, 1.5, 3],
         "c": {"d": None},
     }
-
-
-@pytest.mark.parametrize("seconds, text", [(0.4, "0s"), (59.4, "59s"), (250, "4m10s"), (7500, "2h05m")])
-def test_durations(seconds, text):
-    assert text_of.duration(seconds) == text
 
 
 def test_progress_is_one_plain_line_without_a_terminal(capsys):

@@ -65,7 +65,7 @@ class StepTimes:
 def split(times: np.ndarray) -> Dict[str, np.ndarray]:
     """Return each part of `PARTS` as seconds [ranks, steps], from the kept times of all ranks [ranks, steps, 4].
 
-    The slowest rank of a step waits for nobody. No rank waits longer than the time between its last gradient and its
+    The slowest rank of a step does not wait. No rank waits longer than the time between its last gradient and its
     end: where the clocks say otherwise, the difference is noise.
     """
     between, data, compute, update = np.moveaxis(np.asarray(times, np.float64), -1, 0)
