@@ -1,9 +1,9 @@
-"""One rank and two against `keras.applications` with `fit`, on the same TensorFlow and the same cores.
+"""Compare one and two ranks with `keras.applications` and `fit`, on the same TensorFlow and the same cores.
 
     python benchmarks/against_keras.py --rounds 7 --out benchmarks/results/against_keras.csv
 
-ResNet-50 at 224x224, synthetic images, batch 32 per rank and for Keras. Keras runs as it comes with the Intel extension
-installed, with the allocator that launch/local.sh preloads as well, and without the extension.
+ResNet-50 at 224x224, synthetic images, batch 32 per rank and for Keras. Keras runs with the Intel extension; with the
+extension and the allocator that launch/local.sh preloads; and without the extension.
 """
 
 import pathlib
@@ -15,10 +15,10 @@ import paired
 
 
 def without_extension(folder: str) -> dict:
-    """Return an environment whose packages are all of this one's but the Intel extension.
+    """Return environment variables that hide the Intel extension and keep all other packages of this environment.
 
-    TensorFlow loads the extension because its plug-in lies in `site-packages/tensorflow-plugins`; so the base
-    interpreter gets a folder of links to everything else.
+    TensorFlow loads the extension if its plug-in is in `site-packages/tensorflow-plugins`, so the base interpreter is
+    given a folder with links to all other packages.
     """
     site = pathlib.Path(sysconfig.get_paths()["purelib"])
     stock = pathlib.Path(folder) / "stock"
@@ -31,8 +31,8 @@ def without_extension(folder: str) -> dict:
 
 def main() -> None:
     parser = paired.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=6, help="timed, after one that is not")
-    parser.add_argument("--sides", help="only these, separated by commas")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps, after one that is not timed")
+    parser.add_argument("--sides", help="sides to measure, separated by commas (default: all)")
     arguments = parser.parse_args()
     ours = [
         sys.executable, "-m", "resnet_cpu.benchmark", "--dataset=synthetic", "--batch_size=32", "--warmup_steps=1",

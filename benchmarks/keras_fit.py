@@ -1,4 +1,4 @@
-"""What most people start from: `keras.applications.ResNet50` and `fit`. Last line `total images/sec: X`.
+"""Time `keras.applications.ResNet50` with `fit`, the usual starting point. Last line `total images/sec: X`.
 
 python benchmarks/keras_fit.py [--steps 7] [--batch_size 32] [--image_size 224] [--jit_compile=no]
 """
@@ -13,7 +13,7 @@ import tensorflow as tf
 
 
 class EndTimes(tf.keras.callbacks.Callback):
-    """When each step ended."""
+    """Record the time at which each step ended, in seconds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument(
-        "--jit_compile", choices=["auto", "no"], default="auto", help="Keras 3 decides on XLA by itself"
+        "--jit_compile", choices=["auto", "no"], default="auto", help="auto: Keras 3 decides whether to use XLA"
     )
     arguments = parser.parse_args()
     size = arguments.image_size

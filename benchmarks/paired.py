@@ -1,4 +1,4 @@
-"""Sides measured in turns: a machine that drifts drifts for all of them, so their ratios stand."""
+"""Measure several programs in turns, so that a drift of the machine affects all of them and cancels in ratios."""
 
 import argparse
 import csv
@@ -18,7 +18,7 @@ Row = Dict[str, float]
 
 
 def start(command: list, **environment: str) -> subprocess.Popen:
-    """Start a command in the repository's root."""
+    """Start a command in the root of the repository, with its output piped."""
     return subprocess.Popen(
         [str(part) for part in command],
         cwd=ROOT,
@@ -30,12 +30,12 @@ def start(command: list, **environment: str) -> subprocess.Popen:
 
 
 def with_allocator() -> Dict[str, str]:
-    """Return the environment that gives a process the allocator launch/local.sh gives."""
+    """Return the environment variables that preload the same allocator as launch/local.sh."""
     return {"LD_PRELOAD": str(ALLOCATOR)} if ALLOCATOR else {}
 
 
 def last_line(process: subprocess.Popen, seconds: float = 900) -> str:
-    """Return the last line on standard output of a command that succeeds within so many seconds."""
+    """Return the last line on standard output; raise SystemExit if the command fails or takes more than `seconds`."""
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -51,7 +51,7 @@ def last_line(process: subprocess.Popen, seconds: float = 900) -> str:
 
 
 def rate_of_training(process: subprocess.Popen) -> float:
-    """Return images/s of `resnet_cpu.train`: a phase's first step, which traces the graph, is never timed."""
+    """Return images/s of `resnet_cpu.train`. It excludes the first step of a phase, which traces the graph."""
     return json.loads(last_line(process))["images_per_second"]
 
 
@@ -61,25 +61,25 @@ def rate_of_benchmark(process: subprocess.Popen, seconds: float = 900) -> float:
 
 
 def parser(doc: Optional[str]) -> argparse.ArgumentParser:
-    """Return a parser with the flags of every benchmark, described by the first line of `doc`."""
+    """Return a parser with the flags that all benchmarks share; its description is the first line of `doc`."""
     made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     made.add_argument("--rounds", type=int, default=7)
-    made.add_argument("--out", help="CSV of the rounds")
+    made.add_argument("--out", help="CSV file for the rounds")
     return made
 
 
 def compare(
     sides: Dict[str, Callable[[], float]], ratios: Iterable[Tuple[str, str]], rounds: int, out: Optional[str]
 ) -> None:
-    """Measure the sides in turns, tell the ratios (side, base) and write the rounds to `out`, if given."""
+    """Measure the sides in turns, print the ratios (side, base) and write the rounds to `out`, if given."""
     rows = in_turns(sides, rounds)
     for side, base in ratios:
-        tell_ratio(rows, side, base)
+        print_ratio(rows, side, base)
     write(out, rows)
 
 
 def in_turns(sides: Dict[str, Callable[[], float]], rounds: int) -> List[Row]:
-    """Measure every side once a round, in an order that changes from round to round; tell each figure."""
+    """Measure every side once per round, in an order that changes from round to round; print each figure."""
     names, rows = list(sides), []
     for number in range(rounds):
         row = {name: sides[name]() for name in turn(names, number)}
@@ -89,7 +89,7 @@ def in_turns(sides: Dict[str, Callable[[], float]], rounds: int) -> List[Row]:
 
 
 def turn(names: List[str], number: int) -> List[str]:
-    """Return the order of the sides in round `number`: another one starts, and every other round goes backwards."""
+    """Return the order of the sides in round `number`: rotated by one per round, every other round reversed."""
     order = names[number % len(names) :] + names[: number % len(names)]
     return order if number % 2 == 0 else order[::-1]
 
@@ -102,8 +102,8 @@ def interval(values: List[float], draws: int = 10_000) -> Tuple[float, float]:
     return float(low), float(high)
 
 
-def tell_ratio(rows: List[Row], side: str, base: str) -> None:
-    """Print the median of the rounds' ratios with its interval, over the rounds that have both sides."""
+def print_ratio(rows: List[Row], side: str, base: str) -> None:
+    """Print the median ratio with its 95 % interval, over the rounds that have both sides."""
     ratios = [row[side] / row[base] for row in rows if side in row and base in row]
     low, high = interval(ratios)
     print(
@@ -113,7 +113,7 @@ def tell_ratio(rows: List[Row], side: str, base: str) -> None:
 
 
 def write(path: Optional[str], rows: List[Row]) -> None:
-    """Write the rounds as CSV, if there is a path."""
+    """Write the rounds as CSV, unless the path is empty."""
     if not path:
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

@@ -1,32 +1,32 @@
-"""The bound that this machine's arithmetic and memory put on a training step of ResNet-50, and how near ours comes.
+"""Compare our training step of ResNet-50 with the upper bound that this machine's arithmetic and memory set.
 
     launch/local.sh 1 python benchmarks/roofline.py --rounds 7 --out benchmarks/results/roofline.csv
 
-Definition, fixed before anything was measured. One process on all cores, float32, 224x224, batch 32.
+The definition was fixed before the first measurement. One process on all cores, float32, 224x224, batch 32.
 
-- Compute ceiling: the best of a fixed set of convolutions (3x3 and 1x1, forward, no padding) and of a product of
-  matrices of 4096 x 4096, with the same kernels and threads as our step. A rate is FLOPs (two for a multiply-add) over
-  the time of as many calls as fill half a second. Best is what has the highest median over the rounds.
-- Memory ceiling: the best of STREAM copy and triad (benchmarks/stream.cpp), with and without stores past the cache, in
-  arrays of the size of the largest activation and of 1 GiB; chosen likewise.
-- Each of a convolution's three passes (forward, gradient of its input, gradient of its kernel; the first convolution
-  has no second) takes the larger of its FLOPs at the compute ceiling and its bytes at the memory ceiling; so does the
-  classifier. FLOPs are those that the field counts (4.1 G multiply-adds forward), padding included. Bytes are what it
-  reads and writes once: input, kernel, output, or their gradients.
-- All else takes its bytes at the memory ceiling: as few as it must move when tensors between layers live in memory and
-  everything elementwise is fused into its neighbour. Batch norm knows its statistics only when it has seen the batch:
-  it reads its input twice and writes once; backward reads input and gradient twice and writes once. The ReLU after it
-  is free both ways. An addition reads the shortcut; backward reads the sum, for its ReLU, and one of the two gradients
-  that meet where the shortcut forks off. Max pooling reads and writes, and in backward reads input and gradient and
-  writes; average pooling reads, and in backward writes. The update reads weight, gradient, velocity and writes weight
-  and velocity.
-- The bound is a batch over the sum of these times. Nothing overlaps, since each part keeps all cores busy, and nothing
-  is granted for calls, reorders or the language.
-- Our share is our images/s over the bound in the same round, with that round's rates of the two that were chosen.
+- Compute ceiling: the fastest of a fixed set of convolutions (3x3 and 1x1, forward, no padding) and a product of
+  matrices of 4096 x 4096, with the same kernels and threads as our step. A rate is FLOPs (two per multiply-add) over
+  the mean time of the calls that fit in half a second. The fastest has the highest median over the rounds.
+- Memory ceiling: the fastest of STREAM copy and triad (benchmarks/stream.cpp), with ordinary and non-temporal stores,
+  on arrays of the size of the largest activation and of 1 GiB; chosen in the same way.
+- Each of the three passes of a convolution (forward, gradient of its input, gradient of its kernel; the first
+  convolution does not need the second) takes the longer of two times: its FLOPs at the compute ceiling and its bytes
+  at the memory ceiling. The same holds for the classifier. FLOPs are counted as usual (4.1 G multiply-adds forward),
+  including padding. Bytes count each of input, kernel and output, or their gradients, once.
+- All other parts take their bytes at the memory ceiling: the fewest that must be moved if tensors between layers are
+  in memory and elementwise operations are fused with their neighbours. Batch norm needs the statistics of the whole
+  batch: forward reads the input twice and writes once; backward reads input and gradient twice and writes once. The
+  ReLU after it is free in both directions. An addition reads the shortcut; backward reads the sum, for its ReLU, and
+  one of the two gradients that meet where the shortcut starts. Max pooling reads and writes; backward reads input and
+  gradient and writes. Average pooling reads; backward writes. The update reads weight, gradient and velocity and
+  writes weight and velocity.
+- The bound is the batch size over the sum of these times. Parts do not overlap, since each one uses all cores. Calls,
+  reorders and the interpreter are not counted.
+- Our share is our images/s over the bound of the same round, with the rates of the two chosen kernels in that round.
 
-Two more figures are told, which are not the bound. Without the multiplications by padding, which kernels may skip, it
-is a little higher. And every convolution of the network is timed alone: the sum of their times and of the other parts'
-is what a step would take with these kernels and nothing lost between them.
+Two more figures are printed, which are not the bound. Without the multiplications by padding, which kernels may skip,
+the bound is a little higher. And every convolution of the network is timed alone: the sum of their times and of the
+other parts is the time of a step with these kernels and no losses between them.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from typing import Any, Callable, Dict, List, Tuple
 import paired
 
 FLOAT = 4  # bytes
-# (name, height and width of the output, kernel, channels in, channels out), stride 1; kernel 0: the product of matrices
+# (name, height and width of the output, kernel, channels in, channels out), stride 1; kernel 0: a product of matrices
 SET = [
     ("3x3 64 at 56x56", 56, 3, 64, 64),
     ("3x3 128 at 28x28", 28, 3, 128, 128),
@@ -61,32 +61,32 @@ SET = [
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
-    """A convolution of the network, for a batch: shapes as [height, width, channels], padding included in the input."""
+    """Convolution of the network: shapes as (height, width, channels), padding included in the input."""
 
     inputs: Tuple[int, int, int]
     outputs: Tuple[int, int, int]
     kernel: int
     stride: int
     padding: int  # on each side, included in `inputs`
-    first: bool  # of the network: nobody asks for the gradient of its input
+    first: bool  # of the network: the gradient of its input is not needed
 
     @property
     def passes(self) -> Tuple[str, ...]:
         return ("forward", "kernel") if self.first else ("forward", "input", "kernel")
 
     def flops(self, batch: int, padding: bool = True) -> float:
-        """Return FLOPs of each pass, with or without the multiplications by padding."""
+        """Return the FLOPs of a pass, with or without the multiplications by padding."""
         height, width, channels = self.outputs
         taps = self.kernel**2 * height * width if padding else self._taps(0) * self._taps(1)
         return 2.0 * batch * taps * channels * self.inputs[2]
 
     def _taps(self, axis: int) -> int:
-        """Return how many pairs (place of the output, place of the kernel) along an axis fall on the image."""
+        """Return the number of pairs (output position, kernel position) along an axis that fall on the image."""
         image = range(self.padding, self.inputs[axis] - self.padding)
         return sum(self.stride * at + tap in image for at in range(self.outputs[axis]) for tap in range(self.kernel))
 
     def bytes(self, batch: int) -> float:
-        """Return bytes of each pass: input, output and kernel once, or their gradients."""
+        """Return the bytes of a pass: input, output and kernel once, or their gradients."""
         height, width = (side - 2 * self.padding for side in self.inputs[:2])
         ins, outs = batch * height * width * self.inputs[2], batch * self.outputs[0] * self.outputs[1] * self.outputs[2]
         return FLOAT * (ins + outs + self.kernel**2 * self.inputs[2] * self.outputs[2])
@@ -94,7 +94,7 @@ class Conv:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of a step, for a batch."""
+    """Part of a training step: FLOPs and bytes per batch."""
 
     name: str
     flops: float
@@ -112,7 +112,7 @@ def convolutions(model: Any) -> List[Conv]:
             kernel, stride = layer.kernel_size[0], layer.strides[0]
             padding = (kernel - 1) // 2
             height, width, channels = layer.input_shape[1:]
-            if layer.padding == "same":  # else a layer before it has padded
+            if layer.padding == "same":  # otherwise a layer before it pads
                 height, width = height + 2 * padding, width + 2 * padding
             found.append(
                 Conv((height, width, channels), layer.output_shape[1:], kernel, stride, padding, first=not found)
@@ -121,7 +121,7 @@ def convolutions(model: Any) -> List[Conv]:
 
 
 def parts(model: Any, batch: int, padding: bool = True) -> List[Part]:
-    """Return the parts of a step as the definition above counts them; without `padding`, what kernels may skip."""
+    """Return the parts of a step by the definition above; without `padding`, leave out multiplications by zero."""
     found = []
     for conv in convolutions(model):
         found += [
@@ -158,7 +158,7 @@ def parts(model: Any, batch: int, padding: bool = True) -> List[Part]:
 def _elements(shape: tuple) -> int:
     count = 1
     for side in shape:
-        count *= side or 1  # None: the batch
+        count *= side or 1  # None is the batch dimension
     return count
 
 
@@ -172,8 +172,8 @@ def summed(found: List[Part], flops_per_s: float, bytes_per_s: float) -> Dict[st
     return table
 
 
-def seconds_a_call(call: Callable[[], Any], window_s: float) -> float:
-    """Return the mean seconds of as many calls as fill the window, at least two, after one that is not counted."""
+def seconds_per_call(call: Callable[[], Any], window_s: float) -> float:
+    """Return the mean seconds of the calls that fit in the window, at least two, after one that is not timed."""
     call()
     calls, started = 0, time.perf_counter()
     while calls < 2 or time.perf_counter() - started < window_s:
@@ -183,7 +183,7 @@ def seconds_a_call(call: Callable[[], Any], window_s: float) -> float:
 
 
 def passes(conv: Conv, batch: int) -> Dict[str, Callable[[], Any]]:
-    """Return a call for each pass of a convolution; under a stride its images come padded, as in the network."""
+    """Return a call for each pass of a convolution; strided ones get padded images, as in the network."""
     import tensorflow as tf
 
     spare = 2 * conv.padding if conv.stride == 1 else 0
@@ -207,13 +207,13 @@ def passes(conv: Conv, batch: int) -> Dict[str, Callable[[], Any]]:
 
 
 def compute_set(batch: int, window_s: float) -> Dict[str, Callable[[], float]]:
-    """Return, by name, a call that measures one of the set in GFLOP/s."""
+    """Return a call for each kernel of `SET` that measures its rate in GFLOP/s."""
     import tensorflow as tf
 
     calls: Dict[str, Callable[[], float]] = {}
 
     def measure(call: Callable[[], Any], flops: float) -> Callable[[], float]:
-        return lambda: flops / seconds_a_call(call, window_s) / 1e9
+        return lambda: flops / seconds_per_call(call, window_s) / 1e9
 
     for name, size, kernel, ins, outs in SET:
         if kernel == 0:
@@ -228,7 +228,7 @@ def compute_set(batch: int, window_s: float) -> Dict[str, Callable[[], float]]:
 
 
 def memory_set(folder: str, largest: int, seconds: float) -> Callable[[], Dict[str, float]]:
-    """Compile STREAM; return a call that measures its kernels in GB/s, by name."""
+    """Compile STREAM; return a call that measures the rate of each of its kernels in GB/s."""
     program = str(pathlib.Path(folder) / "stream")
     source = paired.ROOT / "benchmarks" / "stream.cpp"
     subprocess.run(["g++", "-O3", "-march=native", "-fopenmp", str(source), "-o", program], check=True)
@@ -244,7 +244,7 @@ def memory_set(folder: str, largest: int, seconds: float) -> Callable[[], Dict[s
 
 
 def training_step(arguments: argparse.Namespace) -> Tuple[Callable[[], Any], Any]:
-    """Return (a call that takes the step that `resnet_cpu.benchmark` times, the model whose layers know shapes)."""
+    """Return a call that does the step that `resnet_cpu.benchmark` times, and a model with static shapes."""
     from resnet_cpu import flags
     from resnet_cpu.cluster import control
     from resnet_cpu.cluster import placement as layout
@@ -254,15 +254,16 @@ def training_step(arguments: argparse.Namespace) -> Tuple[Callable[[], Any], Any
     settings = flags.make_settings(values)
     world = control.connect(settings.system.ranks)
     if world.size > 1:
-        raise SystemExit("one rank, please: launch/local.sh 1 python benchmarks/roofline.py ...")
+        raise SystemExit("roofline.py needs a single rank: launch/local.sh 1 python benchmarks/roofline.py ...")
     print(f"environment: {layout.apply(settings.system.threads, world.cores)}", flush=True)
     import tensorflow as tf
 
     from resnet_cpu.cluster import horovod
+    from resnet_cpu.data import batches
     from resnet_cpu.recipe import batch as batch_rule
-    from resnet_cpu.training import batches, state, step
+    from resnet_cpu.training import state, step
 
-    tf.get_logger().setLevel("ERROR")  # it warns of functions that are traced again; here each is another
+    tf.get_logger().setLevel("ERROR")  # it warns of repeated tracing; each function here is a different one
     horovod.start(world)
     recipe = settings.recipe
     batch = batch_rule.resolve_batch(recipe.batch_size, recipe.global_batch_size, 1, 1)
@@ -282,8 +283,10 @@ def training_step(arguments: argparse.Namespace) -> Tuple[Callable[[], Any], Any
 def main() -> None:
     parser = paired.parser(__doc__)
     parser.set_defaults(out="benchmarks/results/roofline.csv")
-    parser.add_argument("--steps", type=int, default=3, help="timed, in each round")
-    parser.add_argument("--window_s", type=float, default=0.5, help="for each of the set of convolutions")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps per round")
+    parser.add_argument(
+        "--window_s", type=float, default=0.5, help="time for each kernel of the compute ceiling, seconds"
+    )
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--image_size", type=int, default=224)
     arguments = parser.parse_args()
@@ -293,7 +296,7 @@ def main() -> None:
     largest = FLOAT * batch * max(conv.outputs[0] * conv.outputs[1] * conv.outputs[2] for conv in convs)
     alone = {(conv, way): call for conv in convs for way, call in passes(conv, batch).items()}
     computing = compute_set(batch, arguments.window_s)
-    train(), train()  # the first traces
+    train(), train()  # the first call traces the graph
 
     def step_rate() -> float:
         started = time.perf_counter()
@@ -308,7 +311,7 @@ def main() -> None:
             "ours": lambda: {"ours images/s": step_rate()},
             "compute": lambda: {f"{name} GFLOP/s": measure() for name, measure in computing.items()},
             "memory": lambda: {f"{name} GB/s": rate for name, rate in memory().items()},
-            "alone": lambda: {f"{_label(*key)} ms": 1000 * seconds_a_call(call, 0.0) for key, call in alone.items()},
+            "alone": lambda: {f"{_label(*key)} ms": 1000 * seconds_per_call(call, 0.0) for key, call in alone.items()},
         }
         for number in range(arguments.rounds):
             row: Dict[str, float] = {}
@@ -317,7 +320,9 @@ def main() -> None:
             rows.append(row)
             print(f"round {number + 1}: ours {row['ours images/s']:.3f} images/s", flush=True)
     paired.write(arguments.out, [{name: row[name] for name in rows[0]} for row in rows])
-    tell(rows, found, parts(model, batch, padding=False), convs, batch, pathlib.Path(arguments.out).with_suffix(".png"))
+    report(
+        rows, found, parts(model, batch, padding=False), convs, batch, pathlib.Path(arguments.out).with_suffix(".png")
+    )
 
 
 def _label(conv: Conv, way: str) -> str:
@@ -325,13 +330,13 @@ def _label(conv: Conv, way: str) -> str:
 
 
 def best(rows: List[Dict[str, float]], unit: str) -> Tuple[str, float]:
-    """Return (name, median over the rounds) of the best in the set with that unit."""
+    """Return (name, median over the rounds) of the fastest kernel with that unit."""
     medians = {name: statistics.median(row[name] for row in rows) for name in rows[0] if name.endswith(unit)}
     name = max(medians, key=lambda key: medians[key])
     return name, medians[name]
 
 
-def tell(
+def report(
     rows: List[Dict[str, float]],
     found: List[Part],
     unpadded: List[Part],
@@ -339,14 +344,14 @@ def tell(
     batch: int,
     path: pathlib.Path,
 ) -> None:
-    """Print ceilings, parts, bound and our share of it; draw the roofline to `path`."""
+    """Print the ceilings, the parts of a step, the bound and our share of it; draw the roofline to `path`."""
     for unit in ("GFLOP/s", " GB/s"):
         for name in rows[0]:
             if name.endswith(unit):
                 print(f"  {name}: {statistics.median(row[name] for row in rows):.1f}")
     (compute_name, gflops), (memory_name, gigabytes) = best(rows, "GFLOP/s"), best(rows, " GB/s")
     print(f"ceilings: {gflops:.1f} GFLOP/s ({compute_name}), {gigabytes:.1f} GB/s ({memory_name})")
-    measured: Dict[str, float] = collections.defaultdict(float)  # seconds of the convolutions, each timed alone
+    measured: Dict[str, float] = collections.defaultdict(float)  # seconds of the convolutions, timed alone
     for conv, count in convs.items():
         for way in conv.passes:
             milliseconds = statistics.median(row[f"{_label(conv, way)} ms"] for row in rows)
@@ -374,7 +379,7 @@ def tell(
             }
         )
     for base in list(compared[0])[1:]:
-        paired.tell_ratio(compared, "ours", base)
+        paired.print_ratio(compared, "ours", base)
     draw(found, rows, convs, batch, gflops, gigabytes, path)
 
 
@@ -387,7 +392,7 @@ def draw(
     gigabytes: float,
     path: pathlib.Path,
 ) -> None:
-    """Draw the roofline, each convolution's passes at the rate they had alone, and the whole step."""
+    """Draw the roofline, the passes of each convolution timed alone, and the whole step."""
     import matplotlib
 
     matplotlib.use("Agg")

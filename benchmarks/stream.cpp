@@ -2,9 +2,9 @@
 //
 //   g++ -O3 -march=native -fopenmp benchmarks/stream.cpp -o stream && ./stream BYTES SECONDS
 //
-// BYTES is the size of each of the three arrays. Each kernel runs with ordinary stores and with stores past the cache, which
-// spare the read of the line that is about to be overwritten (STREAM does not count that read either). A line for each:
-// `copy 12.3`. Median of the repetitions (STREAM itself reports the best).
+// BYTES is the size of each of the three arrays. Each kernel runs with ordinary and with non-temporal stores; the latter bypass
+// the cache and save the read of the line that is overwritten (STREAM does not count that read either). Prints one line per
+// kernel, such as `copy 12.3`: the median of the repetitions (STREAM itself reports the best).
 #include <algorithm>
 #include <chrono>
 #include <cstddef>
@@ -33,12 +33,12 @@ static Array array_of(std::size_t count, float value) {
   Array array(static_cast<float*>(std::aligned_alloc(4096, count * sizeof(float))), &std::free);
   if (!array) throw std::bad_alloc();
 #pragma omp parallel for schedule(static)
-  for (std::size_t i = 0; i < count; ++i) array[i] = value;  // each core touches first what it will use
+  for (std::size_t i = 0; i < count; ++i) array[i] = value;  // first touch by the core that uses it
   return array;
 }
 
 template <typename Kernel>
-static void tell(const char* name, double bytes, double seconds, Kernel kernel) {
+static void measure(const char* name, double bytes, double seconds, Kernel kernel) {
   using Clock = std::chrono::steady_clock;
   const auto end = Clock::now() + std::chrono::duration<double>(seconds);
   std::vector<double> taken;
@@ -60,19 +60,19 @@ int main(int argc, char** argv) {
   const double each = std::strtod(argv[2], nullptr) / 4, bytes = count * sizeof(float);
   Array a = array_of(count, 1), b = array_of(count, 2), c = array_of(count, 0);
   float *from = a.get(), *other = b.get(), *to = c.get();
-  tell("copy", 2 * bytes, each, [=] {
+  measure("copy", 2 * bytes, each, [=] {
 #pragma omp parallel for simd schedule(static)
     for (std::size_t i = 0; i < count; ++i) to[i] = from[i];
   });
-  tell("copy_past_cache", 2 * bytes, each, [=] {
+  measure("copy_past_cache", 2 * bytes, each, [=] {
 #pragma omp parallel for schedule(static)
     for (std::size_t i = 0; i < count; i += kLane) past_cache(to + i, from + i);
   });
-  tell("triad", 3 * bytes, each, [=] {
+  measure("triad", 3 * bytes, each, [=] {
 #pragma omp parallel for simd schedule(static)
     for (std::size_t i = 0; i < count; ++i) to[i] = from[i] + 3.0f * other[i];
   });
-  tell("triad_past_cache", 3 * bytes, each, [=] {
+  measure("triad_past_cache", 3 * bytes, each, [=] {
 #pragma omp parallel for schedule(static)
     for (std::size_t i = 0; i < count; i += kLane) {
       float sum[kLane];

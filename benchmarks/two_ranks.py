@@ -1,9 +1,9 @@
-"""What coupling costs: two Horovod ranks against two processes that know nothing of each other, a core each.
+"""Compare two Horovod ranks of one core each with two independent processes: the cost of coupling.
 
     python benchmarks/two_ranks.py --rounds 7 --out benchmarks/results/two_ranks.csv
 
-Same network, batch and threads on both sides: ResNet-50 at 224x224, synthetic images, one core a process. Nothing else
-may run meanwhile.
+Both sides have the same network, batch and threads: ResNet-50 at 224x224, synthetic images, one core per process. Run
+it on an idle machine.
 """
 
 import argparse
@@ -24,13 +24,14 @@ def train_command(run_dir: str, arguments: argparse.Namespace) -> list:
 
 
 def coupled(arguments: argparse.Namespace) -> float:
+    """Return images/s of two Horovod ranks of one core each."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["launch/local.sh", 2, *train_command(f"{folder}/coupled", arguments)]
         return paired.rate_of_training(paired.start(command))
 
 
 def independent(arguments: argparse.Namespace) -> float:
-    """Two processes at the same time, each on a core of its own, with the allocator that launch/local.sh gives."""
+    """Return images/s of two processes that run at the same time, each on its own core, with the usual allocator."""
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             paired.start(
@@ -43,7 +44,7 @@ def independent(arguments: argparse.Namespace) -> float:
 
 def main() -> None:
     parser = paired.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=7, help="of a run; all but the first are timed")
+    parser.add_argument("--steps", type=int, default=7, help="steps per run; all but the first are timed")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=32, help="per process")
     arguments = parser.parse_args()

@@ -1,12 +1,12 @@
-"""A training step of ResNet-50 here and in what else is there, on the same cores, in turns.
+"""Compare a training step of ResNet-50 with other frameworks, on the same cores, in turns.
 
     benchmarks/peers/setup.sh                                                # once: an environment for each peer
     python benchmarks/peers/compare.py --rounds 2 --out benchmarks/results/peers.csv
-    python benchmarks/peers/compare.py --rounds 7 --sides goals --out benchmarks/results/peers.csv     # goes on
+    python benchmarks/peers/compare.py --rounds 7 --sides goals --out benchmarks/results/peers.csv     # adds rounds
 
-224x224 synthetic images, batch 32 a process, float32, SGD with momentum and weight decay, all cores. What each side is
-given is in docs/benchmarks.md and in `--list`. The CSV gets a row for each side of each round once it is measured; the
-same call goes on where it was cut. Ratios are taken within rounds only. Nothing else may run meanwhile.
+224x224 synthetic images, batch 32 per process, float32, SGD with momentum and weight decay, all cores. `--list` and
+docs/benchmarks.md describe the settings of each side. The CSV gets a row for each measurement as soon as it is made;
+the same call continues after an interruption. Ratios are taken within rounds only. Run it on an idle machine.
 """
 
 import argparse
@@ -25,9 +25,9 @@ sys.path.insert(0, str(HERE.parent))
 
 import paired  # noqa: E402
 
-WARMUP = 2  # steps that are not timed: the second is still slow where memory is being found (ours, of two ranks)
+WARMUP = 2  # steps that are not timed: our second step on two ranks still allocates memory
 COLUMNS = ["round", "side", "images_per_second", "seconds", "versions"]
-# A side starts with what it sets itself, not with what this shell happens to have exported.
+# Variables with these prefixes are removed, so that each side runs with its own settings only.
 TUNING = (
     "OMP_",
     "KMP_",
@@ -44,7 +44,7 @@ TUNING = (
 )
 GOALS = ["ours_1_rank", "ours_2_ranks", "pytorch", "pytorch_tcmalloc", "pytorch_ddp", "tensorflow_newest"]
 GOALS += ["tensorflow_newest_tuned"]
-# Where a peer has several sides, all are bases: what counts is the one that is fastest here.
+# A peer may have several sides. All are bases; the fastest one on this machine is what counts.
 BASES = {
     "ours_1_rank": ["keras_stock", "keras_intel", "tensorflow_newest", "tensorflow_newest_tuned", "pytorch",
                     "pytorch_tcmalloc", "pytorch_launcher", "pytorch_compiled", "pytorch_ddp"],
@@ -57,18 +57,18 @@ BASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """A command whose last line is `total images/sec: X`."""
+    """Describe a command whose last line is `total images/sec: X`."""
 
-    what: str
+    description: str
     command: list
-    python: pathlib.Path  # whose packages it uses
-    packages: Tuple[str, ...]  # whose versions are noted
+    python: pathlib.Path  # interpreter of its environment
+    packages: Tuple[str, ...]  # their versions are recorded
     environment: Dict[str, str] = dataclasses.field(default_factory=dict)
-    default: bool = True  # measured where --sides is not given
+    default: bool = True  # measured if --sides is not given
 
 
 def all_sides(venvs: pathlib.Path, steps: int, image_size: int, batch_size: int) -> Dict[str, Side]:
-    """Return every side by name; each times `steps` batches of all its processes together, after WARMUP steps."""
+    """Return every side by name. Each times `steps` batches over all of its processes, after WARMUP steps."""
     size = [f"--image_size={image_size}", f"--batch_size={batch_size}"]
     half = max(2, steps // 2)
     allocator = paired.with_allocator()
@@ -98,54 +98,55 @@ def all_sides(venvs: pathlib.Path, steps: int, image_size: int, batch_size: int)
             default=False,
         ),
         "keras_stock": Side(
-            "keras.applications and fit on TensorFlow 2.15, as it comes", [stock, *fit], stock,
+            "keras.applications and fit on TensorFlow 2.15, as installed", [stock, *fit], stock,
             ("tensorflow-cpu", "keras"),
         ),
         "keras_intel": Side(
             "the same with the Intel extension and tcmalloc", [here, *fit], here, ours_packages[:2], allocator
         ),
         "tensorflow_newest": Side(
-            "keras.applications and fit, as it comes (Keras 3 then chooses XLA)", [newest, *fit], newest,
+            "keras.applications and fit, as installed (Keras 3 then uses XLA)", [newest, *fit], newest,
             ("tensorflow-cpu", "keras"),
         ),
         "tensorflow_newest_tuned": Side(
             "the same with jit_compile=False and tcmalloc", [newest, *fit, "--jit_compile=no"], newest,
             ("tensorflow-cpu", "keras"), allocator,
         ),
-        "pytorch": Side("channels_last, as it comes", [torch, *torch_one], torch, torch_packages),
+        "pytorch": Side("channels_last, otherwise as installed", [torch, *torch_one], torch, torch_packages),
         "pytorch_tcmalloc": Side(
             "with tcmalloc, the fused update, flushed denormals", [torch, *torch_one, "--tuned"], torch, torch_packages,
             allocator,
         ),
         "pytorch_launcher": Side(
-            "with what torch.backends.xeon.run_cpu sets besides: Intel's OpenMP, threads bound",
+            "also with the settings of torch.backends.xeon.run_cpu: Intel's OpenMP, bound threads",
             [torch, *torch_one, "--tuned"], torch, (*torch_packages, "intel-openmp"), intel_openmp,
         ),
         "pytorch_compiled": Side(
-            "with torch.compile besides (its first call compiles for minutes; later ones find that in a cache)",
+            "also with torch.compile (the first call compiles for minutes; later ones use a cache)",
             [torch, *torch_one, "--tuned", "--compile"], torch, (*torch_packages, "intel-openmp"), compiled,
         ),
         "pytorch_ddp": Side(
-            "DistributedDataParallel over gloo, 2 processes of a core each, tcmalloc, tuned",
+            "DistributedDataParallel over gloo, 2 processes of one core each, tcmalloc, tuned",
             [torch, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *train, "--tuned",
              f"--steps={half}"],
             torch, torch_packages, {**allocator, "OMP_NUM_THREADS": "1"},
         ),
         "horovod_defaults": Side(
-            "our step with plain mpirun -np 2: Open MPI's own binding and waiting", [*mpirun, *two], here, ours_packages
+            "our step with plain mpirun -np 2: default binding and waiting of Open MPI", [*mpirun, *two], here,
+            ours_packages,
         ),
     }  # fmt: skip
 
 
 def versions(side: Side) -> str:
-    """Return the versions of what a side uses, as `name 1.0; name 2.0`."""
+    """Return the versions of the packages of a side, as `name 1.0; name 2.0`."""
     program = "import importlib.metadata as m, sys; print('; '.join(f'{n} {m.version(n)}' for n in sys.argv[1:]))"
     done = subprocess.run([side.python, "-c", program, *side.packages], check=True, capture_output=True, text=True)
     return done.stdout.strip()
 
 
 def read(path: pathlib.Path) -> Dict[int, paired.Row]:
-    """Return images/s by round and side of what was measured before."""
+    """Return images/s by round and side from the file of earlier calls."""
     rounds: Dict[int, paired.Row] = {}
     if path.exists():
         with open(path, newline="", encoding="utf-8") as file:
@@ -162,10 +163,10 @@ def append(path: pathlib.Path, row: list) -> None:
 
 
 def measure(sides: Dict[str, Side], rounds: int, out: pathlib.Path, minutes: float, limit_s: float) -> None:
-    """Add rounds to `out` until `rounds` of them hold all sides, or the next would not end within `minutes`.
+    """Add rounds to `out` until `rounds` of them hold all sides, or the next one would not end within `minutes`.
 
-    A round that was cut stays as it is and counts for the pairs it has. A side that fails is told, and left out from
-    there on.
+    An interrupted round is kept and counts for the pairs that it has. A side that fails is reported and skipped from
+    then on.
     """
     started, longest, known = time.monotonic(), 0.0, {name: versions(side) for name, side in sides.items()}
     while sides:
@@ -173,7 +174,7 @@ def measure(sides: Dict[str, Side], rounds: int, out: pathlib.Path, minutes: flo
         missing = rounds - sum(set(sides) <= set(row) for row in done.values())
         spent = time.monotonic() - started
         if missing <= 0 or spent + longest > 60 * minutes:
-            print(f"{max(missing, 0)} rounds to go, {spent:.0f} s spent", flush=True)
+            print(f"{max(missing, 0)} rounds missing, {spent:.0f} s spent", flush=True)
             return
         number = max(done, default=0) + 1
         for name in paired.turn(list(sides), number):
@@ -181,9 +182,7 @@ def measure(sides: Dict[str, Side], rounds: int, out: pathlib.Path, minutes: flo
             try:
                 rate = paired.rate_of_benchmark(paired.start(sides[name].command, **sides[name].environment), limit_s)
             except (SystemExit, ValueError, OSError) as error:
-                print(
-                    f"round {number}: {name} failed and is left out from here on: {error}", file=sys.stderr, flush=True
-                )
+                print(f"round {number}: {name} failed and is skipped from now on: {error}", file=sys.stderr, flush=True)
                 del sides[name]
                 continue
             seconds = time.monotonic() - before
@@ -192,8 +191,8 @@ def measure(sides: Dict[str, Side], rounds: int, out: pathlib.Path, minutes: flo
         longest = max(longest, time.monotonic() - started - spent)
 
 
-def tell(rows: List[paired.Row]) -> None:
-    """Print each side's median with its interval, then the ratios of ours to the others' within rounds."""
+def report(rows: List[paired.Row]) -> None:
+    """Print the median of each side with its interval, then the ratios of our sides to the others."""
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row[name] for row in rows if name in row]
         low, high = paired.interval(values)
@@ -201,30 +200,32 @@ def tell(rows: List[paired.Row]) -> None:
     for side, bases in BASES.items():
         for base in bases:
             if any(side in row and base in row for row in rows):
-                paired.tell_ratio(rows, side, base)
+                paired.print_ratio(rows, side, base)
 
 
 def main() -> None:
     parser = paired.parser(__doc__)
     parser.set_defaults(out="benchmarks/results/peers.csv")
-    parser.add_argument("--sides", default="all", help="separated by commas; `goals`: those of the figures to reach")
-    parser.add_argument("--steps", type=int, default=4, help="timed batches of a run, of all its processes together")
-    parser.add_argument("--minutes", type=float, default=600, help="no round is started that would end later")
-    parser.add_argument("--limit_s", type=float, default=300, help="seconds that one run of a side is given")
-    parser.add_argument("--venvs", type=pathlib.Path, default=HERE / ".venvs", help="the folder given to setup.sh")
+    parser.add_argument(
+        "--sides", default="all", help="all, goals (those of the performance goals), or names separated by commas"
+    )
+    parser.add_argument("--steps", type=int, default=4, help="timed batches per run, over all of its processes")
+    parser.add_argument("--minutes", type=float, default=600, help="start no round that would end later")
+    parser.add_argument("--limit_s", type=float, default=300, help="longest time of one run, seconds")
+    parser.add_argument("--venvs", type=pathlib.Path, default=HERE / ".venvs", help="folder that was given to setup.sh")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=32, help="per process")
-    parser.add_argument("--list", action="store_true", help="say what the sides are, measure nothing")
-    parser.add_argument("--tell", action="store_true", help="only tell what is in --out")
+    parser.add_argument("--list", action="store_true", help="describe the sides and exit")
+    parser.add_argument("--report", action="store_true", help="print the results in --out and exit")
     arguments = parser.parse_args()
     venvs, out = arguments.venvs.resolve(), pathlib.Path(arguments.out)
     sides = all_sides(venvs, arguments.steps, arguments.image_size, arguments.batch_size)
     if arguments.list:
         for name, side in sides.items():
             settings = " ".join(f"{key}={value}" for key, value in side.environment.items())
-            print(f"{name}: {side.what}\n    {settings} {' '.join(map(str, side.command))}")
+            print(f"{name}: {side.description}\n    {settings} {' '.join(map(str, side.command))}")
         return
-    if not arguments.tell:
+    if not arguments.report:
         chosen = {"all": [name for name in sides if sides[name].default], "goals": GOALS}.get(
             arguments.sides, arguments.sides.split(",")
         )
@@ -232,20 +233,20 @@ def main() -> None:
         for name in [name for name in os.environ if name.startswith(TUNING)]:
             del os.environ[name]
         measure({name: sides[name] for name in chosen}, arguments.rounds, out, arguments.minutes, arguments.limit_s)
-    tell(list(read(out).values()))
+    report(list(read(out).values()))
 
 
 def check(parser: argparse.ArgumentParser, sides: Dict[str, Side], chosen: List[str]) -> None:
-    """End with the remedy where a side is unknown, or what it needs is not there."""
+    """Exit with an error message if a side is unknown, or an environment or the allocator is missing."""
     unknown = [name for name in chosen if name not in sides]
     if unknown:
-        parser.error(f"--sides: no {', '.join(unknown)}; there are {', '.join(sides)}")
+        parser.error(f"--sides: unknown {', '.join(unknown)}; use some of {', '.join(sides)}")
     absent = sorted({str(sides[name].python) for name in chosen if not sides[name].python.exists()})
     if absent:
-        parser.error(f"missing {', '.join(absent)}: call benchmarks/peers/setup.sh, or give its folder as --venvs")
+        parser.error(f"missing {', '.join(absent)}: run benchmarks/peers/setup.sh, or name its folder with --venvs")
     if not paired.ALLOCATOR:
         parser.error(
-            "libtcmalloc_minimal.so.4 is missing (Debian: libtcmalloc-minimal4), which both we and peers preload"
+            "libtcmalloc_minimal.so.4 is missing, which several sides preload; install libtcmalloc-minimal4 (Debian)"
         )
 
 

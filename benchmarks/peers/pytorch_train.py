@@ -1,11 +1,11 @@
-"""ResNet-50 v1.5 in PyTorch, trained by the usual loop on synthetic images. Last line `total images/sec: X`.
+"""Time ResNet-50 v1.5 in PyTorch, with the usual loop on synthetic images. Last line `total images/sec: X`.
 
-    python benchmarks/peers/pytorch_train.py                                    one process, as it comes
+    python benchmarks/peers/pytorch_train.py                                    one process, as installed
     torchrun --nproc_per_node=2 benchmarks/peers/pytorch_train.py --tuned       DistributedDataParallel over gloo
 
-The layout is channels_last, which PyTorch's documentation recommends for convolutions on processors. `--tuned` adds
-what it has for the rest: the fused update, flushed denormals, gradients as views of DDP's buckets, a static graph, and
-a core of its own for each process where there are several. Batch norm's statistics are as DDP has them: rank 0's.
+The memory format is channels_last, which PyTorch's documentation recommends for convolutions on CPUs. `--tuned` adds
+the fused update, flushed denormals, gradients as views of DDP's buckets, a static graph, and one core per process if
+there are several. Batch norm's statistics are those of rank 0, as DDP handles them.
 """
 
 import argparse
@@ -19,7 +19,7 @@ PARAMETERS = 25_557_032  # of the network with its 1,000 classes
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (which strides: v1.5) and 1x1 convolutions around a shortcut."""
+    """Residual block of 1x1, 3x3 (strided, as in v1.5) and 1x1 convolutions with a shortcut."""
 
     def __init__(self, inputs: int, inner: int, stride: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def resnet50() -> nn.Sequential:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4, help="timed, after --warmup_steps that are not")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps, after --warmup_steps that are not timed")
     parser.add_argument("--warmup_steps", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=32, help="per process")
     parser.add_argument("--image_size", type=int, default=224)
@@ -93,7 +93,7 @@ def main() -> None:
         )
     if arguments.compile:
         trained = torch.compile(trained)
-    # None: PyTorch's own choice, which on processors is a loop over the weights.
+    # None: the default of PyTorch, which on CPUs is a loop over the weights.
     optimizer = torch.optim.SGD(
         model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, fused=True if arguments.tuned else None
     )
