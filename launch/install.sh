@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Sets a machine up: system packages, a virtual environment from the lock, Horovod built against both.
-# Idempotent: a second call compares a stamp and returns at once. Everything it prints goes to standard error.
+# Set up a machine: system packages, a virtual environment from requirements.txt, Horovod built for this TensorFlow and MPI.
+# Idempotent: a second call compares a stamp and returns at once. All output goes to standard error.
 #
-#   launch/install.sh            set up
+#   launch/install.sh
 #   PYTHON=/path/python3.10 launch/install.sh
 #   VENV=/scratch/venv launch/install.sh
 #   PIP_ARGS="--no-index --find-links wheelhouse" launch/install.sh
@@ -29,7 +29,7 @@ find_python() {
 
 python=$(find_python) || fail "no Python 3.$MIN_MINOR-3.$MAX_MINOR found (TensorFlow 2.15 with Horovod needs one): install it or set PYTHON=/path/to/python3.11"
 
-# What the machine lacks, as Debian package names. An MPI from a module (mpirun and mpicxx in PATH) counts as there.
+# Missing packages, by their Debian names. An MPI from a module (mpirun and mpicxx in PATH) counts as installed.
 missing=()
 command -v mpirun >/dev/null && command -v mpicxx >/dev/null || missing+=(openmpi-bin libopenmpi-dev)
 command -v g++ >/dev/null || missing+=(g++)
@@ -45,13 +45,13 @@ if (($(id -u) != 0)); then
   if sudo -n true 2>/dev/null; then sudo=(sudo -n); else may_install=no; fi
 fi
 command -v apt-get >/dev/null || may_install=no
-# Faster memory allocation for TensorFlow, preloaded by launch/local.sh where it is there: welcome, not needed.
+# Optional: a faster memory allocator for TensorFlow, which resnet_cpu.launch preloads if it is installed.
 if [[ $may_install == yes ]] && ! compgen -G '/usr/lib/*/libtcmalloc_minimal.so.4' >/dev/null; then
   missing+=(libtcmalloc-minimal4)
 fi
 
 if ((${#missing[@]})); then
-  [[ $may_install == yes ]] || fail "missing system packages (Debian's names), and no apt-get with root or sudo here to install them: ${missing[*]} (ask for them, or load your site's MPI module and set RAW_DIR to the folder of the Fashion-MNIST files)"
+  [[ $may_install == yes ]] || fail "missing system packages (Debian names): ${missing[*]}; they cannot be installed here without apt-get and root or sudo. Ask for them, or load your site's MPI module and set RAW_DIR to the folder of the Fashion-MNIST files"
   say "system packages: ${missing[*]}"
   export DEBIAN_FRONTEND=noninteractive
   "${sudo[@]}" apt-get install -y -q --no-install-recommends "${missing[@]}" >/dev/null 2>&1 || {
@@ -73,21 +73,21 @@ say "the pinned packages of requirements.txt (TensorFlow alone is 475 MB)"
 # shellcheck disable=SC2086  # PIP_ARGS is a list of arguments
 pip install -qq --no-deps ${PIP_ARGS:-} -r requirements.txt
 
-# Horovod is linked against one TensorFlow and one MPI: built anew when either is another.
+# Horovod is linked against one TensorFlow and one MPI: rebuild it if either has changed.
 built_for="horovod $HOROVOD; $(grep '^tensorflow==' requirements.txt); $(mpirun --version | head -n 1)"
 if [[ ! -f $VENV/horovod-built-for || $(<"$VENV/horovod-built-for") != "$built_for" ]]; then
   say "Horovod $HOROVOD, built against this TensorFlow and this MPI (about two minutes; log: $VENV/horovod-build.log)"
-  # No cached wheel: it may have been built against another MPI. PATH: its cmake must find this environment's python.
+  # No cached wheel: it may have been built for another MPI. PATH: cmake must find this environment's python.
   # shellcheck disable=SC2086
   PATH="$(cd "$VENV/bin" && pwd):$PATH" \
     HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITH_MPI=1 HOROVOD_CPU_OPERATIONS=MPI \
     HOROVOD_WITHOUT_GLOO=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 \
     "$VENV/bin/python" -m pip --disable-pip-version-check install --no-deps --no-build-isolation --no-cache-dir \
     --no-binary horovod --force-reinstall ${PIP_ARGS:-} "horovod==$HOROVOD" >"$VENV/horovod-build.log" 2>&1 ||
-    { tail -n 30 "$VENV/horovod-build.log" >&2; fail "Horovod did not build; the symptoms and remedies are in BUILD_NOTES.md"; }
+    { tail -n 30 "$VENV/horovod-build.log" >&2; fail "Horovod did not build; see BUILD_NOTES.md for symptoms and remedies"; }
   printf '%s\n' "$built_for" >"$VENV/horovod-built-for"
 fi
 pip install -qq --no-deps --no-build-isolation -e .
-"$VENV/bin/python" -m pip --disable-pip-version-check check >/dev/null || fail "the environment in $VENV is inconsistent: '$VENV/bin/python -m pip check' says where; remove $VENV and try again"
+"$VENV/bin/python" -m pip --disable-pip-version-check check >/dev/null || fail "the environment in $VENV is inconsistent (see '$VENV/bin/python -m pip check'); remove $VENV and try again"
 printf '%s\n' "$stamp_text" >"$VENV/installed"
 say "ready"

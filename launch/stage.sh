@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
-# Copies a prepared data set to this node's disk and checks every record of the copy: what launch/stage.sbatch runs once a node.
+# Copy a prepared data set to this node's disk and verify every record of the copy. launch/stage.sbatch runs it once per node.
 #
 #   launch/stage.sh FROM TO DATASET
-# A copy that was checked is kept, and taken again while the files' names and sizes are those of FROM.
+# A verified copy is kept, and used again as long as its files have the names and sizes of those in FROM.
 set -euo pipefail
 
 fail() { printf 'stage %s: %s\n' "$(hostname -s)" "$2" >&2; exit "$1"; }
 (($# == 3)) || fail 64 "usage: launch/stage.sh FROM TO DATASET"
 from=$1 to=$2 dataset=$3
-[[ -d $from && $to == /* ]] || fail 64 "$from to $to: name a folder that is there, and where its copy goes"
-[[ -n $dataset ]] || fail 64 "the flags of training are wrong, or name no --dataset"
+[[ -d $from && $to == /* ]] || fail 64 "$from to $to: FROM must be an existing folder and TO an absolute path"
+[[ -n $dataset ]] || fail 64 "the training flags are wrong, or --dataset is missing"
 
 listing() { (cd -- "$1" && find -L . -type f ! -name .checked -printf '%s %p\n' | LC_ALL=C sort); }
 
 umask 077
 mkdir -p -- "${to%/*}"
-# Others can write to /tmp, too: a folder of theirs under this name would be data of theirs.
-[[ -O ${to%/*} && ! -L ${to%/*} ]] || fail 73 "${to%/*} belongs to somebody else; set LOCAL_DISK in launch/env.sh"
+# Others can write to /tmp too: a folder of theirs with this name could hold other data.
+[[ -O ${to%/*} && ! -L ${to%/*} ]] || fail 73 "${to%/*} belongs to another user; set LOCAL_DISK in launch/env.sh"
 exec 9>"$to.lock"
-flock 9 # where a batch system starts two of these on one node
+flock 9 # a batch system may start two of these on one node
 wanted=$(listing "$from")
 if [[ -e $to/.checked && $(<"$to/.checked") == "$wanted" && $(listing "$to") == "$wanted" ]]; then
-  printf 'stage %s: %s is there already\n' "$(hostname -s)" "$to" >&2
+  printf 'stage %s: %s is already there\n' "$(hostname -s)" "$to" >&2
   exit 0
 fi
 
@@ -35,6 +35,6 @@ cp -RL -- "$from/." "$to/" || fail 74 "could not copy $from to $to"
 copied=$((SECONDS - started))
 code=0
 python -m resnet_cpu.prepare verify --data_dir="$to" --dataset="$dataset" >&2 || code=$?
-((code == 0)) || fail "$code" "the copy of $from is damaged, or $from is: see above"
+((code == 0)) || fail "$code" "$from or its copy is damaged; see the error above"
 printf '%s\n' "$wanted" >"$to/.checked"
 printf 'stage %s: %s MiB in %s s, checked in %s s: %s\n' "$(hostname -s)" "$((needed / 1024))" "$copied" "$((SECONDS - started - copied))" "$to" >&2

@@ -1,4 +1,4 @@
-"""Every shell file by shellcheck, what every batch file has to say, and the Slurm lab where something is missing."""
+"""Shell files under shellcheck, conventions and requeueing of batch files, and the labs on a bare machine."""
 
 import os
 import pathlib
@@ -36,7 +36,7 @@ def test_shellcheck_finds_nothing():
     assert process.returncode == 0, process.stdout
 
 
-def test_negative_control_shellcheck_finds_what_is_not_quoted():
+def test_negative_control_shellcheck_finds_an_unquoted_variable():
     process = shellcheck("--shell=bash", "-", given="rm -r $1\n")
     assert process.returncode == 1 and "SC2086" in process.stdout
 
@@ -48,13 +48,13 @@ def test_batch_files_follow_the_conventions(path):
     for needed in ("--exclusive", "--hint=nomultithread", "--requeue", "--open-mode=append", f"--job-name={path.stem}"):
         assert needed in asked, needed
     assert any(re.fullmatch(r"--output=logs/%x-(%j|%A_%a)\.out", word) for word in asked)
-    assert ("--signal=B:USR1@300" in asked) == ("\ntrain " in text)  # what has checkpoints is told in good time
+    assert ("--signal=B:USR1@300" in asked) == ("\ntrain " in text)  # what writes checkpoints gets a signal in time
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert lines[:3] == ["set -euo pipefail", 'cd "$SLURM_SUBMIT_DIR"', "source launch/batch.sh"]
     assert "SLURM_JOB_NAME" not in text and "eval" not in text.replace("evaluate", "")
 
 
-def test_site_names_are_in_env_sh_alone_and_srun_never_leaves_ranks_behind():
+def test_only_env_sh_has_site_names_and_srun_leaves_no_ranks_behind():
     for path in [*BATCH_FILES, ROOT / "launch" / "batch.sh", ROOT / "launch" / "stage.sh"]:
         text = path.read_text()
         assert not re.search(r"partition|account|module |/scratch|/usr/local", text), path
@@ -63,14 +63,90 @@ def test_site_names_are_in_env_sh_alone_and_srun_never_leaves_ranks_behind():
         assert "horovodrun" not in text and "eval " not in text
 
 
+def inline_python(text: str) -> bool:
+    return re.search(r"python[0-9.]* (-\S+ )*-c\b", text) is not None
+
+
+def test_batch_files_contain_no_inline_python():
+    """Fault: launch/batch.sh parsed flags with a Python program between quotes."""
+    for path in [*BATCH_FILES, ROOT / "launch" / "batch.sh", ROOT / "launch" / "stage.sh"]:
+        assert not inline_python(path.read_text()), path
+
+
+def test_negative_control_inline_python_is_found():
+    assert inline_python("  python -c 'import sys'") and not inline_python("python -m resnet_cpu.train -c")
+
+
+def test_batch_files_read_settings_as_training_does(tmp_path):
+    nested = tmp_path / "my flags"
+    nested.write_text("--flagfile=experiments/smoke.flags\n--run_dir=$HOME/a b\n")
+    environment = {**OUTSIDE, "HOME": "/home/x"}
+
+    def value(*words: str) -> str:
+        command = [sys.executable, "launch/setting.py", *words]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60).stdout
+
+    assert value("run_dir", f"--flagfile={nested}") == "/home/x/a b"
+    assert value("run_dir", f"--flagfile={nested}", "--run_dir=$(touch x)") == "$(touch x)"
+    assert value("dataset", f"--flagfile={nested}") == "synthetic"
+    assert value("run_dir", "--no_such_flag") == ""
+
+
+@pytest.fixture
+def batch_job(tmp_path):
+    """Run a batch file whose command ends with a code, under stand-ins for Slurm's programs; `attempts` were before."""
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    (tmp_path / "logs").mkdir()
+    tools = tmp_path / "venv" / "bin"
+    tools.mkdir(parents=True)
+    scripts = {"python": 'exit "$CODE"', "squeue": "echo RUNNING", "scontrol": f'echo "$@" >>{tmp_path}/requeued'}
+    for name, script in scripts.items():
+        (tools / name).write_text(f"#!{shutil.which('bash')}\n{script}\n")
+        (tools / name).chmod(0o755)
+
+    def run(code: int, attempts: int = 0) -> subprocess.CompletedProcess:
+        if attempts:
+            (tmp_path / "logs" / ".restarts-7").write_text(f"{attempts}\n")
+        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "MAX_RESTARTS": "2"}
+        job.update(SLURM_SUBMIT_DIR=str(tmp_path), SLURM_RESTART_COUNT=str(attempts), CODE=str(code))
+        return subprocess.run(
+            ["bash", str(ROOT / "launch" / "prepare.sbatch"), "verify"],
+            env={**OUTSIDE, **job, "VENV": str(tmp_path / "venv")},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run, tmp_path / "requeued"
+
+
+@pytest.mark.parametrize("code", [74, 75, 76, 137])
+def test_io_errors_stops_and_lost_peers_are_requeued_with_a_cap(batch_job, code):
+    """Fault: 74 was not requeued, so that one failed read ended a long job for good."""
+    run, requeued = batch_job
+    assert run(code).returncode == code and requeued.read_text() == "requeue 7\n"
+    requeued.unlink()
+    capped = run(code, attempts=2)
+    assert capped.returncode == code and "no new checkpoint in 3 attempts in a row" in capped.stderr
+    assert not requeued.exists()
+
+
+@pytest.mark.parametrize("code", [0, 1, 64, 65, 66, 70, 73, 77, 138])
+def test_negative_control_other_codes_are_not_requeued(batch_job, code):
+    run, requeued = batch_job
+    process = run(code)
+    assert process.returncode == code and not requeued.exists()
+    assert code == 0 or "not submitted again" in process.stderr
+
+
 @pytest.fixture
 def lab(tmp_path):
-    """Run the lab on a machine of a few tools; `put` adds one."""
+    """Run the lab on a machine with only a few tools."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for tool in ("bash", "sed", "id", "mkdir", "cat", "tail"):
         (tools / tool).symlink_to(shutil.which(tool))
-    # The lab looks into /usr/sbin too, where Debian keeps the daemons.
+    # The lab also searches /usr/sbin, where Debian installs the daemons.
     script = (ROOT / "launch" / "slurm-lab" / "lab.sh").read_text().replace("/usr/sbin:/sbin", str(tools))
     (tmp_path / "lab.sh").write_text(script)
 
@@ -90,20 +166,20 @@ def lab(tmp_path):
         ("start", "lab", 1000, "needs root"),
         ("start", "lab", 0, "slurm-wlm or munge is missing; run"),
         ("install", None, 1000, "installing them needs root"),
-        ("install", None, 0, "there is no apt-get"),
-        ("start", "la b", 0, "choose a folder whose path holds"),
+        ("install", None, 0, "apt-get was not found"),
+        ("start", "la b", 0, "choose a folder whose path has"),
         ("start", "l" * 90, 0, "too long for a socket"),
     ],
 )
-def test_the_slurm_lab_says_in_one_line_what_is_missing(lab, tmp_path, verb, folder, user, said):
+def test_the_slurm_lab_reports_what_is_missing_in_one_line(lab, tmp_path, verb, folder, user, said):
     process = lab(verb, *([str(tmp_path / folder)] if folder else []), user=user)
     (line,) = process.stderr.splitlines()
     assert process.returncode == 1 and line.startswith("slurm-lab: ") and said in line
 
 
-def test_a_lab_that_does_not_run_is_no_lab_to_run_in_and_stopping_it_is_harmless(lab, tmp_path):
+def test_a_stopped_lab_runs_nothing_and_may_be_stopped_again(lab, tmp_path):
     process = lab("run", str(tmp_path / "lab"), "squeue")
-    assert process.returncode == 1 and "no lab runs there" in process.stderr
+    assert process.returncode == 1 and "no lab is running there" in process.stderr
     assert lab("stop", str(tmp_path / "lab")).returncode == 0
     assert lab().returncode == 64 and "install" in lab().stderr
 
@@ -142,17 +218,17 @@ def stage(tmp_path, tiny_data):
     return run
 
 
-def test_staging_copies_once_and_mends_what_was_left_half_way(stage, tmp_path, tiny_data):
+def test_staging_copies_once_and_repairs_an_incomplete_copy(stage, tmp_path, tiny_data):
     copy = tmp_path / "disk" / "data"
     first = stage()
     assert first.returncode == 0 and "checked in" in first.stderr, first.stderr
     assert {path.name for path in copy.iterdir()} == {*os.listdir(tiny_data), ".checked"}
-    assert "is there already" in stage().stderr
+    assert "is already there" in stage().stderr
     (copy / "train-00000-of-00003").unlink()
     assert "checked in" in stage().stderr and (copy / "train-00000-of-00003").exists()
 
 
-def test_staging_says_what_is_wrong(stage, tmp_path):
+def test_staging_reports_what_is_wrong(stage, tmp_path):
     assert stage(str(tmp_path / "nowhere")).returncode == 64
     assert stage(dataset="").returncode == 64
     (tmp_path / "empty").mkdir()
@@ -161,9 +237,9 @@ def test_staging_says_what_is_wrong(stage, tmp_path):
     assert not (tmp_path / "disk" / "data" / ".checked").exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a folder of somebody else's")
-def test_staging_takes_no_folder_of_somebody_elses(stage, tmp_path):
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a folder of another user")
+def test_staging_refuses_a_folder_of_another_user(stage, tmp_path):
     (tmp_path / "disk").mkdir()
     os.chown(tmp_path / "disk", 12345, 12345)
     refused = stage()
-    assert refused.returncode == 73 and "belongs to somebody else" in refused.stderr
+    assert refused.returncode == 73 and "belongs to another user" in refused.stderr

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A throw-away Slurm on this machine, to try the batch files of launch/ with the real sbatch. Needs root and Debian's packages.
+# A temporary Slurm on this machine, to try the batch files of launch/ with the real sbatch. Needs root and Debian's packages.
 #
 #   launch/slurm-lab/lab.sh install                  slurm-wlm and munge, with apt-get
-#   launch/slurm-lab/lab.sh start FOLDER             everything it keeps goes there; once started, this does nothing
-#   launch/slurm-lab/lab.sh run FOLDER COMMAND ...   as in: run FOLDER sbatch launch/train.sbatch --flagfile=...
-#   launch/slurm-lab/lab.sh stop FOLDER              cancels its jobs, ends its processes; logs stay
+#   launch/slurm-lab/lab.sh start FOLDER             start it, with all its files in FOLDER; does nothing if it runs
+#   launch/slurm-lab/lab.sh run FOLDER COMMAND ...   such as: run FOLDER sbatch launch/train.sbatch --flagfile=...
+#   launch/slurm-lab/lab.sh stop FOLDER              cancel its jobs and end its processes; logs are kept
 #
-# It listens on 127.0.0.1 alone, on ports of its own, with a munge of its own, so that several labs live side by side.
-#   LAB_NODES=2   pretends to be that many nodes (for one copy per node; all of them are this machine)
-#   LAB_CPUS=16   cores that each node pretends to have: tasks are counted, never bound to cores
+# It listens only on 127.0.0.1, on its own ports and with its own munge, so that several labs can run side by side.
+#   LAB_NODES=2   number of nodes that it simulates; all of them are this machine
+#   LAB_CPUS=16   cores that each node claims to have: tasks are counted, but not bound to cores
 set -euo pipefail
 
 fail() { printf 'slurm-lab: %s\n' "$*" >&2; exit 1; }
@@ -29,7 +29,7 @@ if [[ $verb == install ]]; then
   (($# == 0)) || usage
   if installed; then exit 0; fi
   (($(id -u) == 0)) || fail "slurm-wlm and munge are missing, and installing them needs root: sudo ${BASH_SOURCE[0]} install"
-  command -v apt-get >/dev/null || fail "slurm-wlm and munge are missing, and there is no apt-get: install Slurm 22.05 or newer with your package manager"
+  command -v apt-get >/dev/null || fail "slurm-wlm and munge are missing, and apt-get was not found: install Slurm 22.05 or newer with your package manager"
   export DEBIAN_FRONTEND=noninteractive
   apt-get install -y -q --no-install-recommends slurm-wlm munge >/dev/null 2>&1 || {
     apt-get update -q >/dev/null
@@ -42,12 +42,12 @@ fi
 mkdir -p -- "$1"
 folder=$(cd -- "$1" && pwd)
 shift
-# Slurm reads `#`, blanks and % in paths its own way, and a socket's path holds 107 bytes.
-[[ $folder =~ ^[A-Za-z0-9_./+-]+$ ]] || fail "$folder: choose a folder whose path holds letters, digits, and . _ - + alone"
-((${#folder} <= 85)) || fail "$folder: its path is too long for a socket; choose one of at most 85 characters"
+# Slurm interprets `#`, spaces and % in paths, and the path of a socket is limited to 107 bytes.
+[[ $folder =~ ^[A-Za-z0-9_./+-]+$ ]] || fail "$folder: choose a folder whose path has only letters, digits, and . _ - +"
+((${#folder} <= 85)) || fail "$folder: this path is too long for a socket; choose one of at most 85 characters"
 export SLURM_CONF=$folder/slurm.conf
 
-# Prints the pid in a pid file, if it is still the daemon that wrote it: pids are used again.
+# Prints the pid in a pid file if it still belongs to the daemon that wrote it; pids are reused.
 alive() {
   local pid
   pid=$(cat "$folder/$1.pid" 2>/dev/null) || return 1
@@ -55,7 +55,7 @@ alive() {
   printf '%s\n' "$pid"
 }
 
-# Waits until a command succeeds; tells what was waited for where it never does.
+# Waits until a command succeeds; fails after 30 s.
 await() {
   local what=$1
   shift
@@ -63,10 +63,10 @@ await() {
     if "$@" >/dev/null 2>&1; then return; fi
     sleep 0.1
   done
-  fail "$what did not come up in 30 s; look into $folder/*.log"
+  fail "$what did not start within 30 s; see $folder/*.log"
 }
 
-# Prints the first of so many ports in a row that nobody listens to.
+# free_ports COUNT: prints the first of COUNT consecutive unused ports.
 free_ports() {
   local first port
   while :; do
@@ -88,14 +88,14 @@ case $verb in
     installed || fail "slurm-wlm or munge is missing; run ${BASH_SOURCE[0]} install"
     if alive slurmctld >/dev/null; then exit 0; fi
     nodes=${LAB_NODES:-1} cpus=${LAB_CPUS:-16}
-    [[ $nodes =~ ^[1-9]$ && $cpus =~ ^[1-9][0-9]{0,3}$ ]] || fail "LAB_NODES=$nodes LAB_CPUS=$cpus: give 1 to 9 nodes and whole cores"
+    [[ $nodes =~ ^[1-9]$ && $cpus =~ ^[1-9][0-9]{0,3}$ ]] || fail "LAB_NODES=$nodes LAB_CPUS=$cpus: give 1 to 9 nodes and a whole number of cores"
     chmod 700 "$folder"
     mkdir -p "$folder/state" "$folder/spool"
     [[ -e $folder/munge.key ]] || (umask 077; head -c 1024 /dev/urandom >"$folder/munge.key")
     host=$(hostname -s)
     port=$(free_ports "$((nodes + 1))")
 
-    # mpirun inside an allocation starts its ranks itself only where the node bears this machine's name.
+    # Inside an allocation mpirun starts ranks without srun only on a node with the name of this machine.
     names=("$host")
     for ((i = 2; i <= nodes; i++)); do names+=("$host-$i"); done
     {
@@ -108,7 +108,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire: a requeued job waits this long before it starts anew; 120 s by default.
+# cred_expire: a requeued job waits this long before it starts again; 120 s by default.
 AuthInfo=socket=$folder/munge.socket,cred_expire=5
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool/%n
@@ -116,7 +116,7 @@ SlurmctldPidFile=$folder/slurmctld.pid
 SlurmdPidFile=$folder/slurmd-%n.pid
 SlurmctldLogFile=$folder/slurmctld.log
 SlurmdLogFile=$folder/slurmd-%n.log
-# Works in containers and on machines whose cgroups belong to somebody else.
+# Works in containers and on machines whose cgroups are managed by another service.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -134,11 +134,11 @@ CONF
         port=$((port + 1))
         echo "NodeName=$name NodeHostname=$host NodeAddr=127.0.0.1 Port=$port CPUs=$cpus State=UNKNOWN"
       done
-      # FORCE: jobs that ask for --exclusive, as all of launch/ do, still run side by side on this one machine.
+      # FORCE: jobs that request --exclusive, like all of launch/, still run side by side on this machine.
       echo "PartitionName=lab Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=FORCE:16"
     } >"$folder/slurm.conf"
 
-    # --force: munge would rather not keep its socket below a folder that others cannot enter; here nobody else should.
+    # --force: munge warns about a socket in a folder that other users cannot enter, which is intended here.
     if ! alive munged >/dev/null; then
       munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
         --log-file="$folder/munged.log" --seed-file="$folder/munged.seed" 2>>"$folder/munged.log" ||
@@ -154,7 +154,8 @@ CONF
 
   run)
     (($# >= 1)) || usage
-    alive slurmctld >/dev/null || fail "$folder: no lab runs there; start it first"
+    alive slurmctld >/dev/null || fail "$folder: no lab is running there; start it first"
+    export RESNET_CPU_OVERSUBSCRIBE=${RESNET_CPU_OVERSUBSCRIBE:-1} # nodes claim more cores than this machine has
     exec "$@"
     ;;
 

@@ -1,4 +1,4 @@
-"""What one host cannot show: training over TCP between two hosts of the network lab, and how it ends without one."""
+"""Training over TCP between two hosts of the network lab, and how it ends if one of them is lost."""
 
 import importlib.metadata
 import json
@@ -20,12 +20,12 @@ from resnet_cpu.run import checkpoint
 pytestmark = [pytest.mark.mpi, pytest.mark.multihost]
 LAB, AGENT = (str(ROOT / "launch" / "network-lab" / name) for name in ("lab", "agent"))
 WAIT_S = 240
-KEEPALIVE = {"time": 4, "intvl": 1, "probes": 4}  # Open MPI's daemons miss each other after 8 s instead of 25
+KEEPALIVE = {"time": 4, "intvl": 1, "probes": 4}  # a daemon of Open MPI counts as lost after 8 s instead of 25
 TRAIN = [sys.executable, "-m", "resnet_cpu.train", *TINY_FLAGS, "--threads=1"]
 
 
 class Job(NamedTuple):
-    """The launcher, and where what it and the ranks say goes."""
+    """The launcher, and the files with the output of it and of the ranks."""
 
     process: subprocess.Popen
     out: IO[str]
@@ -33,7 +33,7 @@ class Job(NamedTuple):
 
 
 class Lab:
-    """Two hosts, each with a folder `own` of its own at the same path."""
+    """Two hosts, each with its own folder at the path `own`."""
 
     def __init__(self, own: pathlib.Path) -> None:
         self.name, self.own = f"test{os.getpid()}-", own
@@ -47,16 +47,16 @@ class Lab:
         )
 
     def start(self, *command, hosts=None, per_host=1, agent=AGENT, launch=()) -> Job:
-        """Start a command on every host, by the package's own launcher on the first."""
+        """Start a command on every host, with the package's launcher on the first."""
         launch = [
             *[sys.executable, "-m", "resnet_cpu.launch", f"--hosts={hosts or f'{self.first},{self.second}'}"],
-            *[f"--ranks_per_node={per_host}", f"--launch_agent={agent}", *launch, "--"],
+            *[f"--ranks_per_node={per_host}", *launch, "--"],
         ]
         out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
         process = subprocess.Popen(
             [LAB, "run", self.first, *launch, *map(str, command)],
             cwd=ROOT,
-            env=self.environment,
+            env={**self.environment, "RESNET_CPU_LAUNCH_AGENT": str(agent)},
             stdout=out,
             stderr=err,
         )
@@ -67,7 +67,7 @@ class Lab:
 
 
 def ended(job: Job) -> subprocess.CompletedProcess:
-    """Wait for the launcher to end, as a batch script does; what lives on, on a host cut off, may hold its pipes."""
+    """Wait for the launcher to end, like a batch script; processes on a disconnected host may keep its pipes open."""
     try:
         code = job.process.wait(timeout=WAIT_S)
     finally:
@@ -97,7 +97,7 @@ def lab(tmp_path_factory, tiny_data):
 
 @pytest.fixture(scope="module")
 def unanswered(lab, tmp_path_factory):
-    """A start with a host that is not there and one that never answers: takes 20 s, while others are tested."""
+    """Start with a host that does not exist and one that never answers; takes 20 s, while other tests run."""
     agent = tmp_path_factory.mktemp("agent") / "agent"
     agent.write_text(f'#!/bin/sh\n[ $1 != silent ] || exec sleep 120\nexec {AGENT} "$@"\n')
     agent.chmod(0o755)
@@ -115,7 +115,7 @@ def until_it_trains(job: Job, run_dir: pathlib.Path) -> None:
 LONG = ["--phase=main:steps=100000,lr=0.01,decay=constant", "--phase=tail:steps=1,lr=0.01"]
 
 
-def test_two_hosts_with_a_copy_of_the_data_each_train_what_two_ranks_of_one_host_do(lab, unanswered, tmp_path):
+def test_two_hosts_with_a_copy_of_the_data_each_give_the_bits_of_two_ranks_on_one_host(lab, unanswered, tmp_path):
     data = f"--data_dir={lab.own / 'data'}"
     together = lab.start(*TRAIN, data, f"--run_dir={tmp_path / 'two_hosts'}")
     one = lab.start(*TRAIN, data, f"--run_dir={tmp_path / 'one_host'}", hosts=lab.first, per_host=2)
@@ -129,7 +129,7 @@ def test_two_hosts_with_a_copy_of_the_data_each_train_what_two_ranks_of_one_host
     assert runs.losses(str(tmp_path / "two_hosts")) == runs.losses(str(tmp_path / "one_host"))
 
 
-def test_data_that_is_missing_or_other_on_one_host_is_told_with_its_name(lab, tmp_path):
+def test_missing_or_different_data_on_one_host_is_reported_with_its_name(lab, tmp_path):
     folder = lab.own / "data"
     command = [*TRAIN, f"--data_dir={folder}", f"--run_dir={tmp_path / 'run'}"]
     lab("run", lab.second, "mv", folder, lab.own / "aside")
@@ -150,7 +150,7 @@ def test_data_that_is_missing_or_other_on_one_host_is_told_with_its_name(lab, tm
 
 
 def with_another(lab, changed, usual, run_dir) -> subprocess.CompletedProcess:
-    """Train while the second host sees `changed` in the place of `usual`."""
+    """Train while the second host sees `changed` at the path `usual`."""
     lab("run", lab.second, "mount", "--bind", changed, usual)
     try:
         return lab.run(*TRAIN, f"--data_dir={lab.own / 'data'}", f"--run_dir={run_dir}")
@@ -181,8 +181,8 @@ def test_another_version_of_a_package_on_one_host_is_refused(lab, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_host_cut_off_ends_the_job_and_the_other_goes_on_alone_from_the_checkpoint(lab, tmp_path):
-    """The watchdog tells first, then Open MPI misses the host. A cut cable says nothing: nothing else would end it."""
+def test_a_disconnected_host_ends_the_job_and_the_other_continues_alone_from_the_checkpoint(lab, tmp_path):
+    """The watchdog reports first, then Open MPI notices the lost host. Nothing else would: no message arrives."""
     run_dir = tmp_path / "run"
     command = [*TRAIN, f"--data_dir={lab.own / 'data'}", f"--run_dir={run_dir}", *LONG, "--checkpoint_every_steps=3"]
     process = lab.start(*command, "--stall_timeout=4")
@@ -191,7 +191,7 @@ def test_a_host_cut_off_ends_the_job_and_the_other_goes_on_alone_from_the_checkp
         lab("cut", lab.second)
         lost = ended(process)
     finally:
-        lab("mend", lab.second)
+        lab("restore", lab.second)
         lab("kill", lab.second)
     assert lost.returncode == 76, lost.stderr
     assert "no step finished for 4 s" in told(lost)[0]
@@ -209,7 +209,7 @@ def test_a_host_cut_off_ends_the_job_and_the_other_goes_on_alone_from_the_checkp
     assert (result["steps"], result["ranks"]) == (reached + 3, 1)
 
 
-def test_a_host_that_is_gone_ends_the_job_at_once(lab, tmp_path):
+def test_a_host_that_fails_ends_the_job_at_once(lab, tmp_path):
     run_dir = tmp_path / "run"
     process = lab.start(
         *TRAIN, f"--data_dir={lab.own / 'data'}", f"--run_dir={run_dir}", *LONG, "--checkpoint_every_steps=3"
@@ -221,8 +221,8 @@ def test_a_host_that_is_gone_ends_the_job_at_once(lab, tmp_path):
     assert checkpoint.newest(str(run_dir)) is not None
 
 
-def test_interfaces_that_lead_nowhere_are_left_out_or_told(lab, tmp_path):
-    """docker0 is known to the launch line; of others the user hears, and names the right one."""
+def test_unusable_interfaces_are_excluded_or_reported(lab, tmp_path):
+    """docker0 is excluded by the launcher; others are reported, and the user names the right one."""
     command = [*TRAIN, "--data_dir=/no/such", f"--run_dir={tmp_path / 'run'}", "--stall_timeout=3"]
     lab("decoy", "docker0")
     left_out = lab.run(*command)
@@ -235,7 +235,7 @@ def test_interfaces_that_lead_nowhere_are_left_out_or_told(lab, tmp_path):
     assert all("/no/such" in told(reached)[0] for reached in (left_out, named))
 
 
-def test_negative_control_open_mpi_alone_takes_the_interface_that_leads_nowhere(lab, tmp_path):
+def test_negative_control_open_mpi_alone_uses_the_unusable_interface(lab, tmp_path):
     for host in (lab.first, lab.second):
         lab("run", host, "ip", "link", "set", "docker0", "up")
     mpirun = ["mpirun", "--allow-run-as-root", "--host", f"{lab.first},{lab.second}", "--mca", "plm_rsh_agent", AGENT]
@@ -244,7 +244,7 @@ def test_negative_control_open_mpi_alone_takes_the_interface_that_leads_nowhere(
     assert process.returncode == 124 and "through" not in process.stdout, process.stderr
 
 
-def test_hosts_that_do_not_answer_are_all_named_before_anything_starts(lab, unanswered):
+def test_all_hosts_that_do_not_answer_are_named_before_the_start(lab, unanswered):
     process = ended(unanswered)
     assert process.returncode == 76 and process.stdout == "", process.stderr
     (line,) = told(process)

@@ -1,4 +1,4 @@
-"""The network lab: hosts that are apart, links of a chosen speed, and nothing left of it afterwards."""
+"""The network lab: separate hosts, links of a chosen speed, and nothing left afterwards."""
 
 import os
 import pathlib
@@ -76,7 +76,7 @@ def test_hosts_have_names_addresses_and_folders_of_their_own_and_reach_each_othe
     assert sorted(path.name for path in pathlib.Path("/sys/class/net").iterdir()) == outside
 
 
-def test_links_take_the_speed_they_are_given_and_two_labs_live_side_by_side(name):
+def test_links_have_the_speed_they_are_given_and_two_labs_run_side_by_side(name):
     other = f"{name}b"
     up(name, 2, "--mbit", 500)
     try:
@@ -99,36 +99,36 @@ def test_links_take_the_speed_they_are_given_and_two_labs_live_side_by_side(name
     assert keepers(other) == [] and len(keepers(name)) == 3  # two hosts and the switch
 
 
-def test_a_host_is_cut_off_and_back_and_down_ends_what_runs_on_it(name):
+def test_a_host_is_disconnected_and_restored_and_down_ends_its_processes(name):
     up(name, 2)
     carrier = ["run", f"{name}2", "cat", "/sys/class/net/lan0/carrier"]
     assert lab(*carrier, name=name).stdout == "1\n"
     assert lab("cut", f"{name}2", name=name).returncode == 0
     assert lab(*carrier, name=name).stdout == "0\n"
-    assert lab("mend", f"{name}2", name=name).returncode == 0
+    assert lab("restore", f"{name}2", name=name).returncode == 0
     assert lab(*carrier, name=name).stdout == "1\n"
     environment = {**os.environ, "RESNET_CPU_LAB": name}
     sleepers = [
         subprocess.Popen([FOLDER / "lab", "run", f"{name}{number}", "sleep", "100"], env=environment)
         for number in (1, 2)
     ]
-    assert lab("up", 2, name=name).returncode == 64  # it is up
+    assert lab("up", 2, name=name).returncode == 64  # it is already running
     assert lab("kill", f"{name}1", name=name).returncode == 0
     assert sleepers[0].wait(10) == -9 and sleepers[1].poll() is None
-    os.kill(keepers(name)[0], 9)  # as after a crash: not all of it is there any more
+    os.kill(keepers(name)[0], 9)  # as after a crash: a part of it is gone
     assert lab("down", name=name).returncode == 0
     assert sleepers[1].wait(10) == -9
     assert lab("hosts", name=name).stdout == ""
     up(name, 2)
 
 
-def test_what_is_wrong_or_lacking_is_one_line(name, tmp_path):
+def test_what_is_wrong_or_missing_is_reported_in_one_line(name, tmp_path):
     if os.geteuid() == 0:
-        with tempfile.TemporaryDirectory() as folder:  # the checkout may be root's alone
+        with tempfile.TemporaryDirectory() as folder:  # the checkout may be readable only by root
             os.chmod(folder, 0o755)
             demoted = ["setpriv", "--reuid=65534", "--clear-groups", shutil.copy(FOLDER / "lab", folder), "up", "2"]
             process = subprocess.run(demoted, capture_output=True, text=True, cwd="/")
-        assert (process.returncode, process.stderr) == (69, "network-lab: needs root, to make namespaces\n")
+        assert (process.returncode, process.stderr) == (69, "network-lab: needs root to create namespaces\n")
         (tmp_path / "bash").symlink_to(shutil.which("bash"))
         bare = lab("up", 2, name=name, PATH=str(tmp_path))
         assert (bare.returncode, bare.stderr) == (69, "network-lab: needs ip; apt-get install iproute2\n")

@@ -1,4 +1,4 @@
-"""The batch files under the real sbatch: one throw-away Slurm on this machine for all, jobs side by side."""
+"""The batch files under the real sbatch: one temporary Slurm on this machine, all jobs side by side."""
 
 import contextlib
 import json
@@ -20,12 +20,12 @@ from resnet_cpu.run import checkpoint
 
 pytestmark = pytest.mark.slurm
 LAB = str(ROOT / "launch" / "slurm-lab" / "lab.sh")
-# Long enough that a run can be caught half-way, on a busy machine too.
+# Long enough to interrupt a run in the middle, also on a busy machine.
 LONG = [*TINY_FLAGS, "--phase=main:steps=200,lr=0.05,warmup_steps=3", "--threads=1", "--data_threads=1"]
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 HOSTILE = ["; touch pwned", "$(touch pwned)", "`touch pwned`", "a\ntouch pwned", "-rf", "' touch pwned '", '" *', ""]
 
-# Stands in for python where no network is to be trained: notes its words, and ends as it was told to.
+# Replaces python if no network is to be trained: records its arguments, and ends as DOES says.
 STAND_IN = """#!/usr/bin/env bash
 [[ "$1 $2" == "-m resnet_cpu.launch" ]] || exec "$REAL_PYTHON" "$@"
 printf '%s\\0' "$@" >"$NOTES/${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}.${SLURM_RESTART_COUNT:-0}"
@@ -44,7 +44,7 @@ esac
 
 
 class Lab:
-    """A running Slurm; jobs are named by what sbatch printed."""
+    """A running Slurm; jobs have the names that sbatch printed."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -66,11 +66,11 @@ class Lab:
             "--parsable",
             *words,
             cwd=cwd,
-            **{"MAX_RESTARTS": "1", "LAUNCH_FLAGS": "--oversubscribe", **environment},
+            **{"MAX_RESTARTS": "1", **environment},
         )
 
     def facts(self, job: str) -> Dict[str, str]:
-        """Return what Slurm knows of a job: JobState, ExitCode, Restarts ..."""
+        """Return what Slurm reports about a job: JobState, ExitCode, Restarts ..."""
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -103,7 +103,7 @@ def lab():
 
 @contextlib.contextmanager
 def started_lab(**environment: str) -> Iterator[Lab]:
-    folder = tempfile.mkdtemp(prefix="slurm-lab-")  # a socket's path has to be short
+    folder = tempfile.mkdtemp(prefix="slurm-lab-")  # the path of a socket must be short
     subprocess.run([LAB, "start", folder], env={**OUTSIDE, **environment}, check=True, timeout=120)
     try:
         yield Lab(folder)
@@ -114,7 +114,7 @@ def started_lab(**environment: str) -> Iterator[Lab]:
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory) -> Callable[[str], pathlib.Path]:
-    """Make a folder to submit from, with launch files of its own that a test may spoil."""
+    """Make a folder to submit from, with its own launch files that a test may change."""
 
     def make(name: str) -> pathlib.Path:
         folder = tmp_path_factory.mktemp(name)
@@ -128,7 +128,7 @@ def site(tmp_path_factory) -> Callable[[str], pathlib.Path]:
 
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory) -> Dict[str, str]:
-    """The environment in which `python` is STAND_IN."""
+    """Return the environment in which `python` is STAND_IN."""
     folder = tmp_path_factory.mktemp("stand_in")
     (folder / "bin").mkdir()
     (folder / "bin" / "python").write_text(STAND_IN)
@@ -146,14 +146,14 @@ def await_log(folder: pathlib.Path, job: str, said: str) -> None:
 
 
 def words_of(notes: pathlib.Path, which: str) -> List[str]:
-    """Return the words after `--` that the stand-in was started with."""
+    """Return the arguments after `--` with which the stand-in was started."""
     words = (notes / which).read_text().split("\0")[:-1]
     return words[words.index("--") + 1 :]
 
 
 @pytest.fixture(scope="session")
 def jobs(lab, site, stand_in, tiny_data, tmp_path_factory):
-    """Submit everything at once; return folder, job and notes of each."""
+    """Submit all jobs at once; return folder, job and notes of each."""
     started: Dict[str, Any] = {}
 
     def start(name: str, *words: str, where: Any = None, does: str = "", **environment: str) -> None:
@@ -186,9 +186,9 @@ def jobs(lab, site, stand_in, tiny_data, tmp_path_factory):
     start("cap", "launch/train.sbatch", "--run_dir=run", does="exit", CODE="76")
     start("progress", "launch/train.sbatch", "--run_dir=run", does="one checkpoint an attempt", MAX_RESTARTS="0")
     start("codes", f"--array={','.join(map(str, CODES))}", "launch/train.sbatch", does="exit with the element's number")
-    lost = f"--array={','.join(map(str, LOST))}"
-    start("lost", lost, "launch/train.sbatch", does="exit with the element's number", MAX_RESTARTS="0")
-    start("told", "launch/train.sbatch", "--run_dir=run", does="wait for USR1")
+    requeued = f"--array={','.join(map(str, REQUEUED))}"
+    start("requeued", requeued, "launch/train.sbatch", does="exit with the element's number", MAX_RESTARTS="0")
+    start("stopped", "launch/train.sbatch", "--run_dir=run", does="wait for USR1")
     start("early", "launch/train.sbatch", "--run_dir=run", does="die of USR1")
     deaf = site("deaf")
     spoil(deaf / "launch" / "batch.sh", 'kill -s "$1" -- "$child" 2>/dev/null || true', "true")
@@ -204,7 +204,7 @@ def jobs(lab, site, stand_in, tiny_data, tmp_path_factory):
     start("evaluate", "launch/evaluate.sbatch", "--run_dir=my run", does="exit", RANK_PREFIX="nice -n 5")
     start("benchmark", "launch/benchmark.sbatch", "--benchmark=allreduce", does="exit")
     start("prepare", "launch/prepare.sbatch", "verify", "--dataset=digits", data)
-    for name in ("told", "early", "deaf"):
+    for name in ("stopped", "early", "deaf"):
         folder, job, _ = started[name]
         await_log(folder, job, "waiting")
         lab.run("scancel", "--signal=USR1", "--batch", job)
@@ -212,8 +212,8 @@ def jobs(lab, site, stand_in, tiny_data, tmp_path_factory):
 
 
 WHOLE = "$(touch pwned); touch pwned"
-LOST = [75, 76, 137]
-CODES = [1, 64, 65, 66, 70, 73, 74, 77, 138, 139, 143]
+REQUEUED = [74, 75, 76, 137]
+CODES = [1, 64, 65, 66, 70, 73, 77, 138, 139, 143]
 
 
 def spoil(file: pathlib.Path, old: str, new: str) -> None:
@@ -238,7 +238,7 @@ def ranks_of(run_dir: str, cwd: pathlib.Path) -> List[psutil.Process]:
 
 @pytest.fixture(scope="session")
 def held(lab, jobs):
-    """Hold the ranks of the job that is to meet its time limit half-way, and bring the limit near; return them."""
+    """Suspend the ranks of the job that will meet its time limit, and move the limit near; return the ranks."""
     folder, job, _ = jobs["limited"]
     metrics = folder / "run" / "metrics.jsonl"
     await_true(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, "steps", pause=0.005)
@@ -252,7 +252,7 @@ def held(lab, jobs):
 
 def test_scancel_leaves_a_checkpoint_of_a_run_on_staged_data(lab, jobs, held):
     folder, job, _ = jobs["cancelled"]
-    lab.run("scontrol", "release", job)  # now that the ranks of another job idle
+    lab.run("scontrol", "release", job)  # now that the ranks of another job are idle
     await_true(lambda: checkpoint.steps(str(folder / "run")) if (folder / "run").exists() else 0, "a checkpoint")
     lab.run("scancel", job)
     facts = lab.await_state(job)
@@ -265,8 +265,8 @@ def test_scancel_leaves_a_checkpoint_of_a_run_on_staged_data(lab, jobs, held):
     assert pathlib.Path(used.split("=", 1)[1], ".checked").exists()
 
 
-def test_a_time_limit_stops_a_job_which_requeues_itself_and_ends_as_if_nothing_had_been(lab, jobs, held):
-    """Slurm's own signal before Slurm's own time limit, up to 30 s after `held`."""
+def test_a_job_stopped_by_its_time_limit_requeues_itself_and_ends_with_the_same_bits(lab, jobs, held):
+    """Slurm itself sends the signal before its time limit, up to 30 s after `held`."""
     import whole_runs as runs
 
     folder, job, _ = jobs["limited"]
@@ -274,12 +274,12 @@ def test_a_time_limit_stops_a_job_which_requeues_itself_and_ends_as_if_nothing_h
     for rank in held:
         rank.send_signal(signal.SIGCONT)
     lab.await_state(job, {"PENDING", *ENDED})
-    lab.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # all of it again, for the second attempt
+    lab.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # the full time again, for the second attempt
 
     facts = lab.await_state(job)
     log = log_of(folder, job)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
-    for said in ("ended with 75, newest checkpoint: step", "attempt 2, 1 nodes", "goes on from step"):
+    for said in ("ended with 75, newest checkpoint: step", "attempt 2, 1 nodes", "continues from step"):
         assert said in log, log
     whole_folder, whole_job, _ = jobs["whole"]
     assert lab.await_state(whole_job)["JobState"] == "COMPLETED", log_of(whole_folder, whole_job)
@@ -292,7 +292,7 @@ def test_a_time_limit_stops_a_job_which_requeues_itself_and_ends_as_if_nothing_h
     assert runs.losses(one) == runs.losses(other)
 
 
-def test_train_finishes_on_two_tasks_whatever_the_job_and_its_folder_are_called(lab, jobs):
+def test_train_finishes_on_two_tasks_whatever_the_names_of_job_and_folder(lab, jobs):
     folder, job, _ = jobs["whole"]
     assert lab.await_state(job)["JobState"] == "COMPLETED", log_of(folder, job)
     result = json.loads((folder / WHOLE / "result.json").read_text())
@@ -303,50 +303,50 @@ def test_train_finishes_on_two_tasks_whatever_the_job_and_its_folder_are_called(
 @pytest.mark.parametrize("name, code, said", [
     ("damaged", 65, "the copy of"),
     ("missing", 65, "no such folder"),
-    ("newline", 64, "a newline in the value"),
+    ("newline", 64, "contains a newline"),
 ])  # fmt: skip
-def test_a_failing_job_is_told_and_never_requeued(lab, jobs, name, code, said):
+def test_a_failing_job_reports_why_and_is_not_requeued(lab, jobs, name, code, said):
     folder, job, _ = jobs[name]
     facts = lab.await_state(job)
     log = log_of(folder, job)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", f"{code}:0", "0"), log
-    assert said in log and "not submitted again: another try would end the same" in log
+    assert said in log and "not submitted again: another attempt would end the same way" in log
     assert not list(folder.rglob("pwned*"))
 
 
-def test_no_code_but_those_of_a_stop_or_a_lost_peer_is_requeued(lab, jobs):
+def test_negative_control_other_codes_are_not_requeued(lab, jobs):
     folder, job, _ = jobs["codes"]
     for code in CODES:
         facts = lab.await_state(f"{job}_{code}")
         assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", f"{code}:0", "0")
 
 
-def test_the_codes_of_a_stop_or_a_lost_peer_are_requeued_but_for_the_cap(lab, jobs):
-    folder, job, _ = jobs["lost"]
-    for code in LOST:
+def test_io_errors_stops_and_lost_peers_are_requeued_with_a_cap(lab, jobs):
+    folder, job, _ = jobs["requeued"]
+    for code in REQUEUED:
         facts = lab.await_state(f"{job}_{code}")
         assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0")
         assert "no new checkpoint in 1 attempts in a row" in log_of(folder, facts["JobId"])
 
 
-def test_a_job_that_makes_no_progress_is_requeued_so_often_and_no_more(lab, jobs):
+def test_a_job_without_progress_is_requeued_only_up_to_the_cap(lab, jobs):
     folder, job, notes = jobs["cap"]
     facts = lab.await_state(job)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "76:0", "1"), log_of(folder, job)
     assert "no new checkpoint in 2 attempts in a row" in log_of(folder, job) and len(list(notes.iterdir())) == 2
 
 
-def test_a_job_that_makes_progress_is_requeued_as_often_as_it_takes(lab, jobs):
+def test_a_job_with_progress_is_requeued_without_a_cap(lab, jobs):
     folder, job, _ = jobs["progress"]
     facts = lab.await_state(job)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "2"), log_of(folder, job)
 
 
 @pytest.mark.parametrize(
-    "name, state, restarts", [("told", "COMPLETED", "1"), ("early", "COMPLETED", "1"), ("deaf", "CANCELLED", "0")]
+    "name, state, restarts", [("stopped", "COMPLETED", "1"), ("early", "COMPLETED", "1"), ("deaf", "CANCELLED", "0")]
 )
-def test_usr1_is_handed_on_and_a_shell_that_keeps_it_is_caught(lab, jobs, name, state, restarts):
-    """`early`: ranks that do not listen yet die of it. `deaf`, the negative control: only scancel ends that job."""
+def test_usr1_is_forwarded_and_a_shell_that_does_not_forward_it_is_found(lab, jobs, name, state, restarts):
+    """`early`: ranks without a handler yet die of it. `deaf`, the negative control: only scancel ends that job."""
     folder, job, _ = jobs[name]
     await_log(folder, job, "USR1: time is nearly up")
     if name == "deaf":
@@ -355,20 +355,20 @@ def test_usr1_is_handed_on_and_a_shell_that_keeps_it_is_caught(lab, jobs, name, 
     assert (facts["JobState"], facts["Restarts"]) == (state, restarts), log_of(folder, job)
 
 
-def test_hostile_flags_arrive_as_words_and_do_nothing(lab, jobs):
+def test_hostile_flags_arrive_as_words_and_are_not_executed(lab, jobs):
     folder, job, notes = jobs["words"]
     assert lab.await_state(job)["JobState"] == "COMPLETED", log_of(folder, job)
     assert words_of(notes, f"{job}.0") == ["python", "-m", "resnet_cpu.train", *HOSTILE]
     assert not list(folder.rglob("pwned*"))
 
 
-def test_negative_control_an_unquoted_batch_file_is_caught(lab, jobs):
+def test_negative_control_an_unquoted_batch_file_is_found(lab, jobs):
     folder, job, _ = jobs["unquoted"]
     lab.await_state(job)
     assert list(folder.rglob("pwned*"))
 
 
-def test_the_lr_scaling_ladder_is_an_array_and_one_element_alone_starts_again(lab, jobs):
+def test_the_lr_scaling_ladder_is_an_array_whose_elements_restart_alone(lab, jobs):
     folder, job, notes = jobs["lr_scaling"]
     for element, (rung, restarts) in enumerate([("64", "0"), ("128", "1")]):
         facts = lab.await_state(f"{job}_{element}")
@@ -378,7 +378,7 @@ def test_the_lr_scaling_ladder_is_an_array_and_one_element_alone_starts_again(la
         assert words[-2:] == [f"--global_batch_size={rung}", f"--run_dir=runs/lr_scaling/batch-{rung}"]
 
 
-def test_the_scaling_ladder_is_an_array_of_ranks_in_one_batch_of_runs(lab, jobs):
+def test_the_scaling_ladder_is_an_array_of_ranks_with_one_folder(lab, jobs):
     folder, job, notes = jobs["scaling"]
     for element, rung in enumerate(["1", "2"]):
         assert lab.await_state(f"{job}_{element}")["JobState"] == "COMPLETED"
@@ -404,8 +404,8 @@ def test_the_other_batch_files(lab, jobs):
     assert '{"train": 50, "validation": 21}' in log_of(folder, job)
 
 
-def test_two_nodes_of_another_lab_share_a_disk_and_so_one_copy(lab, site, stand_in, tiny_data, tmp_path):
-    """A task a node stages; both labs run side by side."""
+def test_two_nodes_that_share_a_disk_share_one_copy(lab, site, stand_in, tiny_data, tmp_path):
+    """One task per node copies the data; both labs run side by side."""
     folder = site("two_nodes")
     with started_lab(LAB_NODES="2") as other:
         words = ["--nodes=2", "--ntasks-per-node=1", "launch/stage.sbatch", tiny_data, "--dataset=digits"]
@@ -413,7 +413,7 @@ def test_two_nodes_of_another_lab_share_a_disk_and_so_one_copy(lab, site, stand_
         assert other.await_state(job)["JobState"] == "COMPLETED", log_of(folder, job)
         assert lab.facts(job) != other.facts(job)
     log = log_of(folder, job)
-    assert log.count("checked in") == 1 and log.count("is there already") == 1, log
+    assert log.count("checked in") == 1 and log.count("is already there") == 1, log
     assert words_of(tmp_path, f"{job}.0")[-1].startswith(f"--data_dir={tmp_path}/resnet_cpu-0/data-")
 
 
@@ -424,7 +424,7 @@ def test_a_second_start_changes_nothing(lab):
     assert len(kept) == 2 and set(kept) <= set(lab.run("scontrol", "show", "config").splitlines())
 
 
-def test_the_lab_listens_to_this_machine_alone(lab):
+def test_the_lab_listens_only_on_this_machine(lab):
     daemons = {int(file.read_text()) for file in pathlib.Path(lab.folder).glob("*.pid")}
     found = [c for c in psutil.net_connections("inet") if c.pid in daemons and c.status == psutil.CONN_LISTEN]
     assert len(daemons) == 3 and found and {c.laddr.ip for c in found} == {"127.0.0.1"}
