@@ -1,5 +1,7 @@
-"""Batches: the right examples, the same whatever the rank or the threads, and bad records named."""
+"""Batches: the right examples, the same on any rank and thread, bad records named, and failed reads repeated."""
 
+import dataclasses
+import errno
 import os
 
 import numpy as np
@@ -7,35 +9,65 @@ import pytest
 import tensorflow as tf
 from conftest import write_tiny_data
 
-from resnet_cpu.data import batches as pipeline
-from resnet_cpu.data import folders as layouts
-from resnet_cpu.data import order, preprocess, shards, synthetic
-from resnet_cpu.errors import DataError
+from resnet_cpu import commandline
+from resnet_cpu.cluster.control import World
+from resnet_cpu.data import batches, folders, order, preprocess, shards, synthetic
+from resnet_cpu.errors import DataError, OutputError
+from resnet_cpu.recipe.batch import Batch
 
-VIEW = preprocess.make_view(16, "bilinear", 1.0, "dataset", (100.0,) * 3, (50.0,) * 3)
+SETTINGS = commandline.parse(
+    ["--dataset=digits", "--data_dir=unused", "--seed=1", "--image_size=16", "--phase=main:steps=6,lr=0.1"], "train"
+)
 
 
-def training(
-    folder, rank=0, ranks=1, batch_size=12, first=0, last=6, augment="full", threads=2, classes=10, examples=50
-):
-    data = layouts.open_data(folder, "digits")
+def with_threads(threads, classes=10):
+    return dataclasses.replace(
+        SETTINGS,
+        data=dataclasses.replace(SETTINGS.data, data_threads=threads),
+        model=dataclasses.replace(SETTINGS.model, num_classes=classes),
+    )
+
+
+def training(folder, rank=0, ranks=1, batch_size=12, first=0, last=6, augment="full", threads=2, examples=50):
+    """Return (ids, images, labels) of a rank's batches; `order` knows the ids."""
+    found = batches.training_batches(
+        with_threads(threads),
+        World(ranks, rank),
+        folders.open_data(folder, "digits"),
+        examples=examples,
+        batch=Batch(batch_size, 1, batch_size * ranks),
+        first_step=first,
+        last_step=last,
+        augment=augment,
+        image_size=16,
+    )
     share = order.Share(1, examples, batch_size, first, last, rank, ranks)
-    return list(pipeline.training_batches(data, VIEW, augment, share, num_classes=classes, threads=threads))
+    return [(share.batch(number)[0], *batch) for number, batch in zip(share.numbers, found)]
+
+
+def evaluation(folder, rank=0, ranks=1, batch_size=8):
+    data = folders.open_data(folder, "digits")
+    return list(batches.evaluation_batches(with_threads(1), World(ranks, rank), data, batch_size=batch_size))
+
+
+def view_of(data):
+    return preprocess.make_view(SETTINGS.data, data, 16)
 
 
 def test_batches_follow_the_order_and_hold_the_images_of_their_ids(tiny_data):
-    data = layouts.open_data(tiny_data, "digits")
-    for step, (ids, images, labels) in enumerate(training(tiny_data, augment="none")):
-        np.testing.assert_array_equal(ids, order.Share(1, 50, 12, 0, 6).batch(step)[0])
+    data = folders.open_data(tiny_data, "digits")
+    found = training(tiny_data, augment="none")
+    assert len(found) == 6
+    for ids, images, labels in found:
         for example, image, label in zip(ids, images.numpy(), labels.numpy()):
             parsed = tf.train.Example.FromString(data.train.read(np.array([example]))[0]).features.feature
             encoded = parsed["image/encoded"].bytes_list.value[0]
-            np.testing.assert_array_equal(image, preprocess.evaluation_image(encoded, VIEW).numpy())
+            np.testing.assert_array_equal(image, preprocess.evaluation_image(encoded, view_of(data)).numpy())
             assert label == parsed["image/class/label"].int64_list.value[0]
 
 
-def test_an_example_looks_the_same_whatever_the_rank_the_batch_and_the_threads(tiny_data):
-    """Keyed by (seed, epoch, id): six steps of 12 from 50 examples cross an epoch border."""
+def test_an_example_looks_the_same_on_any_rank_in_any_batch_and_on_any_number_of_threads(tiny_data):
+    """Augmentation depends on (seed, epoch, id): six steps of 12 from 50 examples cross an epoch border."""
     seen = {}
     for ids, images, _ in training(tiny_data, threads=1):
         for place, image in enumerate(images.numpy()):
@@ -49,7 +81,7 @@ def test_an_example_looks_the_same_whatever_the_rank_the_batch_and_the_threads(t
                 for place, image in enumerate(images.numpy()):
                     again.setdefault(int(ids[place]), []).append(image.tobytes())
         assert again == seen
-    assert any(len(set(images)) == 2 for images in seen.values())  # the second epoch's are others
+    assert any(len(set(images)) == 2 for images in seen.values())  # those of the second epoch differ
 
 
 def test_starting_in_the_middle_gives_the_same_batches(tiny_data):
@@ -61,13 +93,13 @@ def test_starting_in_the_middle_gives_the_same_batches(tiny_data):
 
 
 def test_fewer_examples_are_the_first_ones(tiny_data):
-    ids = np.concatenate([batch[0] for batch in training(tiny_data, examples=20)])
-    assert set(ids) == set(range(20))
+    labels = np.concatenate([batch[2] for batch in training(tiny_data, examples=20, last=5)])
+    assert sorted(labels) == sorted(np.arange(60) % 20 % 10)  # the labels of the tiny data set are id mod 10
 
 
 def rewrite(folder, split, record, payload):
-    """Replace one record's payload and make shard, index and manifest agree with it again."""
-    data = layouts.open_data(folder, "digits")
+    """Replace the payload of one record, with shard, index and manifest consistent."""
+    data = folders.open_data(folder, "digits")
     chosen = getattr(data, split)
     payloads = chosen.read(np.arange(chosen.examples))
     payloads[record] = payload(payloads[record])
@@ -103,10 +135,10 @@ JPEG = tf.io.encode_jpeg(np.random.default_rng(0).integers(0, 255, [16, 16, 3]).
 @pytest.mark.parametrize(
     "payload, part",
     [
-        (with_image(b"<html>not found</html>"), "no JPEG image"),
-        (with_image(b""), "no JPEG image"),
-        (with_image(PNG), "no JPEG image"),
-        (with_image(JPEG[: len(JPEG) // 2]), "no JPEG image"),
+        (with_image(b"<html>not found</html>"), "not a JPEG image"),
+        (with_image(b""), "not a JPEG image"),
+        (with_image(PNG), "not a JPEG image"),
+        (with_image(JPEG[: len(JPEG) // 2]), "not a JPEG image"),
         (with_label(10), "label 10 is outside the 10 classes"),
         (with_label(-1), "label -1 is outside"),
         (lambda payload: b"junk", "standard example"),
@@ -121,19 +153,15 @@ def test_a_bad_record_is_named(tmp_path, split, payload, part):
         if split == "train":
             training(folder)
         else:
-            list(
-                pipeline.evaluation_batches(
-                    layouts.open_data(folder, "digits"), VIEW, rank=0, ranks=1, batch_size=8, num_classes=10, threads=1
-                )
-            )
+            evaluation(folder)
     assert f"{path}: record {record}: " in str(caught.value) and part in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_flipped_bit_is_named_through_the_pipeline(tmp_path):
+def test_a_record_with_a_flipped_bit_is_named(tmp_path):
     folder = str(tmp_path)
     write_tiny_data(folder)
-    path, record = layouts.open_data(folder, "digits").train.locate(33)
+    path, record = folders.open_data(folder, "digits").train.locate(33)
     start = int(shards.read_index(path)[record])
     with open(path, "r+b") as file:
         file.seek(start + 40)
@@ -145,19 +173,126 @@ def test_a_flipped_bit_is_named_through_the_pipeline(tmp_path):
 
 
 def test_evaluation_batches_pad_with_the_last_example(tiny_data):
-    data = layouts.open_data(tiny_data, "digits")
-    batches = list(pipeline.evaluation_batches(data, VIEW, rank=1, ranks=2, batch_size=8, num_classes=10, threads=1))
-    assert [batch[0].tolist() for batch in batches] == [list(range(8, 16)), [20] * 8]
+    found = evaluation(tiny_data, rank=1, ranks=2)
+    assert [batch[0].tolist() for batch in found] == [list(range(8, 16)), [20] * 8]
 
 
 def test_synthetic_images_belong_to_their_ids():
-    def batches(rank, ranks, batch_size):
-        share = order.Share(0, 100, batch_size, 0, 4, rank, ranks)
-        return list(synthetic.training_batches(8, share, num_classes=5, threads=1))
+    def synthetic_batches(rank, ranks, batch_size):
+        return list(
+            batches.training_batches(
+                with_threads(1, classes=5),
+                World(ranks, rank),
+                None,
+                examples=100,
+                batch=Batch(batch_size, 1, batch_size * ranks),
+                first_step=0,
+                last_step=4,
+                augment="none",
+                image_size=8,
+            )
+        )
 
-    whole, halves = batches(0, 1, 8), [batches(rank, 2, 4) for rank in range(2)]
+    whole, halves = synthetic_batches(0, 1, 8), [synthetic_batches(rank, 2, 4) for rank in range(2)]
     pool, _ = synthetic.image_pool(8, 5)
-    for step, (ids, images, labels) in enumerate(whole):
+    assert len(whole) == 4
+    for step, (images, labels) in enumerate(whole):
+        ids = order.Share(1, 100, 8, 0, 4).batch(step)[0]
         np.testing.assert_array_equal(images, pool[ids % synthetic.POOL])
         np.testing.assert_array_equal(labels, ids % synthetic.POOL % 5)
-        np.testing.assert_array_equal(images, np.concatenate([half[step][1] for half in halves]))
+        np.testing.assert_array_equal(images, np.concatenate([half[step][0] for half in halves]))
+
+
+def test_the_label_base_is_checked_on_256_records_of_each_split(tiny_data, monkeypatch):
+    """It read 4,096 of each at every start and evaluation, one after the other, while all ranks waited."""
+    data = folders.open_data(tiny_data, "digits")
+    reads = []
+
+    class Many:
+        """A split of many records, all equal."""
+
+        examples, paths = 1_281_167, data.train.paths
+
+        def read(self, ids):
+            reads.append(len(ids))
+            assert ids[0] == 0 and ids[-1] == self.examples - 1  # spread over the split
+            return data.train.read(np.zeros(len(ids), np.int64))
+
+    batches.check_label_base(dataclasses.replace(data, train=Many(), validation=Many()), 10)
+    assert reads == [256, 256]
+
+
+@pytest.fixture
+def quick_retry(monkeypatch):
+    monkeypatch.setattr(shards, "RETRY_AFTER_S", 0.0)
+
+
+def failing_reads(monkeypatch, failures):
+    """Let the next calls of `os.pread` of shards fail as `failures` says: an error number, or a number of bytes cut."""
+    real, left = os.pread, list(failures)
+
+    def pread(descriptor, length, offset):
+        failure = left.pop(0) if left and length > 0 else None
+        if failure is None:
+            return real(descriptor, length, offset)
+        if failure > 0:
+            raise OSError(failure, os.strerror(failure))
+        return real(descriptor, length, offset)[:failure]
+
+    monkeypatch.setattr(shards.os, "pread", pread)
+    return left
+
+
+@pytest.mark.parametrize("failure", [errno.EIO, errno.ESTALE, -3])
+def test_a_read_that_fails_once_is_repeated(tiny_data, monkeypatch, quick_retry, capfd, failure):
+    """An error that did not repeat ended the run as bad data, 65, which no batch file requeues."""
+    expected = training(tiny_data)
+    failing_reads(monkeypatch, [failure])
+    found = training(tiny_data)
+    assert all(np.array_equal(one[1], other[1]) for one, other in zip(found, expected)) and len(found) == 6
+    assert "read failed" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("failure", [errno.EIO, -3])
+@pytest.mark.parametrize("read", [training, evaluation])
+def test_a_read_that_keeps_failing_ends_as_74_with_file_and_record(tiny_data, monkeypatch, quick_retry, failure, read):
+    failing_reads(monkeypatch, [failure] * 1000)
+    with pytest.raises(OutputError, match=r"train-\d+-of-\d+|validation-\d+-of-\d+") as caught:
+        read(tiny_data)
+    assert ": record " in str(caught.value) and "read failed twice" in str(caught.value)
+    assert caught.value.exit_code == 74
+
+
+def failing_decoder(monkeypatch, times):
+    """Let decoding fail in TensorFlow for the first `times` images, whatever they are."""
+    left = [times]
+
+    def fail(image):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise RuntimeError("a hiccup")
+        return image
+
+    original = preprocess.training_image
+
+    def training_image(encoded, *rest):
+        image = original(encoded, *rest)
+        return tf.ensure_shape(tf.numpy_function(fail, [image], tf.float32), image.shape)
+
+    monkeypatch.setattr(preprocess, "training_image", training_image)
+
+
+def test_an_error_of_tensorflow_that_does_not_repeat_is_not_one_of_the_data(tiny_data, monkeypatch, capfd):
+    expected = training(tiny_data, threads=1)
+    failing_decoder(monkeypatch, 1)
+    found = training(tiny_data, threads=1)
+    assert len(found) == 6
+    assert all(np.array_equal(one[1], other[1]) for one, other in zip(found, expected))
+    assert "reading it again" in capfd.readouterr().err
+
+
+def test_an_error_of_tensorflow_that_repeats_with_good_records_ends_as_74(tiny_data, monkeypatch):
+    failing_decoder(monkeypatch, 10_000)
+    with pytest.raises(OutputError, match="batch 0 of .* could not be read twice") as caught:
+        training(tiny_data, threads=1)
+    assert "\n" not in str(caught.value)

@@ -1,12 +1,14 @@
 """From bytes to pixels, against numpy."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from resnet_cpu.data import order, preprocess
+from resnet_cpu.settings import Data
 
 GREY = ((0.0,) * 3, (1.0,) * 3)
 
@@ -18,8 +20,10 @@ def jpeg(height, width):
     return tf.io.encode_jpeg(image.astype(np.uint8), quality=95).numpy()
 
 
-def view(size=16, resize="bilinear", eval_crop=1.0, normalization="dataset"):
-    return preprocess.make_view(size, resize, eval_crop, normalization, *GREY)
+def view(size=16, resize="bilinear", eval_crop=1.0, normalization="dataset", pixels=GREY, **more):
+    settings = Data(resize=resize, eval_crop=eval_crop, normalization=normalization, **more)
+    data = types.SimpleNamespace(pixel_mean=pixels[0], pixel_std=pixels[1], jpeg=True)
+    return preprocess.make_view(settings, data, size)
 
 
 def draws(ids, seed=0, epoch=0):
@@ -39,12 +43,12 @@ def test_window_decoding_equals_decoding_all_and_cutting():
         cut = decoded(encoded)[y : y + height, x : x + width]
         found = tf.image.decode_and_crop_jpeg(encoded, window, channels=3).numpy().astype(np.float32)
         np.testing.assert_array_equal(found[2:-2, 2:-2], cut[2:-2, 2:-2])
-        # At the rim libjpeg interpolates colour from what it has decoded, and that ends with the window.
+        # At the border libjpeg interpolates colour only from the window that it has decoded.
         np.testing.assert_allclose(found, cut, atol=4)
 
 
 def windows(shape, rows, **fields):
-    """Return (y, x, heights, widths) of the windows that `rows` of draws give."""
+    """Return (y, x, heights, widths) of the windows for `rows` of draws."""
     chosen = dataclasses.replace(view(), **fields)
     make = tf.function(lambda row: preprocess._area_window(tf.constant([*shape, 3]), row, chosen))
     return np.array([make(tf.constant(row)).numpy() for row in rows]).T
@@ -53,14 +57,15 @@ def windows(shape, rows, **fields):
 @pytest.mark.parametrize(
     "crop, aspect_of, least, most",
     [
-        ("inception", (0.75, 4 / 3), (0.70, 0.80), (1.25, 1.43)),
+        ("inception", (0.75, 1.3333), (0.70, 0.80), (1.25, 1.43)),
         ("inception", (0.9, 1.1), (0.86, 0.95), (1.05, 1.15)),
-        ("authors", (0.75, 1.333), (0.5, 0.62), (1.6, 1.95)),  # the square of c: wider
+        ("authors", (0.75, 1.3333), (0.5, 0.62), (1.6, 1.95)),  # the square of c: wider
     ],
 )
-def test_area_windows_lie_inside_and_spread_over_area_and_aspect(crop, aspect_of, least, most):
+def test_area_windows_lie_inside_and_spread_over_area_and_aspect(monkeypatch, crop, aspect_of, least, most):
     height, width = 60, 80
-    y, x, heights, widths = windows((height, width), draws(range(400)), crop=crop, crop_aspect=aspect_of)
+    monkeypatch.setattr(preprocess, "CROP_ASPECT", aspect_of)
+    y, x, heights, widths = windows((height, width), draws(range(400)), crop=crop)
     assert (y >= 0).all() and (x >= 0).all() and (y + heights <= height).all() and (x + widths <= width).all()
     area, aspect = heights * widths / (height * width), widths / heights
     assert 0.07 < area.min() < 0.15 and area.max() > (0.78 if aspect_of == (0.9, 1.1) else 0.9)
@@ -71,10 +76,10 @@ def test_area_windows_lie_inside_and_spread_over_area_and_aspect(crop, aspect_of
 
 
 def test_the_authors_window_follows_their_formula():
-    """A and c on a grid of 0.001, height sqrt(A)*c, width sqrt(A)/c, swapped half of the time; all of it in float64."""
+    """A and c on a grid of 0.001, height sqrt(A)*c, width sqrt(A)/c, swapped with probability 1/2; in float64."""
     height, width = 300, 400
     rows = draws(range(200))
-    found = windows((height, width), rows, crop="authors", crop_area=(0.08, 0.5), crop_aspect=(0.75, 1.333))
+    found = windows((height, width), rows, crop="authors", crop_area=(0.08, 0.5))
     for row, (y, x, tall, broad) in zip(rows.astype(np.float64), found.T):
         for area, c, down, right, swap in row[:-1].reshape(-1, 5):
             a = height * width * (0.08 + 0.001 * np.floor(area * 421))
@@ -88,7 +93,7 @@ def test_the_authors_window_follows_their_formula():
         np.testing.assert_allclose((y, x), place * np.array([height - tall, width - broad]), atol=1.1)
 
 
-def test_where_no_window_fits_the_authors_take_a_square_and_inception_the_centre():
+def test_where_no_window_fits_authors_takes_a_square_and_inception_the_centre():
     rows = draws(range(30))
     y, x, heights, widths = windows((10, 400), rows, crop="authors", crop_area=(0.9, 1.0))
     assert (heights == 10).all() and (widths == 10).all() and (y == 0).all() and len(set(x)) > 15
@@ -137,7 +142,7 @@ def test_light_on_small_images_shifts_by_at_most_an_eighth():
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 100), (101, 64)])
-def test_evaluation_looks_at_the_centre(shape):
+def test_evaluation_uses_the_centre(shape):
     encoded = jpeg(*shape)
     side = round(64 * 0.875)
     top, left = (shape[0] - side) // 2, (shape[1] - side) // 2
@@ -153,15 +158,29 @@ def test_normalizations():
     np.testing.assert_allclose(authors, (pixels[:, :, ::-1] - [104, 117, 123]) / 128, atol=1e-5)
     ranged = preprocess.evaluation_image(encoded, view(normalization="tf")).numpy()
     np.testing.assert_allclose(ranged, pixels / 127.5 - 1, atol=1e-5)
-    own = preprocess.make_view(16, "bilinear", 1.0, "auto", (10.0, 20.0, 30.0), (2.0, 4.0, 5.0))
+    own = view(normalization="auto", pixels=((10.0, 20.0, 30.0), (2.0, 4.0, 5.0)))
     np.testing.assert_allclose(
         preprocess.evaluation_image(encoded, own).numpy(), (pixels - [10, 20, 30]) / [2, 4, 5], rtol=1e-5, atol=1e-5
     )
 
 
-def test_bicubic_is_another_interpolation():
+def test_bicubic_differs_from_bilinear():
     encoded = jpeg(40, 40)
     linear, cubic = (
         preprocess.evaluation_image(encoded, view(resize=kind)).numpy() for kind in ("bilinear", "bicubic")
     )
     assert 0 < np.abs(linear - cubic).max() < 20
+
+
+@pytest.mark.parametrize("dataset, flavour", [("imagenet", "authors"), ("tfds:x", "tf")])
+def test_auto_without_measured_pixels(dataset, flavour):
+    assert view(normalization="auto", dataset=dataset, pixels=(None, None)) == view(normalization=flavour)
+
+
+def test_the_view_of_the_tests_is_that_of_runs():
+    """Runs used an aspect of 0.75 ... 1.3333 and views built without flags 3/4 ... 4/3: now there is one constant."""
+    assert preprocess.CROP_ASPECT == (0.75, 1.3333)
+    names = [field.name for field in dataclasses.fields(preprocess.View)]
+    assert "crop_aspect" not in names
+    assert not [f.name for f in dataclasses.fields(preprocess.View) if f.default is not dataclasses.MISSING]
+    assert view().crop == Data().crop and view().crop_area == Data().crop_area == (0.08, 1.0)

@@ -1,4 +1,4 @@
-"""TFRecord shards: readable by TensorFlow, and no damage goes unseen."""
+"""TFRecord shards: readable by TensorFlow, and every damage is detected."""
 
 import json
 import os
@@ -12,21 +12,20 @@ import pytest
 import tensorflow as tf
 from conftest import OUTSIDE, ROOT
 
-from resnet_cpu.data import folders as layouts
-from resnet_cpu.data import shards
+from resnet_cpu.data import folders, shards
 from resnet_cpu.errors import DataError
 
 
 @pytest.fixture
 def copy(tiny_data, tmp_path):
-    """A copy of the data set that a test may damage; and its first training shard."""
+    """A copy of the data set, for a test to damage, and its first training shard."""
     folder = str(tmp_path / "data")
     shutil.copytree(tiny_data, folder)
     return folder, os.path.join(folder, shards.read_manifest(folder)["splits"]["train"][0]["name"])
 
 
 def read_all(folder):
-    data = layouts.open_data(folder, "digits")
+    data = folders.open_data(folder, "digits")
     return data.train.read(np.arange(data.train.examples))
 
 
@@ -37,7 +36,7 @@ def test_tensorflow_reads_the_same_records(tiny_data):
     assert len(expected) == 50 and len(names) == 3
 
 
-def test_an_index_is_made_of_shards_that_tensorflow_wrote(tmp_path):
+def test_shards_written_by_tensorflow_can_be_indexed(tmp_path):
     path = str(tmp_path / "train-00000-of-00001")
     payloads = [bytes([i]) * (i * 7) for i in range(9)]  # the first is empty
     with tf.io.TFRecordWriter(path) as writer:
@@ -53,7 +52,7 @@ def test_an_index_is_made_of_shards_that_tensorflow_wrote(tmp_path):
     assert split.locate(8) == (path, 8)
 
 
-def test_every_flipped_bit_of_a_record_is_seen_and_located(copy):
+def test_every_flipped_bit_of_a_record_is_detected_and_located(copy):
     folder, path = copy
     starts = shards.read_index(path)
     with open(path, "rb") as file:
@@ -70,14 +69,14 @@ def test_every_flipped_bit_of_a_record_is_seen_and_located(copy):
         with pytest.raises(DataError, match=f"{os.path.basename(path)}: record {record}: "):
             read_all(folder)
         with pytest.raises(DataError, match=f"record {record}: "):
-            layouts.verify(folder, "digits")
+            folders.verify(folder, "digits")
 
 
 def test_negative_control_the_undamaged_copy_reads(copy):
-    assert layouts.verify(copy[0], "digits") == {"train": 50, "validation": 21}
+    assert folders.verify(copy[0], "digits") == {"train": 50, "validation": 21}
 
 
-def test_every_truncation_is_seen_before_anything_is_read(copy):
+def test_every_truncation_is_detected_before_records_are_read(copy):
     folder, path = copy
     starts = shards.read_index(path)
     size = os.path.getsize(path)
@@ -85,13 +84,13 @@ def test_every_truncation_is_seen_before_anything_is_read(copy):
     for cut in sorted(cuts, reverse=True):
         os.truncate(path, cut)
         with pytest.raises(DataError, match=os.path.basename(path)):
-            layouts.open_data(folder, "digits")
+            folders.open_data(folder, "digits")
 
 
 @pytest.mark.parametrize(
     "damage, part",
     [
-        (lambda folder, path: shutil.rmtree(folder), "no such folder"),
+        (lambda folder, path: shutil.rmtree(folder), "does not exist"),
         (lambda folder, path: os.remove(os.path.join(folder, "manifest.json")), "no manifest.json"),
         (lambda folder, path: os.remove(path), "shard missing"),
         (lambda folder, path: os.truncate(shards.index_path(path), 100), "unreadable index"),
@@ -107,10 +106,10 @@ def test_every_truncation_is_seen_before_anything_is_read(copy):
         ),
     ],
 )
-def test_what_is_missing_is_named(copy, damage, part):
+def test_missing_and_broken_files_are_named(copy, damage, part):
     damage(*copy)
     with pytest.raises(DataError, match=part) as caught:
-        layouts.open_data(copy[0], "digits")
+        folders.open_data(copy[0], "digits")
     assert copy[0] in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -124,7 +123,7 @@ def test_scan_names_a_damaged_length(copy):
         shards.scan(path)
 
 
-def test_split_into_shards_keeps_every_example(tmp_path):
+def test_writing_shards_keeps_every_example(tmp_path):
     payloads = [str(i).encode() for i in range(23)]
     rows = shards.write_split(str(tmp_path), "train", iter(payloads), 23, 4)
     assert [row["name"] for row in rows] == [f"train-{i:05d}-of-00004" for i in range(4)]
@@ -132,9 +131,22 @@ def test_split_into_shards_keeps_every_example(tmp_path):
     assert split.read(np.arange(23)) == payloads
 
 
+def test_two_writers_of_a_shard_use_different_temporary_files(tmp_path, monkeypatch):
+    """Two prepare processes, as under srun -n 2, wrote into the same temporary file."""
+    seen = []
+    real = os.replace
+    monkeypatch.setattr(shards.os, "replace", lambda a, b: (seen.append(a), real(a, b)))
+    for pid in (111, 222):
+        with monkeypatch.context() as patch:
+            patch.setattr(shards.os, "getpid", lambda pid=pid: pid)
+            shards.write_split(str(tmp_path), "train", iter([b"x"]), 1, 1)
+    shard = [os.path.basename(path) for path in seen if ".index" not in path]
+    assert shard == ["train-00000-of-00001.tmp111", "train-00000-of-00001.tmp222"]
+
+
 @pytest.fixture
 def large(tmp_path):
-    """A split of 1,281,167 records whose shards are holes: sizes and indexes are all that opening looks at."""
+    """A split of 1,281,167 records in sparse files: opening needs only sizes and indexes."""
     records, of = 1_281_167, 64
     rows = []
     for shard, numbers in enumerate(np.array_split(np.arange(records), of)):
@@ -147,15 +159,15 @@ def large(tmp_path):
     return str(tmp_path), {"splits": {"train": rows}}
 
 
-def test_an_open_split_holds_no_memory_that_grows_with_its_records(large):
-    """The index is mapped from its files: what numpy allocates for 1.28 million records is a matter of the shards."""
+def test_the_memory_of_an_open_split_does_not_grow_with_its_records(large):
+    """The indexes are memory-mapped: what numpy allocates for 1.28 million records depends on the shards alone."""
     tracemalloc.start()
     split = shards.open_split(*large, "train")
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert split.examples == 1_281_167 and held < 300_000
     assert split.locate(1_281_166)[1] == 1_281_167 // 64 - 1
-    tracemalloc.start()  # the control: read into memory it would be seen
+    tracemalloc.start()  # the control: indexes read into memory would be noticed
     whole = [np.array(starts) for starts in split.starts]
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -173,7 +185,7 @@ print(len(set(map(bytes, split.read(__import__("numpy").arange(split.examples)))
 
 
 def test_more_shards_than_the_limit_of_open_files(tmp_path):
-    """600 shards under a limit of 300: a map and a descriptor each, far more than what is kept for others."""
+    """600 shards under a limit of 300: a map and a descriptor each, far more than the reserve for other files."""
     rows = shards.write_split(str(tmp_path), "train", (str(i).encode() for i in range(600)), 600, 600)
     (tmp_path / "rows.json").write_text(json.dumps(rows))
 

@@ -1,86 +1,142 @@
-"""tf.data: from (step) to (ids, images, labels), in a fixed order, on threads of its own.
+"""Batches of training and evaluation images in a fixed order, by tf.data on its own threads.
 
-Reading is one Python call a batch, in a map of its own; decoding is pure TensorFlow and runs in parallel.
+Reading is one Python call per batch, in a map of its own; decoding is pure TensorFlow and runs in parallel.
 """
 
-from typing import Callable, Dict, Iterator, List, Tuple
+import os
+import sys
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import tensorflow as tf
 
-from resnet_cpu.data import order, preprocess
+from resnet_cpu.cluster.control import World
+from resnet_cpu.data import order, preprocess, synthetic
 from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.data.shards import Split
-from resnet_cpu.errors import DataError
-from resnet_cpu.settings import Data
+from resnet_cpu.errors import DataError, OutputError
+from resnet_cpu.recipe.batch import Batch
+from resnet_cpu.settings import Settings
 
-PREFETCH = 2  # batches; more only takes memory, since the order of the work is fixed
-LABEL_SAMPLE = 4096  # records whose labels are looked at before training; the others are as they are read
+PREFETCH = 2  # batches; more would only take memory, since the order of the work is fixed
+LABEL_SAMPLE = 256  # records of each split whose labels are checked before training; the others as they are read
 
+# (images float32 [batch, size, size, 3], labels int64 [batch])
+TrainingBatch = Tuple[tf.Tensor, tf.Tensor]
 # (example ids int64 [batch], images float32 [batch, size, size, 3], labels int64 [batch])
-Batch = Tuple[np.ndarray, tf.Tensor, tf.Tensor]
+EvaluationBatch = Tuple[np.ndarray, tf.Tensor, tf.Tensor]
 
 
-def options(threads: int) -> tf.data.Options:
-    """Return tf.data options: deterministic, `threads` private threads, nothing that tunes itself while timing runs."""
-    chosen = tf.data.Options()
-    chosen.deterministic = True
-    chosen.autotune.enabled = False
-    chosen.threading.private_threadpool_size = threads
-    chosen.threading.max_intra_op_parallelism = 1
-    return chosen
+def training_batches(
+    settings: Settings,
+    world: World,
+    data: Optional[ShardedData],
+    *,
+    examples: int,
+    batch: Batch,
+    first_step: int,
+    last_step: int,
+    augment: str,
+    image_size: int,
+) -> Iterator[TrainingBatch]:
+    """Yield this rank's micro-batches of the steps first_step ... last_step - 1; synthetic ones without `data`.
 
-
-def make_view(settings: Data, data: ShardedData, image_size: int) -> preprocess.View:
-    """Return how images of `data` are looked at by the flags, at `image_size` pixels."""
-    return preprocess.make_view(
-        image_size,
-        settings.resize,
-        settings.eval_crop,
-        settings.normalization,
-        data.pixel_mean,
-        data.pixel_std,
-        otherwise="authors" if settings.dataset == "imagenet" else "tf",
-        crop=settings.crop,
-        crop_area=settings.crop_area,
-        crop_aspect=settings.crop_aspect,
-        jpeg=data.jpeg,
+    Raises DataError for a bad record, OutputError for one that cannot be read.
+    """
+    share = order.Share(
+        seed=settings.recipe.seed,
+        examples=examples,
+        batch_size=batch.per_rank,
+        first_step=first_step,
+        last_step=last_step,
+        rank=world.rank,
+        ranks=world.size,
+        micro_batches=batch.accumulate_steps,
     )
+    classes, threads = settings.model.num_classes, settings.data.data_threads or world.cores
+    if data is None:
+        yield from _on_own_threads(synthetic.training_set(image_size, share, classes), threads)
+        return
+    view = preprocess.make_view(settings.data, data, image_size)
+    reader = data.train
+
+    def read(number: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+        ids, epochs = share.batch(int(number))
+        return ids, np.array(reader.read(ids), object), order.draws(share.seed, epochs, ids, preprocess.DRAWS)
+
+    def decode(encoded: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+        return preprocess.training_image(encoded, draws, augment, view)
+
+    def from_number(number: int) -> tf.data.Dataset:
+        return _decoded(range(number, share.numbers.stop), read, decode, data, share.batch_size, threads)
+
+    for _, images, labels in _checked(from_number, share.numbers, data, reader, classes, lambda n: share.batch(n)[0]):
+        yield images, labels
 
 
-def features(data: ShardedData) -> Dict[str, tf.io.FixedLenFeature]:
-    """Return what to parse of a serialized example."""
+def evaluation_batches(
+    settings: Settings, world: World, data: ShardedData, *, batch_size: int
+) -> Iterator[EvaluationBatch]:
+    """Yield this rank's evaluation batches of `batch_size` images; their weights are those of `order.evaluation_batch`.
+
+    Raises DataError for a bad record, OutputError for one that cannot be read.
+    """
+    examples, reader = data.validation.examples, data.validation
+    classes, threads = settings.model.num_classes, settings.data.data_threads or world.cores
+    view = preprocess.make_view(settings.data, data, settings.data.image_size)
+    steps = range(order.evaluation_steps(world.size, batch_size, examples))
+
+    def ids_of(step: int) -> np.ndarray:
+        return order.evaluation_batch(step, world.rank, world.size, batch_size, examples)[0]
+
+    def read(step: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+        ids = ids_of(int(step))
+        return ids, np.array(reader.read(ids), object), np.zeros([len(ids), preprocess.DRAWS], np.float32)
+
+    def decode(encoded: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+        return preprocess.evaluation_image(encoded, view)
+
+    def from_step(step: int) -> tf.data.Dataset:
+        return _decoded(range(step, steps.stop), read, decode, data, batch_size, threads)
+
+    yield from _checked(from_step, steps, data, reader, classes, ids_of)
+
+
+def _on_own_threads(dataset: tf.data.Dataset, threads: int) -> tf.data.Dataset:
+    """Return `dataset` with prefetching, in a fixed order, on `threads` private threads, and without autotuning."""
+    options = tf.data.Options()
+    options.deterministic = True
+    options.autotune.enabled = False
+    options.threading.private_threadpool_size = threads
+    options.threading.max_intra_op_parallelism = 1
+    return dataset.prefetch(PREFETCH).with_options(options)
+
+
+def _features(data: ShardedData) -> Dict[str, tf.io.FixedLenFeature]:
+    """Return the features to parse from a serialized example."""
     return {
         data.image_key: tf.io.FixedLenFeature([], tf.string),
         data.label_key: tf.io.FixedLenFeature([], tf.int64),
     }
 
 
-def check_label_base(data: ShardedData, num_classes: int) -> None:
-    """Raise DataError if labels, of a sample spread over each split, are not those of the layout.
-
-    What the sample does not show is seen when it is read: no batch with a label outside the classes is trained on.
-    """
-    for split in (data.train, data.validation):
-        ids = np.unique(np.linspace(0, split.examples - 1, LABEL_SAMPLE).astype(np.int64))
-        for some in np.array_split(ids, -(-len(ids) // 256)):
-            try:
-                example = tf.io.parse_example(split.read(some), {data.label_key: features(data)[data.label_key]})
-            except tf.errors.OpError as error:
-                raise _find_bad_record(data, split, some, error) from None
-            check_labels(split, some, example[data.label_key].numpy() - data.label_base, num_classes, data.label_base)
-
-
 def _decoded(
-    numbers: tf.data.Dataset,
+    numbers: range,
     read: Callable[[np.ndarray], Tuple[np.ndarray, np.ndarray, np.ndarray]],
     decode: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
     data: ShardedData,
     batch_size: int,
     threads: int,
 ) -> tf.data.Dataset:
+    """Return the batches `numbers` as a dataset of (ids, images, labels).
+
+    Args:
+        read: function from the number of a batch to (ids, serialized examples, random numbers [batch, DRAWS]).
+        decode: function from an encoded image and its random numbers [DRAWS] to an image.
+    """
+
     def parse(ids: tf.Tensor, records: tf.Tensor, draws: tf.Tensor) -> Tuple[tf.Tensor, ...]:
-        example = tf.io.parse_example(records, features(data))
+        example = tf.io.parse_example(records, _features(data))
         return ids, example[data.image_key], draws, example[data.label_key] - data.label_base
 
     def read_batch(number: tf.Tensor) -> Tuple[tf.Tensor, ...]:
@@ -90,107 +146,87 @@ def _decoded(
     def decode_one(example: tf.Tensor, encoded: tf.Tensor, draws: tf.Tensor, label: tf.Tensor) -> Tuple[tf.Tensor, ...]:
         return example, decode(encoded, tf.ensure_shape(draws, [preprocess.DRAWS])), label
 
-    examples = numbers.map(read_batch).map(parse).unbatch()
-    examples = examples.map(decode_one, num_parallel_calls=threads)
-    return examples.batch(batch_size, drop_remainder=True).prefetch(PREFETCH).with_options(options(threads))
-
-
-def training_batches(
-    data: ShardedData,
-    view: preprocess.View,
-    augment: str,
-    share: order.Share,
-    *,
-    num_classes: int,
-    threads: int,
-) -> Iterator[Batch]:
-    """Yield the micro-batches of `share` in their order; raise DataError on a bad record."""
-
-    def read(number: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-        ids, epochs = share.batch(int(number))
-        return ids, np.array(data.train.read(ids), object), order.draws(share.seed, epochs, ids, preprocess.DRAWS)
-
-    def decode(encoded: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
-        return preprocess.training_image(encoded, draws, augment, view)
-
-    batches = _decoded(
-        tf.data.Dataset.range(share.numbers.start, share.numbers.stop),
-        read,
-        decode,
-        data,
-        share.batch_size,
-        threads,
-    )
-    return _checked(batches, data, data.train, num_classes, lambda n: share.batch(share.numbers[n])[0])
-
-
-def evaluation_batches(
-    data: ShardedData, view: preprocess.View, *, rank: int, ranks: int, batch_size: int, num_classes: int, threads: int
-) -> Iterator[Batch]:
-    """Yield the evaluation batches of `rank`; their weights are `order.evaluation_batch`'s."""
-    examples = data.validation.examples
-
-    def ids_of(step: int) -> np.ndarray:
-        return order.evaluation_batch(step, rank, ranks, batch_size, examples)[0]
-
-    def read(step: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-        ids = ids_of(int(step))
-        return ids, np.array(data.validation.read(ids), object), np.zeros([len(ids), preprocess.DRAWS], np.float32)
-
-    def decode(encoded: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
-        return preprocess.evaluation_image(encoded, view)
-
-    batches = _decoded(
-        tf.data.Dataset.range(order.evaluation_steps(ranks, batch_size, examples)),
-        read,
-        decode,
-        data,
-        batch_size,
-        threads,
-    )
-    return _checked(batches, data, data.validation, num_classes, ids_of)
+    batches = tf.data.Dataset.range(numbers.start, numbers.stop).map(read_batch)
+    examples = batches.map(parse).unbatch().map(decode_one, num_parallel_calls=threads)
+    return _on_own_threads(examples.batch(batch_size, drop_remainder=True), threads)
 
 
 def _checked(
-    batches: tf.data.Dataset,
+    batches_from: Callable[[int], tf.data.Dataset],
+    numbers: range,
     data: ShardedData,
     split: Split,
     num_classes: int,
     ids_of: Callable[[int], np.ndarray],
-) -> Iterator[Batch]:
-    """Pass batches on; turn what TensorFlow says of a bad one into the file and the record."""
-    iterator = iter(batches)
-    number = 0
-    while True:
+) -> Iterator[EvaluationBatch]:
+    """Yield the batches `numbers` with their labels checked; turn errors of TensorFlow into those of a file and record.
+
+    An error that does not repeat when the records are read one by one is not one of the data: the batch is read again.
+
+    Args:
+        batches_from: function from the number of a batch to the dataset that begins with it.
+        ids_of: function from the number of a batch to its example ids.
+    """
+    iterator, retried = iter(batches_from(numbers.start)), -1
+    number = numbers.start
+    while number < numbers.stop:
         try:
             ids, images, labels = next(iterator)
-        except StopIteration:
-            return
         except tf.errors.OpError as error:
-            raise _find_bad_record(data, split, ids_of(number), error) from None
-        check_labels(split, ids.numpy(), labels.numpy(), num_classes, data.label_base)
+            bad_record = _find_bad_record(data, split, ids_of(number))
+            if bad_record is not None:
+                raise bad_record from None
+            if number == retried:
+                raise OutputError(
+                    f"batch {number} of {_where(split)} could not be read twice, though each of its records can be "
+                    f"({_first_line(error)}); check the file system, then run again"
+                ) from None
+            reason = f"batch {number} of {_where(split)} could not be read ({_first_line(error)})"
+            print(f"WARNING: {reason}; reading it again", file=sys.stderr, flush=True)
+            iterator, retried = iter(batches_from(number)), number
+            continue
+        _check_labels(split, ids.numpy(), labels.numpy(), num_classes, data.label_base)
         yield ids.numpy(), images, labels
         number += 1
 
 
-def check_labels(split: Split, ids: np.ndarray, labels: np.ndarray, num_classes: int, label_base: int) -> None:
+def check_label_base(data: ShardedData, num_classes: int) -> None:
+    """Raise DataError if the labels of a sample from each split are not in the range of the layout.
+
+    The labels of all other records are checked when they are read, so that none outside the classes is trained on.
+    """
+    for split in (data.train, data.validation):
+        ids = np.unique(np.linspace(0, split.examples - 1, LABEL_SAMPLE).astype(np.int64))
+        label = {data.label_key: _features(data)[data.label_key]}
+        try:
+            labels = tf.io.parse_example(split.read(ids), label)[data.label_key].numpy() - data.label_base
+        except tf.errors.OpError as error:
+            raise _find_bad_record(data, split, ids) or DataError(
+                f"{_where(split)}: labels cannot be read ({_first_line(error)}); prepare the data set again"
+            ) from None
+        _check_labels(split, ids, labels, num_classes, data.label_base)
+
+
+def _check_labels(split: Split, ids: np.ndarray, labels: np.ndarray, num_classes: int, label_base: int) -> None:
     """Raise DataError for the first label outside 0 ... num_classes - 1."""
     outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if outside.size:
         path, record = split.locate(ids[outside[0]])
         raise DataError(
             f"{path}: record {record}: label {labels[outside[0]] + label_base} is outside the {num_classes} classes "
-            f"{label_base}..{label_base + num_classes - 1} of this layout; correct --num_classes, or the "
-            "labels"
+            f"{label_base}..{label_base + num_classes - 1} of this layout; correct --num_classes or the labels"
         )
 
 
-def _find_bad_record(data: ShardedData, split: Split, ids: np.ndarray, cause: tf.errors.OpError) -> DataError:
-    """Read a failed batch once more, one record at a time, to name the one at fault."""
+def _find_bad_record(data: ShardedData, split: Split, ids: np.ndarray) -> Optional[DataError]:
+    """Read the records of a failed batch one by one; return the error of the first bad one, None if all are good.
+
+    Raises OutputError for a record that cannot be read.
+    """
     for example in ids:
         path, record = split.locate(example)
         try:
-            parsed = tf.io.parse_single_example(split.read(np.array([example]))[0], features(data))
+            parsed = tf.io.parse_single_example(split.read(np.array([example]))[0], _features(data))
             encoded = parsed[data.image_key]
             if data.jpeg:
                 shape = tf.image.extract_jpeg_shape(encoded)
@@ -200,12 +236,15 @@ def _find_bad_record(data: ShardedData, split: Split, ids: np.ndarray, cause: tf
         except DataError as error:
             return error
         except tf.errors.OpError as error:
-            reason = _first_line(error)
             return DataError(
-                f"{path}: record {record}: no {'JPEG ' if data.jpeg else ''}image in a standard example ({reason}); "
-                "prepare the data set again"
+                f"{path}: record {record}: not {'a JPEG' if data.jpeg else 'an'} image in a standard example "
+                f"({_first_line(error)}); prepare the data set again"
             )
-    return DataError(f"a batch could not be read: {_first_line(cause)}")
+    return None
+
+
+def _where(split: Split) -> str:
+    return os.path.dirname(split.paths[0])
 
 
 def _first_line(error: tf.errors.OpError) -> str:

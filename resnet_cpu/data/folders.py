@@ -1,7 +1,8 @@
-"""What lies in a data folder: a set of our own making, ImageNet as TF-slim writes it, or a set that TFDS prepared.
+"""Data folders: sets made by `prepare`, ImageNet as written by TF-slim, and sets prepared by TFDS.
 
-Each comes down to one description: shards of each split, where an example keeps image and label, how labels count.
-Nothing is guessed: a layout fixes the label base, its files fix the class count, and both are checked on the records.
+All of them are reduced to one description: the shards of each split, the keys of image and label, and the label base.
+Nothing is guessed: the layout determines the label base, the files the number of classes, and both are checked on the
+records.
 """
 
 import dataclasses
@@ -25,23 +26,23 @@ _SLIM_SHARD = re.compile(r"(train|validation)-(\d{5})-of-(\d{5})")
 
 @dataclasses.dataclass(frozen=True)
 class ShardedData:
-    """A data set, opened: its splits and how its examples are to be read."""
+    """An open data set: its splits and how to read their examples."""
 
     train: Split
     validation: Split
     num_classes: int
-    label_base: int  # label of the first class as stored
+    label_base: int  # stored label of the first class
     image_key: str
     label_key: str
-    jpeg: bool  # whether images are JPEG for certain; else any format that TensorFlow decodes
-    pixel_mean: Optional[Tuple[float, ...]]  # RGB, of pixels 0..255; None where nobody has measured it
+    jpeg: bool  # whether all images are JPEG; else any format that TensorFlow decodes
+    pixel_mean: Optional[Tuple[float, ...]]  # RGB, of pixels 0..255; None if not measured
     pixel_std: Optional[Tuple[float, ...]]
 
 
 def describe(folder: str, dataset: str) -> Dict[str, Any]:
-    """Return the description of `dataset` in `folder`; raise DataError that tells what was looked for."""
+    """Return the description of `dataset` in `folder`; raise DataError that names the files looked for."""
     if not os.path.isdir(folder):
-        raise DataError(f"--data_dir={folder}: no such folder; {_how_to_get(dataset)}")
+        raise DataError(f"--data_dir={folder}: the folder does not exist; {_how_to_get(dataset)}")
     if dataset.startswith(TFDS_PREFIX):
         return _describe_tfds(folder, dataset[len(TFDS_PREFIX) :])
     if dataset == "imagenet" and not os.path.exists(os.path.join(folder, shards.MANIFEST)):
@@ -50,39 +51,42 @@ def describe(folder: str, dataset: str) -> Dict[str, Any]:
         if _tfds_folders(folder, _IMAGENET_IN_TFDS):
             return _describe_tfds(folder, _IMAGENET_IN_TFDS)
         raise DataError(
-            f"--data_dir={folder}: no ImageNet in it: neither {shards.MANIFEST}, nor train-00000-of-01024 (TF-slim), "
-            f"nor {_IMAGENET_IN_TFDS}/VERSION/dataset_info.json (TFDS)"
+            f"--data_dir={folder}: does not contain ImageNet: neither {shards.MANIFEST}, nor train-00000-of-01024 "
+            f"(TF-slim), nor {_IMAGENET_IN_TFDS}/VERSION/dataset_info.json (TFDS)"
         )
     manifest = shards.read_manifest(folder)
     stored = manifest.get("dataset")
     if stored != dataset:
-        raise DataError(f"--data_dir={folder}: holds {stored}, not --dataset={dataset}; correct one of them")
+        raise DataError(f"--data_dir={folder}: contains {stored}, not --dataset={dataset}; correct one of them")
     return manifest
 
 
 def _how_to_get(dataset: str) -> str:
     if dataset == "imagenet" or dataset.startswith(TFDS_PREFIX):
-        return "name the folder that TF-slim or TFDS wrote"
-    return f"make it with python -m resnet_cpu.prepare {dataset} --data_dir=..."
+        return "name the folder that TF-slim or TFDS has written"
+    return f"create it with python -m resnet_cpu.prepare {dataset} --data_dir=..."
 
 
 def make_indexes(description: Dict[str, Any], folder: str) -> None:
-    """Put an index beside every shard that has none, where the folder can be written; tell how far it has come."""
+    """Write the missing indexes of shards, if the folder can be written, and report progress."""
     folder = description.get("folder", folder)
     paths = [os.path.join(folder, row["name"]) for rows in description["splits"].values() for row in rows]
-    lacking = [path for path in paths if os.path.exists(path) and not os.path.exists(shards.index_path(path))]
-    for number, path in enumerate(lacking):
+    missing = [path for path in paths if os.path.exists(path) and not os.path.exists(shards.index_path(path))]
+    for number, path in enumerate(missing):
         if number % 64 == 0:
-            print(f"data: first use of {folder}: indexing shard {number + 1} of {len(lacking)}", file=sys.stderr)
+            print(f"data: first use of {folder}: indexing shard {number + 1} of {len(missing)}", file=sys.stderr)
         try:
             shards.write_index(path)
         except OSError as error:
-            print(f"data: {folder}: indexes cannot be kept ({error.strerror}); each start scans anew", file=sys.stderr)
+            print(
+                f"data: {folder}: cannot write indexes ({error.strerror}); every start will scan the shards again",
+                file=sys.stderr,
+            )
             return
 
 
 def open_data(folder: str, dataset: str) -> ShardedData:
-    """Open every split of `dataset` in `folder`; raise DataError where anything is missing or changed."""
+    """Open every split of `dataset` in `folder`; raise DataError if anything is missing or changed."""
     description = describe(folder, dataset)
     folder = description.get("folder", folder)
     try:
@@ -98,11 +102,13 @@ def open_data(folder: str, dataset: str) -> ShardedData:
             _optional_tuple(description.get("pixel_std")),
         )
     except KeyError as error:
-        raise DataError(f"{os.path.join(folder, shards.MANIFEST)}: lacks {error}; prepare the data set again") from None
+        raise DataError(
+            f"{os.path.join(folder, shards.MANIFEST)}: has no {error}; prepare the data set again"
+        ) from None
 
 
 def verify(folder: str, dataset: str) -> Dict[str, int]:
-    """Read every record of every split with its checksum; return the examples of each split."""
+    """Read every record of every split with its checksum; return the number of examples of each split."""
     own = os.path.exists(os.path.join(folder, shards.MANIFEST))
     description = shards.read_manifest(folder) if own else describe(folder, dataset)
     make_indexes(description, folder)
@@ -122,7 +128,7 @@ def _optional_tuple(values: Optional[List[float]]) -> Optional[Tuple[float, ...]
 
 
 def _describe_slim(folder: str) -> Dict[str, Any]:
-    """TF-slim's build_imagenet_data: labels 1..1000, class 0 kept for a background that has no image."""
+    """Describe what TF-slim's build_imagenet_data writes: labels 1..1000, with 0 reserved for an unused background."""
     found: Dict[str, Dict[int, str]] = {"train": {}, "validation": {}}
     totals: Dict[str, set] = {"train": set(), "validation": set()}
     for name in os.listdir(folder):
@@ -134,7 +140,7 @@ def _describe_slim(folder: str) -> Dict[str, Any]:
     for split, names in found.items():
         if len(totals[split]) != 1:
             counts = " and ".join(f"of-{total:05d}" for total in sorted(totals[split])) or "none"
-            raise DataError(f"--data_dir={folder}: shards of {split} must be one complete set, found {counts}")
+            raise DataError(f"--data_dir={folder}: shards of {split} must form one complete set, found {counts}")
         (total,) = totals[split]
         missing = [shards.shard_name(split, shard, total) for shard in range(total) if shard not in names]
         if missing:
@@ -144,7 +150,7 @@ def _describe_slim(folder: str) -> Dict[str, Any]:
 
 
 def _tfds_folders(folder: str, name: str) -> List[str]:
-    """Return the folders of prepared versions of `name` in a TFDS data_dir, or the folder itself if it is one."""
+    """Return the folders of all prepared versions of `name` in a TFDS data_dir; `folder` itself if it is one."""
     if os.path.exists(os.path.join(folder, "dataset_info.json")):
         return [folder]
     parent = os.path.join(glob.escape(folder), *map(glob.escape, name.split("/")))
@@ -154,28 +160,32 @@ def _tfds_folders(folder: str, name: str) -> List[str]:
 
 
 def _describe_tfds(folder: str, name: str) -> Dict[str, Any]:
-    """A set as TFDS prepares it: labels from 0, features and shard lengths as its own description files tell."""
+    """Describe a set prepared by TFDS: labels from 0, features and shard lengths from its description files."""
     folders = _tfds_folders(folder, name)
     if not folders:
         raise DataError(
-            f"--data_dir={folder}: no {name} prepared by TFDS in it ({name}/VERSION/dataset_info.json); prepare it "
-            "with tfds build where there is a network"
+            f"--data_dir={folder}: contains no {name} prepared by TFDS ({name}/VERSION/dataset_info.json); prepare it "
+            "with tfds build on a machine with network access"
         )
     if len(folders) > 1:
-        raise DataError(f"--data_dir={folder}: {name} is there {len(folders)} times; name one, as {folders[-1]}")
+        raise DataError(
+            f"--data_dir={folder}: contains {len(folders)} versions of {name}; name one of them, as {folders[-1]}"
+        )
     (chosen,) = folders
     info, features = (_read_description(os.path.join(chosen, file)) for file in ("dataset_info.json", "features.json"))
     if info.get("name") != name.split("/")[0]:
-        raise DataError(f"--data_dir={folder}: holds {info.get('name')}, not {name}; correct one of them")
+        raise DataError(f"--data_dir={folder}: contains {info.get('name')}, not {name}; correct one of them")
     if info.get("fileFormat", "tfrecord") != "tfrecord":
-        raise DataError(f"{chosen}: is in format {info['fileFormat']}; prepare it with file_format=tfrecord")
+        raise DataError(f"{chosen}: has the format {info['fileFormat']}; prepare it with file_format=tfrecord")
     try:
         image_key, image = _only_feature(chosen, features["featuresDict"]["features"], "image")
         label_key, label = _only_feature(chosen, features["featuresDict"]["features"], "classLabel")
         by_name = {split["name"]: _tfds_rows(info, split) for split in info["splits"]}
         classes = int(label["classLabel"]["numClasses"])
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{chosen}: description files lack {error}; prepare the data set with TFDS again") from None
+        raise DataError(
+            f"{chosen}: {error} is missing in the description files; prepare the data set with TFDS again"
+        ) from None
     evaluation = "validation" if "validation" in by_name else "test"
     return {
         "dataset": f"{TFDS_PREFIX}{name}",
@@ -200,7 +210,9 @@ def _read_description(path: str) -> Dict[str, Any]:
 def _only_feature(folder: str, features: Dict[str, Any], kind: str) -> Tuple[str, Dict[str, Any]]:
     found = [(key, feature) for key, feature in features.items() if kind in feature]
     if len(found) != 1:
-        raise DataError(f"{folder}: has {len(found)} features of kind {kind}; an image-classification set has one")
+        raise DataError(
+            f"{folder}: has {len(found)} features of kind {kind}; an image-classification set has exactly one"
+        )
     return found[0]
 
 

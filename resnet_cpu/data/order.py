@@ -1,8 +1,9 @@
-"""Which example is read at which step: a pure function of (seed, step, global batch), of nothing else.
+"""The order of examples: a pure function of (seed, step, global batch).
 
 Position p of one endless stream holds example permutation(seed, p div M)[p mod M]; step t reads the positions
-t*GB ... (t+1)*GB - 1, rank r its slice of them. So there is no shuffle buffer and no iterator state: resume needs the
-step number alone, any number of ranks sees the same examples in step t, and no example is dropped at an epoch border.
+t*GB ... (t+1)*GB - 1, rank r its slice of them. So there is no shuffle buffer and no iterator state: resuming needs
+only the step number, any number of ranks reads the same examples in step t, and no example is dropped at an epoch
+border.
 """
 
 import dataclasses
@@ -12,21 +13,15 @@ from typing import Tuple
 import numpy as np
 
 
-@functools.lru_cache(maxsize=2)  # a batch straddles two epochs at most (more only where M < GB, which is refused)
-def permutation(seed: int, epoch: int, examples: int, block: int = 1) -> np.ndarray:
-    """Return the order of epoch `epoch`, int64 [examples]; `block` consecutive records stay together."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    if block <= 1:
-        order = generator.permutation(examples)
-    else:
-        starts = generator.permutation(-(-examples // block)) * block
-        order = (starts[:, None] + np.arange(block)).reshape(-1)
-        order = order[order < examples]
+@functools.lru_cache(maxsize=2)  # a batch spans at most two epochs, since M < GB is refused
+def permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
+    """Return the order of epoch `epoch`, int64 [examples]."""
+    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(examples)
     order.flags.writeable = False
     return order
 
 
-def stream(seed: int, first: int, count: int, examples: int, block: int = 1) -> Tuple[np.ndarray, np.ndarray]:
+def stream(seed: int, first: int, count: int, examples: int) -> Tuple[np.ndarray, np.ndarray]:
     """Return (example ids, their epochs), int64 [count] each, of `count` positions of the stream from `first`."""
     positions = np.arange(first, first + count)
     epochs = positions // examples
@@ -34,15 +29,15 @@ def stream(seed: int, first: int, count: int, examples: int, block: int = 1) -> 
     ids = np.empty(count, np.int64)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        ids[chosen] = permutation(seed, int(epoch), examples, block)[within[chosen]]
+        ids[chosen] = permutation(seed, int(epoch), examples)[within[chosen]]
     return ids, epochs
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What one rank reads: its slice of the global batch of each step first_step ... last_step - 1.
+    """The examples of one rank: its slice of the global batch of each step first_step ... last_step - 1.
 
-    The slice of a step comes in `micro_batches` parts, so that k micro-batches of a rank are what k ranks would read.
+    The slice is divided into `micro_batches` parts: k micro-batches of a rank are what k ranks would read.
     """
 
     seed: int
@@ -52,19 +47,18 @@ class Share:
     last_step: int
     rank: int = 0
     ranks: int = 1
-    block: int = 1  # records that stay together
     micro_batches: int = 1  # per step
 
     @property
     def numbers(self) -> range:
-        """The numbers of the micro-batches, counted from step 0."""
+        """The numbers of the micro-batches, counted from that of step 0."""
         return range(self.first_step * self.micro_batches, self.last_step * self.micro_batches)
 
     def batch(self, number: int) -> Tuple[np.ndarray, np.ndarray]:
         """Return (example ids, their epochs), int64 [batch_size] each, of micro-batch `number`."""
         step, part = divmod(number, self.micro_batches)
         first = ((step * self.ranks + self.rank) * self.micro_batches + part) * self.batch_size
-        return stream(self.seed, first, self.batch_size, self.examples, self.block)
+        return stream(self.seed, first, self.batch_size, self.examples)
 
 
 def _mix(state: np.ndarray) -> np.ndarray:
@@ -75,12 +69,12 @@ def _mix(state: np.ndarray) -> np.ndarray:
 
 
 def draws(seed: int, epochs: np.ndarray, ids: np.ndarray, count: int) -> np.ndarray:
-    """Return float32 [examples, count] uniform in [0, 1): the chances of each example in its epoch.
+    """Return float32 [examples, count] uniform in [0, 1): the random numbers of each example in its epoch.
 
-    Keyed by (seed, epoch, example id) alone, so neither rank nor batch nor thread changes an augmentation.
+    They depend only on (seed, epoch, example id), so an augmentation is the same on any rank, batch and thread.
     """
     golden = np.uint64(0x9E3779B97F4A7C15)
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is intended
         key = _mix(np.full(len(ids), seed, np.uint64) + golden)
         key = _mix((key ^ epochs.astype(np.uint64)) + golden)
         key = _mix((key ^ ids.astype(np.uint64)) + golden)
@@ -89,7 +83,7 @@ def draws(seed: int, epochs: np.ndarray, ids: np.ndarray, count: int) -> np.ndar
 
 
 def evaluation_steps(ranks: int, batch_size: int, examples: int) -> int:
-    """Return the batches that every rank evaluates, the last ones padded."""
+    """Return the number of batches that every rank evaluates, the last ones padded."""
     return -(-examples // (ranks * batch_size))
 
 

@@ -1,20 +1,24 @@
-"""From the bytes of one JPEG to the pixels that the network sees; pure TensorFlow, one example at a time.
+"""From the bytes of an image to the input of the network; pure TensorFlow, one example at a time.
 
-Crops are decoded, not cut out afterwards: only the blocks under the window go through the inverse cosine transform.
+Only the cropped window of a JPEG is decoded: blocks outside of it skip the inverse cosine transform.
 """
 
 import dataclasses
-from typing import Any, Optional, Tuple
+from typing import Dict, Tuple
 
 import numpy as np
 import tensorflow as tf
 
+from resnet_cpu.data.folders import ShardedData
+from resnet_cpu.settings import Data
+
 CROP_ATTEMPTS = 10
-DRAWS = 5 * CROP_ATTEMPTS + 1  # (area, aspect, y, x, swap) of each attempt, and the flip
-_GRID = 0.001  # on which the authors' Caffe draws area and aspect
+CROP_ASPECT = (0.75, 1.3333)  # inception: width / height of the crop; authors: the square root of its aspect ratio
+DRAWS = 5 * CROP_ATTEMPTS + 1  # (area, aspect, y, x, swap) for each attempt, and the flip
+_GRID = 0.001  # of the authors' Caffe, for area and aspect
 
 # Mean and scale of pixels 0..255; the first is the authors' (sara-nl/caffe train_val.prototxt: BGR order, x 1/128).
-_FLAVOURS = {
+_FLAVOURS: Dict[str, Tuple[Tuple[float, ...], Tuple[float, ...], bool]] = {
     "authors": ((104.0, 117.0, 123.0), (128.0,) * 3, True),
     "torch": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), False),
     "tf": ((127.5,) * 3, (127.5,) * 3, False),
@@ -23,7 +27,7 @@ _FLAVOURS = {
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How an image is looked at: size, interpolation, normalisation; the same in training and evaluation."""
+    """How images are cropped, resized and normalised, in training and evaluation; made by `make_view` only."""
 
     image_size: int  # pixels
     resize: str  # bilinear or bicubic
@@ -31,43 +35,45 @@ class View:
     mean: Tuple[float, ...]  # of pixels 0..255, in the channel order of the network
     scale: Tuple[float, ...]
     bgr: bool
-    crop: str = "inception"  # or authors
-    crop_area: Tuple[float, float] = (0.08, 1.0)  # share of the image
-    crop_aspect: Tuple[float, float] = (3 / 4, 4 / 3)  # inception: of width to height; authors: its root
-    jpeg: bool = True  # else any format that TensorFlow decodes, at the cost of decoding all of it
+    crop: str  # inception or authors
+    crop_area: Tuple[float, float]  # share of the image, least and most
+    jpeg: bool  # else any format that TensorFlow decodes, at the cost of decoding the whole image
 
 
-def make_view(
-    image_size: int,
-    resize: str,
-    eval_crop: float,
-    normalization: str,
-    pixel_mean: Optional[Tuple[float, ...]],
-    pixel_std: Optional[Tuple[float, ...]],
-    *,
-    otherwise: str = "tf",
-    **rest: Any,
-) -> View:
-    """Return the View for a normalisation by name; `rest` are fields of View.
+def make_view(settings: Data, data: ShardedData, image_size: int) -> View:
+    """Return the view of the images of `data` by the settings, at `image_size` pixels.
 
-    `auto` is `dataset`, the data set's own mean and deviation, or `otherwise` where nobody has measured them.
+    The normalization `auto` is `dataset`, the data set's own mean and deviation, where they were measured; otherwise
+    `authors` for ImageNet and `tf` for other sets.
     """
+    normalization = settings.normalization
     if normalization == "auto":
-        normalization = otherwise if pixel_mean is None else "dataset"
+        otherwise = "authors" if settings.dataset == "imagenet" else "tf"
+        normalization = otherwise if data.pixel_mean is None else "dataset"
     if normalization == "dataset":
-        assert pixel_mean is not None and pixel_std is not None  # `training.job` refuses it early
-        flavour = pixel_mean, pixel_std, False
+        assert data.pixel_mean is not None and data.pixel_std is not None  # `training.opening` has refused it
+        mean, scale, bgr = data.pixel_mean, data.pixel_std, False
     else:
-        flavour = _FLAVOURS[normalization]
-    return View(image_size, resize, eval_crop, *flavour, **rest)
+        mean, scale, bgr = _FLAVOURS[normalization]
+    return View(
+        image_size=image_size,
+        resize=settings.resize,
+        eval_crop=settings.eval_crop,
+        mean=mean,
+        scale=scale,
+        bgr=bgr,
+        crop=settings.crop,
+        crop_area=settings.crop_area,
+        jpeg=data.jpeg,
+    )
 
 
 def training_image(encoded: tf.Tensor, draws: tf.Tensor, augment: str, view: View) -> tf.Tensor:
-    """Return float32 [size, size, 3] of a JPEG, augmented by `draws`, float32 [DRAWS] uniform in [0, 1).
+    """Return a training image, float32 [size, size, 3], augmented by `draws`, float32 [DRAWS] uniform in [0, 1).
 
-    full: a window of random area and aspect, flipped half of the time. light: a window of the evaluation's size at a
-    random place, flipped; where evaluation looks at the whole image, it is padded by an eighth first. none: as in
-    evaluation.
+    full: a window of random area and aspect, flipped with probability 1/2. light: a window of the size used in
+    evaluation at a random position, flipped with probability 1/2; where evaluation uses the whole image, the image is
+    padded by an eighth first. none: as in evaluation.
     """
     if augment == "none":
         return evaluation_image(encoded, view)
@@ -87,7 +93,7 @@ def training_image(encoded: tf.Tensor, draws: tf.Tensor, augment: str, view: Vie
 
 
 def evaluation_image(encoded: tf.Tensor, view: View) -> tf.Tensor:
-    """Return float32 [size, size, 3]: the centre square of `eval_crop` of the short side."""
+    """Return the image for evaluation, float32 [size, size, 3]: its centre square of `eval_crop` of the short side."""
     source = _Source(encoded, view)
     shape = source.shape[:2]
     if view.eval_crop < 1:
@@ -99,19 +105,19 @@ def evaluation_image(encoded: tf.Tensor, view: View) -> tf.Tensor:
 
 
 def _area_window(shape: tf.Tensor, draws: tf.Tensor, view: View) -> tf.Tensor:
-    """Return int32 [y, x, height, width] of the first attempt that fits, else of the fallback.
+    """Return the window int32 [y, x, height, width] of the first attempt that fits, else the fallback.
 
-    inception: area uniform, aspect log-uniform; falls back to the largest centre window of an allowed aspect (Szegedy
-    et al., arXiv 1409.4842, as PyTorch and TensorFlow's examples have it). authors: area A and a number c uniform on a
-    grid, height sqrt(A)*c, width sqrt(A)/c, swapped half of the time, so that the aspect is the square of c and wider
-    (9/16 ... 16/9 for c in 3/4 ... 4/3); falls back to a square of the short side at a random place
+    inception: area uniform, aspect log-uniform; the fallback is the largest centre window of an allowed aspect (Szegedy
+    et al., arXiv 1409.4842, as in the examples of PyTorch and TensorFlow). authors: area A and a number c uniform on a
+    grid, height sqrt(A)*c, width sqrt(A)/c, swapped with probability 1/2, so that the aspect is the square of c
+    (9/16 ... 16/9 for c in 3/4 ... 4/3); the fallback is a square of the short side at a random position
     (`random_aspect_ratio_param` of the authors' Caffe, data_transformer.cpp).
     """
     height, width = tf.cast(shape[0], tf.float32), tf.cast(shape[1], tf.float32)
     attempts = tf.reshape(draws[:-1], [CROP_ATTEMPTS, 5])
     if view.crop == "authors":
         area = height * width * _on_grid(attempts[:, 0], view.crop_area)
-        root = _on_grid(attempts[:, 1], view.crop_aspect)
+        root = _on_grid(attempts[:, 1], CROP_ASPECT)
         root = tf.where(attempts[:, 4] < 0.5, 1 / root, root)
         heights, widths = tf.round(tf.sqrt(area) * root), tf.round(tf.sqrt(area) / root)
         side = tf.minimum(height, width)
@@ -122,7 +128,7 @@ def _area_window(shape: tf.Tensor, draws: tf.Tensor, view: View) -> tf.Tensor:
             side,
         ]
     else:
-        (least, most), (low, high) = view.crop_area, view.crop_aspect
+        (least, most), (low, high) = view.crop_area, CROP_ASPECT
         area = height * width * (least + (most - least) * attempts[:, 0])
         aspect = tf.exp(tf.math.log(low) + (tf.math.log(high) - tf.math.log(low)) * attempts[:, 1])
         heights, widths = tf.round(tf.sqrt(area / aspect)), tf.round(tf.sqrt(area * aspect))
@@ -137,7 +143,7 @@ def _area_window(shape: tf.Tensor, draws: tf.Tensor, view: View) -> tf.Tensor:
 
 
 def _on_grid(uniform: tf.Tensor, bounds: Tuple[float, float]) -> tf.Tensor:
-    """Return draws from the points low, low + 0.001, ... high, each as likely."""
+    """Return values from low, low + 0.001, ... high, all with the same probability."""
     low, high = bounds
     points = round((high - low) / _GRID) + 1
     return low + _GRID * tf.floor(uniform * points)
@@ -151,7 +157,7 @@ def _light_window(shape: tf.Tensor, draws: tf.Tensor, share: float) -> tf.Tensor
 
 
 def _shift(image: tf.Tensor, draws: tf.Tensor, view: View) -> tf.Tensor:
-    """Pad an image by an eighth on each side with zeros and cut its size out at a random place."""
+    """Pad an image by an eighth on each side with zeros and crop its size at a random position."""
     size, pad = view.image_size, view.image_size // 8
     corner = tf.cast(tf.floor(draws[2:4] * (2 * pad + 1)), tf.int32)
     image = tf.pad(image, [[pad, pad], [pad, pad], [0, 0]])
@@ -181,10 +187,10 @@ class _Source:
 
 
 def normalize(images: tf.Tensor, view: View) -> tf.Tensor:
-    """Return images, float32 [..., size, size, 3] RGB 0..255, in the network's channel order, less mean, over scale.
+    """Return (images - mean) / scale in the channel order of the network; float32 [..., size, size, 3], RGB 0..255.
 
-    A product with a 3x3 matrix orders and scales channels in one pass, and what is subtracted has the image's shape:
-    together a third of the time of reversing channels and broadcasting three numbers over the last dimension.
+    A product with a 3x3 matrix reorders and scales channels in one pass, and the subtracted offset has the shape of the
+    image: this takes a third of the time of reversing channels and broadcasting three numbers.
     """
     size, scale = view.image_size, np.array(view.scale)
     order = np.eye(3)[::-1] if view.bgr else np.eye(3)

@@ -1,8 +1,8 @@
-"""TFRecord shards read at random: index, checksums, manifest.
+"""TFRecord shards with random access: index, checksums, manifest.
 
 A TFRecord is `length (uint64 LE), masked CRC32C of it, payload, masked CRC32C of that`. The index beside each shard
-holds where every payload starts, so any record is one `pread` away. It is mapped, not read: the ranks of a host share
-its pages, and a rank's own memory does not grow with the data set.
+holds the offset of every payload, so any record takes one `pread`. The index is memory-mapped: the ranks of a host
+share its pages, and the memory of a rank does not grow with the data set.
 """
 
 import dataclasses
@@ -11,15 +11,18 @@ import json
 import os
 import resource
 import struct
+import sys
+import time
 from typing import Dict, Iterator, List, Tuple
 
 import google_crc32c
 import numpy as np
 
-from resnet_cpu.errors import DataError
+from resnet_cpu.errors import DataError, OutputError
 from resnet_cpu.run.atomic import write_atomically
 
 MANIFEST = "manifest.json"
+RETRY_AFTER_S = 1.0  # after a read that failed: most failures of network file systems are brief
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 
@@ -30,25 +33,25 @@ def _masked_crc(data: bytes) -> int:
 
 
 def frame_around(payload: bytes) -> Tuple[bytes, bytes]:
-    """Return the (header, footer) that make `payload` a TFRecord."""
+    """Return (header, footer) of the TFRecord that holds `payload`."""
     length = struct.pack("<Q", len(payload))
     return length + _FOOTER.pack(_masked_crc(length)), _FOOTER.pack(_masked_crc(payload))
 
 
 def shard_name(split: str, shard: int, shards: int) -> str:
-    """Return the customary file name, as in train-00000-of-01024."""
+    """Return the usual file name, as in train-00000-of-01024."""
     return f"{split}-{shard:05d}-of-{shards:05d}"
 
 
 def index_path(path: str) -> str:
-    """Return where the index of the shard at `path` lies."""
+    """Return the path of the index of the shard at `path`."""
     return path + ".index.npy"
 
 
 def scan(path: str) -> np.ndarray:
-    """Walk the record headers of a shard; return its index, int64 [records + 1].
+    """Read the record headers of a shard and return its index, int64 [records + 1].
 
-    Entry i is the offset of record i's payload; the last is where the payload of one record more would start.
+    Entry i is the offset of record i's payload; the last entry is where the payload of a further record would start.
     """
     starts: List[int] = []
     size = os.path.getsize(path)
@@ -59,20 +62,20 @@ def scan(path: str) -> np.ndarray:
             header = shard.read(_HEADER.size)
             record = len(starts)
             if len(header) < _HEADER.size:
-                raise DataError(f"{path}: record {record}: cut off in its header; copy or prepare the shard again")
+                raise DataError(f"{path}: record {record}: truncated in its header; copy or prepare the shard again")
             length, crc = _HEADER.unpack(header)
             if _masked_crc(header[:8]) != crc:
                 raise DataError(f"{path}: record {record}: damaged length field; copy or prepare the shard again")
             end = position + _HEADER.size + length + _FOOTER.size
             if end > size:
-                raise DataError(f"{path}: record {record}: cut off, {end - size} bytes missing; copy the shard again")
+                raise DataError(f"{path}: record {record}: truncated, {end - size} bytes missing; copy the shard again")
             starts.append(position + _HEADER.size)
             position = end
     return np.array([*starts, size + _HEADER.size], np.int64)
 
 
 def write_index(path: str) -> int:
-    """Scan the shard at `path`, put its index beside it atomically and return its number of records."""
+    """Scan the shard at `path`, write its index atomically and return its number of records."""
     starts = scan(path)
     buffer = io.BytesIO()
     np.save(buffer, starts)
@@ -81,13 +84,13 @@ def write_index(path: str) -> int:
 
 
 def read_index(path: str) -> np.ndarray:
-    """Return the index of the shard at `path` as `scan` gives it, mapped from its file if there is one."""
+    """Return the index of the shard at `path`, see `scan`, memory-mapped if there is an index file."""
     try:
         starts = np.asarray(np.load(index_path(path), mmap_mode="r", allow_pickle=False))
         if starts.ndim != 1 or starts.dtype != np.int64 or not len(starts):
             raise ValueError(f"{starts.dtype} {starts.shape}")
     except FileNotFoundError:
-        return scan(path)  # of a folder that cannot be written, else `layouts.make_indexes` has made one
+        return scan(path)  # the folder is read-only, else `folders.make_indexes` has written one
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{index_path(path)}: unreadable index ({error}); remove it and prepare again") from None
     size, indexed = os.path.getsize(path), int(starts[-1]) - _HEADER.size
@@ -100,31 +103,32 @@ def read_index(path: str) -> np.ndarray:
 
 
 def write_split(folder: str, split: str, examples: Iterator[bytes], count: int, shards: int) -> List[Dict]:
-    """Write `count` serialized examples over `shards` shards with their indexes; return the manifest's rows."""
+    """Write `count` serialized examples to `shards` shards with their indexes; return the rows of the manifest."""
     rows = []
     bounds = np.linspace(0, count, shards + 1).astype(int)
     for shard, (first, last) in enumerate(zip(bounds[:-1], bounds[1:])):
         name = shard_name(split, shard, shards)
         path = os.path.join(folder, name)
-        with open(path + ".tmp", "wb") as file:
+        temporary = f"{path}.tmp{os.getpid()}"
+        with open(temporary, "wb") as file:
             for _ in range(last - first):
                 payload = next(examples)
                 header, footer = frame_around(payload)
                 file.write(header + payload + footer)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
+        os.replace(temporary, path)
         rows.append({"name": name, "examples": write_index(path), "bytes": os.path.getsize(path)})
     return rows
 
 
 def write_manifest(folder: str, manifest: Dict) -> None:
-    """Publish the data set: a folder without a manifest is not yet one."""
+    """Write the manifest, last: a folder without a manifest does not hold a data set yet."""
     write_atomically(os.path.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def read_manifest(folder: str) -> Dict:
-    """Return the manifest of a prepared data set, or raise DataError that says how to prepare one."""
+    """Return the manifest of a prepared data set; raise DataError with the remedy if it cannot be read."""
     path = os.path.join(folder, MANIFEST)
     try:
         with open(path, encoding="utf-8") as file:
@@ -135,21 +139,21 @@ def read_manifest(folder: str) -> Dict:
         return manifest
     except FileNotFoundError:
         raise DataError(
-            f"--data_dir={folder}: no {MANIFEST} in it, so no data set prepared by python -m resnet_cpu.prepare"
+            f"--data_dir={folder}: contains no {MANIFEST}; prepare the data set with python -m resnet_cpu.prepare"
         ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as JSON ({error}); prepare the data set again") from None
     except (KeyError, TypeError, AttributeError):
-        raise DataError(f"{path}: is no manifest of a data set; prepare the data set again") from None
+        raise DataError(f"{path}: not the manifest of a data set; prepare the data set again") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The shards of one split, opened for random reads by example id (0 ... examples - 1)."""
+    """The shards of one split, open for random reads by example id (0 ... examples - 1)."""
 
     paths: Tuple[str, ...]
     first: np.ndarray  # id of the first example of each shard, and one past the last
-    starts: Tuple[np.ndarray, ...]  # index of each shard
+    starts: Tuple[np.ndarray, ...]  # indexes of the shards, see `scan`
     descriptors: Tuple[int, ...]
 
     @property
@@ -162,12 +166,22 @@ class Split:
         return self.paths[shard], int(example - self.first[shard])
 
     def read(self, ids: np.ndarray) -> List[bytes]:
-        """Return the payloads of the examples `ids`, their checksums verified; one call a batch."""
+        """Return the payloads of the examples `ids`, with their checksums verified.
+
+        A read that fails or comes back short is tried once more; then OutputError names file and record. A wrong
+        checksum is a DataError.
+        """
         shards = np.searchsorted(self.first, ids, side="right") - 1
         payloads = []
         for example, shard, within in zip(ids, shards.tolist(), (ids - self.first[shards]).tolist()):
             start, following = self.starts[shard][within : within + 2].tolist()
-            record = os.pread(self.descriptors[shard], following - start, start - _HEADER.size)
+            length, offset = following - start, start - _HEADER.size
+            try:
+                record = os.pread(self.descriptors[shard], length, offset)
+            except OSError as error:
+                record = self._read_again(shard, within, length, offset, error.strerror or str(error))
+            if len(record) < length:
+                record = self._read_again(shard, within, length, offset, f"{len(record)} of {length} bytes")
             payload = record[_HEADER.size : -_FOOTER.size]
             if frame_around(payload) != (record[: _HEADER.size], record[-_FOOTER.size :]):
                 path, number = self.locate(example)
@@ -175,25 +189,42 @@ class Split:
             payloads.append(payload)
         return payloads
 
+    def _read_again(self, shard: int, within: int, length: int, offset: int, failure: str) -> bytes:
+        """Read a record through a new descriptor, since the old one may be stale; raise OutputError if that fails."""
+        path = self.paths[shard]
+        print(f"WARNING: {path}: record {within}: read failed ({failure}); trying again", file=sys.stderr, flush=True)
+        time.sleep(RETRY_AFTER_S)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                record = os.pread(file.fileno(), length, offset)
+        except OSError as error:
+            record, failure = b"", error.strerror or str(error)
+        if len(record) < length:
+            raise OutputError(
+                f"{path}: record {within}: read failed twice ({failure}); check the file system, then run again"
+            )
+        return record
+
     def close(self) -> None:
+        """Close the files of the split."""
         for descriptor in self.descriptors:
             os.close(descriptor)
 
 
 def open_split(folder: str, manifest: Dict, split: str) -> Split:
-    """Open the shards of `split`, checking sizes and counts against manifest and indexes (no payload is read)."""
+    """Open the shards of `split` and check sizes and counts against manifest and indexes; no payload is read."""
     rows = manifest["splits"].get(split, [])
-    _allow_open_files(2 * len(rows))  # a mapped file keeps its descriptor, too
+    _allow_open_files(2 * len(rows))  # a mapped file keeps its descriptor as well
     paths, counts, starts = [], [0], []
     for row in rows:
         path = os.path.join(folder, row["name"])
         if not os.path.exists(path):
-            raise DataError(f"{path}: shard missing, the manifest lists it; copy or prepare the data set again")
+            raise DataError(f"{path}: shard missing that the manifest lists; copy or prepare the data set again")
         index = read_index(path)
         records, size = len(index) - 1, os.path.getsize(path)
         if (records, size) != (row.get("examples", records), row.get("bytes", size)):
             raise DataError(
-                f"{path}: {records} records in {size} bytes, the data set's description says "
+                f"{path}: {records} records in {size} bytes, but the data set's description says "
                 f"{row.get('examples')} in {row.get('bytes', size)}; copy or prepare the shard again"
             )
         paths.append(path)
@@ -210,14 +241,14 @@ def open_split(folder: str, manifest: Dict, split: str) -> Split:
 
 
 def _allow_open_files(more: int) -> None:
-    """Raise this process's soft limit of open files so that `more` fit; raise DataError where the hard limit is lower.
+    """Increase the soft limit of open files so that `more` fit; raise DataError if the hard limit is too low.
 
-    The usual soft limit is 1,024, and ImageNet in its usual layout has 1,152 shards.
+    The soft limit is usually 1,024, while ImageNet in its usual layout has 1,152 shards.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = len(os.listdir("/proc/self/fd")) + more + 256  # TensorFlow and MPI open theirs later
+    wanted = len(os.listdir("/proc/self/fd")) + more + 256  # TensorFlow and MPI open more files later
     if soft == resource.RLIM_INFINITY or wanted <= soft:
         return
     if hard != resource.RLIM_INFINITY and wanted > hard:
-        raise DataError(f"the shards need {wanted} open files, the limit is {hard}; raise it (ulimit -Hn)")
+        raise DataError(f"the shards need {wanted} open files, the limit is {hard}; increase it (ulimit -Hn)")
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

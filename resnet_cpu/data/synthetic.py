@@ -1,14 +1,13 @@
-"""Images that cost nothing to read: for timing and for trying a set-up without any data."""
+"""Synthetic images, which cost nothing to read: for timing, and for trying a set-up without data."""
 
-from typing import Iterator, Tuple
+from typing import Tuple
 
 import numpy as np
 import tensorflow as tf
 
-from resnet_cpu.data import batches as pipeline
 from resnet_cpu.data import order
 
-POOL = 64  # distinct images; enough that a batch is no copy of one image, small enough to stay in memory
+POOL = 64  # distinct images: enough that a batch is not one image repeated, few enough to stay in memory
 
 
 def image_pool(image_size: int, num_classes: int) -> Tuple[np.ndarray, np.ndarray]:
@@ -18,10 +17,11 @@ def image_pool(image_size: int, num_classes: int) -> Tuple[np.ndarray, np.ndarra
     return images, np.arange(POOL, dtype=np.int64) % num_classes
 
 
-def training_batches(
-    image_size: int, share: order.Share, *, num_classes: int, threads: int
-) -> Iterator[pipeline.Batch]:
-    """Yield batches as `pipeline.training_batches` does; example i is image i mod POOL."""
+def training_set(image_size: int, share: order.Share, num_classes: int) -> tf.data.Dataset:
+    """Return the micro-batches of `share` as a dataset of (images, labels); example i is image i mod POOL.
+
+    Images are float32 [batch_size, size, size, 3], labels int64 [batch_size].
+    """
     images, labels = (tf.constant(array) for array in image_pool(image_size, num_classes))
 
     def read(number: np.ndarray) -> np.ndarray:
@@ -29,8 +29,6 @@ def training_batches(
 
     def gather(number: tf.Tensor) -> Tuple[tf.Tensor, ...]:
         ids = tf.ensure_shape(tf.numpy_function(read, [number], tf.int64, stateful=False), [share.batch_size])
-        return ids, tf.gather(images, ids % POOL), tf.gather(labels, ids % POOL)
+        return tf.gather(images, ids % POOL), tf.gather(labels, ids % POOL)
 
-    data = tf.data.Dataset.range(share.numbers.start, share.numbers.stop).map(gather)
-    for ids, batch, batch_labels in data.prefetch(pipeline.PREFETCH).with_options(pipeline.options(threads)):
-        yield ids.numpy(), batch, batch_labels
+    return tf.data.Dataset.range(share.numbers.start, share.numbers.stop).map(gather)
