@@ -1,4 +1,4 @@
-"""benchmarks/replay_fit.py: the fit to a made-up replay, predictions, reduced files, and the figures of docs/simulate.md."""
+"""benchmarks/replay_fit.py: fits to made-up replays, predictions, reduced files, the figures in docs/simulate.md."""
 
 import dataclasses
 import itertools
