@@ -36,10 +36,10 @@ smoke: setup
 
 reproduce: setup $(DATA)/manifest.json
 	@PATH="$(abspath $(VENV))/bin:$$PATH" experiments/reproduce.sh
-	@$(PYTHON_ENV) -m resnet_cpu.tables --runs=$(or $(RUNS),runs/reproduce) --documents=README.md,docs/results.md,docs/scaling.md >/dev/null
+	@$(PYTHON_ENV) -m resnet_cpu.tables --runs=$(or $(RUNS),runs/reproduce) >/dev/null
 
 tables: setup
-	@$(PYTHON_ENV) -m resnet_cpu.tables --documents=README.md,docs/results.md,docs/scaling.md >/dev/null
+	@$(PYTHON_ENV) -m resnet_cpu.tables >/dev/null
 
 PYTEST = PATH="$(abspath $(VENV))/bin:$$PATH" python -m pytest -q
 PARALLEL = -n "$$(nproc)" --maxprocesses=8 --dist=loadgroup --no-loadscope-reorder

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs every experiment behind docs/results.md: one process of one thread a core, hours in all; and before them the ladders
-# of docs/scaling.md, minutes, a run at a time. Run it again after an interruption: what is finished is not run again, what
-# was cut off goes on.
+# Run all experiments of docs/results.md, with one single-threaded process per core, which takes hours; and before them the
+# ladders of docs/scaling.md, one run at a time, which takes minutes. Call it again after an interruption: finished runs are
+# skipped, interrupted ones are continued.
 #
 #   make reproduce                        RUNS=folder (runs/reproduce)  SEEDS="0 1 2"  JOBS=cores  ONLY=part-of-a-name
 set -euo pipefail
@@ -9,12 +9,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs=${RUNS:-runs/reproduce}
 seeds=${SEEDS:-0 1 2}
 jobs=${JOBS:-$(nproc)}
-only=${ONLY:-}  # a part of a run's name, to run those alone
+only=${ONLY:-}  # a part of the names of the runs to run
 ensemble=experiments/collapsed_ensemble
 ladder=experiments/lr_scaling
 
-# The ladders: nothing else may run. In turns, so that a machine that drifts drifts for all rungs; a repetition is a batch.
-# Every rank has a core of its own and one thread, on all rungs.
+# The ladders need an otherwise idle machine. Rungs take turns, so that drift of the machine affects all of them; each
+# repetition is a batch. On all rungs, every rank has a core of its own and one thread.
 scaling() {
   local repetition kind ranks folder
   for repetition in 0 1 2; do
@@ -35,7 +35,7 @@ scaling() {
   done
 }
 
-# One line a run: its folder below $runs, its flags.
+# Print one line per run: its folder below $runs, and its flags.
 list() {
   local seed rung
   for seed in $seeds; do
@@ -53,7 +53,7 @@ list() {
   done
 }
 
-# Batch norm's statistics of averaged weights are not averaged statistics: a hundred steps at LR 0 set them right.
+# The batch-norm statistics of averaged weights are not the averaged statistics: compute them in a hundred steps at LR 0.
 average() {
   local seed table mean
   for seed in $seeds; do
@@ -66,7 +66,7 @@ average() {
   done
 }
 
-# SLOT is xargs' number of the process, and the core it runs on. A run that fails is told, and the others go on.
+# SLOT is the number of the process as xargs counts them; it selects the core. A failed run is reported, the others continue.
 one() {
   local folder=$1
   shift

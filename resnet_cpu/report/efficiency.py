@@ -26,8 +26,19 @@ RUN_COLUMNS = (
 _MAY_DIFFER = ("run_dir", "data_dir", "ranks", "seed", "resume", "max_steps")
 _SPLIT = f"{' / '.join(PARTS)}, %"
 _TITLES = (
-    *("what", "scaling", "ranks", "hosts", "nodes", "images a step", "published", "images/s", "n", "images/s a node"),
-    *("times the base", "efficiency, % (95 % interval)", "efficiency, %", _SPLIT, "hardware", "flagfile", "source"),
+    *(
+        "what",
+        "scaling",
+        "ranks",
+        "hosts",
+        "nodes",
+        "images per step",
+        "published",
+        "images/s",
+        "n",
+        "images/s per node",
+    ),
+    *("speed-up", "efficiency, % (95 % interval)", "efficiency, %", _SPLIT, "hardware", "flagfile", "source"),
 )
 _TABLE_COLUMNS = (
     *("what", "scaling", "ranks", "hosts", "nodes", "images_per_step", "runs", "images_per_second"),
@@ -148,10 +159,10 @@ def _shown(line: Row, kind: str, rung: Rung) -> Row:
         "scaling": kind,
         "ranks": str(rung.ranks),
         "hosts": str(rung.hosts),
-        "images a step": f"{rung.images:,}",
+        "images per step": f"{rung.images:,}",
         "images/s": f"{rung.rate:.1f}" + (f" ± {rung.rate_sd:.1f}" if rung.rate_sd is not None else ""),
         "n": str(rung.runs),
-        "times the base": f"{rung.speedup:.3f}",
+        "speed-up": f"{rung.speedup:.3f}",
         "efficiency, % (95 % interval)": efficiency,
         _SPLIT: " / ".join(f"{100 * rung.shares[part]:.1f}" for part in PARTS),
         "flagfile": line["flagfile"],
@@ -199,7 +210,7 @@ def _published(line: Row, source: Row) -> Tuple[Row, Row]:
         efficiency = float(source["value"]) / nodes
         shown["efficiency, %"] = f"{100 * efficiency:.1f} (derived)"
     elif nodes and source["unit"] == "images/s":
-        shown["images/s a node"] = f"{float(source['value']) / nodes:.1f}"
+        shown["images/s per node"] = f"{float(source['value']) / nodes:.1f}"
     figures = {
         "what": line["label"],
         "nodes": cell(nodes),
@@ -215,9 +226,9 @@ def _published(line: Row, source: Row) -> Tuple[Row, Row]:
 def _note(runs: Sequence[Row]) -> str:
     if not runs:
         return ""
-    machines = [f"{run['cpu']}, {count(run['cores_per_rank'], 'core')} a rank" for run in runs]
+    machines = [f"{run['cpu']}, {count(run['cores_per_rank'], 'core')} per rank" for run in runs]
     return (
-        "Mean ± standard deviation over n runs. Efficiency: against the fewest ranks in the same batch of runs, with "
-        "the 95 % bootstrap interval over batches and blocks of steps. Last: what a step consists of "
-        f"(docs/scaling.md). {origin(runs, machines)}"
+        "Mean ± standard deviation over n runs. Speed-up and efficiency are relative to the run on the fewest ranks in "
+        "the same batch of runs; the interval is a 95 % bootstrap over batches and blocks of steps. docs/scaling.md "
+        f"explains the parts of a step. {origin(runs, machines)}"
     )
