@@ -1,11 +1,11 @@
 """Timing of messages between ranks: allreduce of float32 by mpi4py and by Horovod, over message sizes.
 
 Definitions are those of nccl-tests (doc/PERFORMANCE.md) and of OSU's osu_allreduce. The latency of a call is the mean
-over ranks of the time in the call, which all enter from a barrier. For a message of S bytes on n ranks:
+over ranks of the time in the call, which all ranks enter from a barrier. For a message of S bytes on n ranks:
 
     algorithm bandwidth   S / latency
-    bus bandwidth         algorithm bandwidth * 2 (n - 1) / n: what each rank's link carries in a ring, to be held
-                          against the link's own speed, whatever n
+    bus bandwidth         algorithm bandwidth * 2 (n - 1) / n: the load of each rank's link in a ring, comparable with
+                          the speed of the link for any n
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import json
 import math
 import os
 import socket
+import sys
 import time
 from typing import Any, Callable, Dict, List, Optional
 
@@ -22,15 +23,16 @@ import tensorflow as tf
 from resnet_cpu.cluster import guard, horovod
 from resnet_cpu.cluster.control import World
 from resnet_cpu.errors import FlagError, UserError
-from resnet_cpu.recipe import batch as batch_rule
-from resnet_cpu.report import tables as results
+from resnet_cpu.report import tables
 from resnet_cpu.run.atomic import write_atomically
-from resnet_cpu.settings import Settings
+from resnet_cpu.settings import Settings, resolve_batch
 from resnet_cpu.training.state import build_model
 
 LEAST_BYTES = 1024
+MOST_BYTES = 256 * 2**20  # the gradients of ResNet-50 are 102 MB
 FACTOR = 4  # from one size to the next
 LEAST_CALLS = 3
+SECONDS_PER_SIZE = 10.0  # at most, unless LEAST_CALLS take longer
 _COLUMNS = (
     *("library", "bytes", "ranks", "calls", "latency_s", "latency_p10_s", "latency_p90_s"),
     *("algorithm_bandwidth_bytes_per_s", "bus_bandwidth_bytes_per_s"),
@@ -39,84 +41,83 @@ _COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """The calls with messages of one size by one library."""
+    """The timed calls of one library with messages of one size."""
 
     library: str
     size: int  # bytes
     ranks: int
-    seconds: np.ndarray  # of each call, mean over ranks
+    seconds: np.ndarray  # per call, mean over ranks
 
     @property
     def latency(self) -> float:
-        """Seconds of a call, the median."""
+        """Return the median time of a call, seconds."""
         return float(np.median(self.seconds))
 
     @property
     def algorithm_bandwidth(self) -> float:
-        """Bytes/s."""
+        """Return the bytes of the message over the latency, bytes/s."""
         return self.size / self.latency
 
     @property
     def bus_bandwidth(self) -> float:
-        """Bytes/s."""
+        """Return the load of each rank's link in a ring, bytes/s."""
         return self.algorithm_bandwidth * 2 * (self.ranks - 1) / self.ranks
 
 
 @dataclasses.dataclass(frozen=True)
-class Timed:
-    """All sizes by all libraries, the model's gradient being one of them."""
+class MessageTimings:
+    """The timings of all sizes by all libraries; one of the sizes is that of the model's gradients."""
 
     messages: List[Message]
     gradient_bytes: int
-    images: int  # of a step, all ranks
+    images: int  # per step, all ranks
     hosts: int = 1
 
     @property
     def images_per_second(self) -> float:
-        """Images of a step over the time in which Horovod averages a message as large as all gradients together.
+        """Return the images of a step over the time in which Horovod averages all gradients in one message.
 
-        No training is faster whose messages are not hidden behind the backward pass.
+        It is an upper bound on the speed of training whose messages are not hidden behind the backward pass.
         """
-        mine = next(
-            message for message in self.messages if (message.library, message.size) == ("horovod", self.gradient_bytes)
-        )
-        return self.images / mine.latency
+        of_gradients = ("horovod", self.gradient_bytes)
+        return self.images / next(m.latency for m in self.messages if (m.library, m.size) == of_gradients)
 
     def network(self) -> Optional[Dict[str, float]]:
         """Return the constants of a network for `resnet_cpu.simulate`; None unless every host has one rank.
 
-        Of mpi4py's calls: the smallest is ceil(log2 n) latencies, the largest 2 (n - 1) / n times the message at the
-        bandwidth. Adding up is in both, so it costs nothing besides.
+        From mpi4py's calls: the smallest message takes ceil(log2 n) latencies, the largest 2 (n - 1) / n times its size
+        at the bandwidth. The time of the additions is part of both, so their own cost is set to zero.
         """
-        alone = [message for message in self.messages if message.library == "mpi4py"]
-        small, large = min(alone, key=lambda one: one.size), max(alone, key=lambda one: one.size)
+        plain = [message for message in self.messages if message.library == "mpi4py"]
+        small, large = min(plain, key=lambda m: m.size), max(plain, key=lambda m: m.size)
         if self.hosts != small.ranks:
             return None
         latency = small.latency / math.ceil(math.log2(small.ranks))
         return {"latency_s": latency, "bandwidth": large.bus_bandwidth, "reduce_s_per_byte": 0.0}
 
     def lines(self) -> List[str]:
-        """Return the table that a person wants to see, and what the last line means."""
-        told = [
+        """Return the timings as a table for people, and the meaning of the last line of the command."""
+        table = [
             f"allreduce: {self.messages[0].ranks} ranks; latency: median and 10-90 % of calls, mean over ranks",
             f"{'library':<8} {'bytes':>12} {'calls':>6} {'latency, us':>12} {'10 %':>12} {'90 %':>12} "
             f"{'algorithm, GB/s':>16} {'bus, GB/s':>10}",
         ]
         for message in self.messages:
             low, high = np.percentile(message.seconds, [10, 90])
-            told.append(
+            table.append(
                 f"{message.library:<8} {message.size:>12,} {len(message.seconds):>6} {1e6 * message.latency:>12.1f} "
                 f"{1e6 * low:>12.1f} {1e6 * high:>12.1f} {message.algorithm_bandwidth / 1e9:>16.4f} "
                 f"{message.bus_bandwidth / 1e9:>10.4f}"
             )
         return [
-            *told,
-            f"total images/sec below: what messages alone would allow, {self.images} images a step over Horovod's time "
-            f"for the model's gradients in one message ({self.gradient_bytes:,} bytes); nothing was trained",
+            *table,
+            "total images/sec below: the bound that messages alone set, nothing was trained: "
+            f"{self.images} images per step over Horovod's time for the model's gradients in one message "
+            f"({self.gradient_bytes:,} bytes)",
         ]
 
     def write(self, folder: str) -> str:
-        """Write allreduce.csv to `folder`, and network.json where it can be told; return what was written."""
+        """Write allreduce.csv to `folder`, and network.json if `network` is known; return a line that lists them."""
         rows = []
         for message in self.messages:
             low, high = np.percentile(message.seconds, [10, 90])
@@ -124,18 +125,18 @@ class Timed:
                 *(message.library, message.size, message.ranks, len(message.seconds)),
                 *(message.latency, float(low), float(high), message.algorithm_bandwidth, message.bus_bandwidth),
             )
-            rows.append(dict(zip(_COLUMNS, map(results.cell, figures))))
+            rows.append(dict(zip(_COLUMNS, map(tables.cell, figures))))
         os.makedirs(folder, exist_ok=True)
-        results.write_csv(os.path.join(folder, "allreduce.csv"), rows, _COLUMNS)
+        tables.write_csv(os.path.join(folder, "allreduce.csv"), rows, _COLUMNS)
         network = self.network()
         if network is None:
-            return f"in {folder}: allreduce.csv"
+            return f"wrote allreduce.csv to {folder}"
         write_atomically(os.path.join(folder, "network.json"), (json.dumps(network, indent=1) + "\n").encode())
-        return f"in {folder}: allreduce.csv, and network.json for python -m resnet_cpu.simulate --network"
+        return f"wrote allreduce.csv to {folder}, and network.json for python -m resnet_cpu.simulate --network"
 
 
-def sizes(most_bytes: int, gradient_bytes: int) -> List[int]:
-    """Return the message sizes, bytes: 1 kB and its multiples up to `most_bytes`, and that of the gradients."""
+def sizes(gradient_bytes: int, most_bytes: int = MOST_BYTES) -> List[int]:
+    """Return the message sizes, bytes, ascending: from 1 kB on by `FACTOR` up to `most_bytes`, and the gradients'."""
     found = {gradient_bytes}
     size = LEAST_BYTES
     while size <= most_bytes:
@@ -145,36 +146,37 @@ def sizes(most_bytes: int, gradient_bytes: int) -> List[int]:
 
 
 def run(
-    settings: Settings,
-    world: World,
-    most_bytes: int,
-    seconds_a_size: float,
-    warmup_calls: int,
-    timed_calls: int,
-) -> Timed:
-    """Return the times of up to `timed_calls` messages of each size; raise FlagError for a single rank."""
+    settings: Settings, world: World, most_bytes: int = MOST_BYTES, seconds_per_size: float = SECONDS_PER_SIZE
+) -> MessageTimings:
+    """Return the timings of up to --timed_steps messages of each size; raise FlagError for a single rank.
+
+    On rank 0, write them to --run_dir if it is given.
+    """
     if world.size == 1:
         raise FlagError(
-            "--benchmark=allreduce: nothing to measure, a single rank sends no messages; start two or more, as "
-            "launch/local.sh 2 does"
+            "--benchmark=allreduce: nothing to measure, because a single rank sends no messages; start two or more "
+            "ranks, as in launch/local.sh 2"
         )
-    recipe = settings.recipe
-    batch = batch_rule.resolve_batch(recipe.batch_size, recipe.global_batch_size, world.size, recipe.accumulate_steps)
+    flags, batch = settings.benchmark, resolve_batch(settings, world.size)
     with guard.Watchdog(settings.system.stall_timeout) as watchdog:
-        gradients = sum(int(np.prod(variable.shape)) for variable in build_model(settings).trainable_variables)
+        gradients = 4 * sum(int(np.prod(variable.shape)) for variable in build_model(settings).trainable_variables)
         messages = []
         for library, sender in _SENDERS.items():
-            if (
-                library == "horovod"
-            ):  # not before: its thread, which asks all ranks every cycle, would disturb the other
+            if library == "horovod":  # only now: its thread, which polls all ranks, would disturb mpi4py's calls
                 horovod.start(world)
-            for size in sizes(most_bytes, 4 * gradients):
+            for size in sizes(gradients, most_bytes):
                 call = sender(world, size)
                 if not (np.asarray(call()) == world.size).all():
                     raise UserError(f"--benchmark=allreduce: {library}: a sum of {size} bytes over ranks is wrong")
-                seconds = _time(world, call, seconds_a_size, warmup_calls, timed_calls, watchdog.beat)
+                seconds = _time(world, call, seconds_per_size, flags.warmup_steps, flags.timed_steps, watchdog.beat)
                 messages.append(Message(library, size, world.size, seconds))
-    return Timed(messages, 4 * gradients, batch.total, len(set(world.gather(socket.gethostname()))))
+    timings = MessageTimings(messages, gradients, batch.total, len(set(world.gather(socket.gethostname()))))
+    folder = settings.run.run_dir
+    if folder is not None:
+        written = world.on_rank0(lambda: timings.write(folder))
+        if world.rank == 0:
+            print(written, file=sys.stderr)
+    return timings
 
 
 def _by_mpi(world: World, size: int) -> Callable[[], np.ndarray]:
@@ -191,7 +193,7 @@ def _by_mpi(world: World, size: int) -> Callable[[], np.ndarray]:
 def _by_horovod(world: World, size: int) -> Callable[[], tf.Tensor]:
     mine = tf.ones([size // 4])
     reduce = tf.function(lambda: horovod.total(mine, f"allreduce_{size}"))
-    return reduce  # back when the message is; .numpy() would add a copy
+    return reduce  # returns when the message has arrived; .numpy() would add a copy
 
 
 _SENDERS: Dict[str, Callable[[World, int], Callable[[], Any]]] = {"mpi4py": _by_mpi, "horovod": _by_horovod}
@@ -205,7 +207,7 @@ def _time(
     timed_calls: int,
     beat: Callable[[], None],
 ) -> np.ndarray:
-    """Return the seconds of each timed call, mean over ranks; as many calls on all ranks, by the slowest's warm-up."""
+    """Return the seconds of each timed call, mean over ranks; all ranks make the same number of calls."""
 
     def timed(count: int) -> List[float]:
         taken = []

@@ -1,8 +1,8 @@
-"""Timing of one part alone: training steps or forward passes on images that cost nothing, or the input pipeline."""
+"""Timing of one part alone: training steps or forward passes on synthetic images, or the input pipeline."""
 
 import dataclasses
 import time
-from typing import Callable, List, Optional
+from typing import Callable, Iterator, List, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -10,35 +10,35 @@ import tensorflow as tf
 from resnet_cpu.cluster import guard, horovod
 from resnet_cpu.cluster.control import World
 from resnet_cpu.data import synthetic
+from resnet_cpu.data.batches import TrainingBatch, training_batches
 from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.errors import FlagError
-from resnet_cpu.recipe import batch as batch_rule
-from resnet_cpu.settings import Settings
-from resnet_cpu.training import evaluation
-from resnet_cpu.training import opening as job
-from resnet_cpu.training.batches import training_batches
+from resnet_cpu.recipe.batch import Batch
+from resnet_cpu.recipe.schedule import Rates
+from resnet_cpu.settings import Settings, resolve_batch
+from resnet_cpu.training import evaluation, opening
 from resnet_cpu.training.state import build_model
-from resnet_cpu.training.step import TrainStep, make_knobs, make_optimizer
+from resnet_cpu.training.step import TrainStep
 
 
 @dataclasses.dataclass(frozen=True)
-class Timed:
+class StepTimings:
     """Step times of all ranks, seconds [ranks, steps], and what a step is."""
 
     what: str
     step_s: np.ndarray
     batch_size: int  # images per rank
     cores: int  # of all ranks
-    update_s: Optional[np.ndarray] = None  # of it after the last gradient, seconds [ranks, steps]; of training only
+    update_s: Optional[np.ndarray] = None  # part of it after the last gradient, [ranks, steps]; of training only
 
     @property
     def images_per_second(self) -> float:
-        """Images of all ranks over the time of the slowest."""
+        """Return the images of all ranks over the time of the slowest rank."""
         ranks, steps = self.step_s.shape
         return ranks * steps * self.batch_size / self.step_s.sum(1).max()
 
     def lines(self) -> List[str]:
-        """Return what a person wants to see of it."""
+        """Return a summary for people."""
         ranks, steps = self.step_s.shape
         low, middle, high = np.percentile(self.step_s, [10, 50, 90]) * 1000
         split = []
@@ -54,55 +54,63 @@ class Timed:
         ]
 
 
-def run(
-    settings: Settings,
-    world: World,
-    data: Optional[ShardedData],
-    what: str,
-    warmup_steps: int,
-    timed_steps: int,
-    timed_seconds: Optional[float] = None,
-) -> Timed:
-    """Return the times of `timed_steps` steps after `warmup_steps` that are not counted.
-
-    Past `timed_seconds` timing ends with fewer steps, two at least, after the same one on all ranks.
-    """
-    recipe = settings.recipe
-    batch = batch_rule.resolve_batch(recipe.batch_size, recipe.global_batch_size, world.size, recipe.accumulate_steps)
-    batch_rule.check_statistics(settings.model.bn_stats_batch, batch)
-    steps = warmup_steps + timed_steps
+def run(settings: Settings, world: World) -> StepTimings:
+    """Return the times of --timed_steps steps of --benchmark, after --warmup_steps that are not timed."""
+    flags, batch = settings.benchmark, resolve_batch(settings, world.size)
+    data = opening.open_data(settings, world) if flags.benchmark == "pipeline" else None
+    steps = flags.warmup_steps + flags.timed_steps
     with guard.Watchdog(settings.system.stall_timeout) as watchdog:
         horovod.start(world)
-        if what == "pipeline":
+        if flags.benchmark == "pipeline":
             if data is None:
                 raise FlagError("--benchmark=pipeline: --dataset=synthetic reads nothing; give a --dataset", True)
             one_step = _reading(settings, world, data, batch, steps)
+        elif flags.benchmark == "synthetic":
+            one_step = _training(settings, world, batch, steps)
         else:
-            one_step = _computing(settings, world, batch, steps, training=what == "synthetic")
+            one_step = _forward(settings, world, batch, steps)
         seconds, updates = [], []
         for step in range(steps):
             started = time.perf_counter()
             update_s = one_step()
-            if step >= warmup_steps:
+            if step >= flags.warmup_steps:
                 seconds.append(time.perf_counter() - started)
                 updates.append(update_s)
             watchdog.beat()
-            if timed_seconds is not None and len(seconds) >= 2 and world.broadcast(sum(seconds) > timed_seconds):
-                break
-    return Timed(
-        what,
+    return StepTimings(
+        flags.benchmark,
         np.array(world.gather(seconds)),
         batch.per_rank * batch.accumulate_steps,
         sum(world.gather(world.cores)),
-        np.array(world.gather(updates)) if what == "synthetic" else None,
+        np.array(world.gather(updates)) if flags.benchmark == "synthetic" else None,
     )
 
 
-def _computing(
-    settings: Settings, world: World, batch: batch_rule.Batch, steps: int, training: bool
-) -> Callable[[], Optional[float]]:
-    model = build_model(settings)
-    batches = training_batches(
+def _training(settings: Settings, world: World, batch: Batch, steps: int) -> Callable[[], Optional[float]]:
+    train_step = TrainStep(build_model(settings), settings.recipe, batch.accumulate_steps)
+    batches = _synthetic_batches(settings, world, batch, steps)
+    rates = Rates(0.0, 0.0, 0.0)  # the same cost as any other, and never divergence
+
+    def train() -> float:
+        return train_step.take(batches, rates).update_s
+
+    return train
+
+
+def _forward(settings: Settings, world: World, batch: Batch, steps: int) -> Callable[[], Optional[float]]:
+    evaluate_step = evaluation.make_evaluate_step(build_model(settings))
+    batches = _synthetic_batches(settings, world, batch, steps)
+    weights = tf.ones([batch.per_rank], tf.int64)
+
+    def forward() -> None:
+        for _ in range(batch.accumulate_steps):
+            evaluate_step(*next(batches), weights)[0].numpy()
+
+    return forward
+
+
+def _synthetic_batches(settings: Settings, world: World, batch: Batch, steps: int) -> Iterator[TrainingBatch]:
+    return training_batches(
         settings,
         world,
         None,
@@ -113,34 +121,16 @@ def _computing(
         augment="none",
         image_size=settings.data.image_size,
     )
-    if not training:
-        evaluate_step = evaluation.make_evaluate_step(model)
-        weights = tf.ones([batch.per_rank], tf.int64)
-
-        def forward() -> None:
-            for _ in range(batch.accumulate_steps):
-                evaluate_step(*next(batches)[1:], weights)[0].numpy()
-
-        return forward
-    knobs = make_knobs()
-    optimizer = make_optimizer(model, knobs, settings.recipe)
-    train_step = TrainStep(model, optimizer, knobs, batch.accumulate_steps, settings.recipe.label_smoothing)
-    rate, go_on = tf.constant(0.0), tf.constant(0.0)  # a rate of 0 costs the same and never diverges
-
-    def train() -> float:
-        return train_step.take(batches, rate, go_on)[0].update_s
-
-    return train
 
 
 def _reading(
-    settings: Settings, world: World, data: ShardedData, batch: batch_rule.Batch, steps: int
+    settings: Settings, world: World, data: ShardedData, batch: Batch, steps: int
 ) -> Callable[[], Optional[float]]:
     batches = training_batches(
         settings,
         world,
         data,
-        examples=job.examples(settings, data)[0],
+        examples=opening.examples(settings, data)[0],
         batch=batch,
         first_step=0,
         last_step=steps,

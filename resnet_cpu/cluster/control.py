@@ -1,6 +1,6 @@
-"""The control plane: who am I, and what do we all agree on; small JSON messages over mpi4py, no TensorFlow.
+"""The control plane: the number of ranks, and what they agree on. Small JSON messages over mpi4py; no TensorFlow.
 
-Without a launcher there is one rank, and no MPI is needed. Nothing is pickled: a message is UTF-8 JSON.
+Without a launcher there is one rank, and MPI is not needed. Nothing is pickled: a message is UTF-8 JSON.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import traceback
-from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import numpy as np
 
@@ -18,12 +18,12 @@ from resnet_cpu.cluster.launchers import EXPECTED_RANKS
 from resnet_cpu.cluster.machine import physical_cores, quota
 from resnet_cpu.errors import BY_CODE, FlagError, OutputError, UserError
 
-# (ranks in all, my rank), as launchers announce them.
+# Environment variables in which launchers announce (number of ranks, rank of this process).
 _LAUNCHERS = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("PMI_SIZE", "PMI_RANK"),  # Intel MPI, MPICH
     ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
-    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),  # of srun; in a batch script itself the first is not set
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),  # srun; a batch script itself does not have the first
 )
 
 
@@ -36,14 +36,14 @@ def announced(environ: Mapping[str, str] = os.environ) -> Tuple[int, int]:
 
 
 def several_hosts(environ: Mapping[str, str] = os.environ) -> bool:
-    """Return whether Open MPI started ranks on other hosts than this one, too."""
+    """Return whether Open MPI started ranks on other hosts as well."""
     local = environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
     return local is not None and int(local) < announced(environ)[0]
 
 
 @contextlib.contextmanager
-def everyone_alike() -> Iterator[None]:
-    """Around what depends only on what all ranks share: its errors are raised by all of them, and told once."""
+def same_on_all_ranks() -> Iterator[None]:
+    """Mark errors of the enclosed code as collective: it depends only on what all ranks share, so all raise them."""
     try:
         yield
     except UserError as error:
@@ -53,19 +53,20 @@ def everyone_alike() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """All ranks of a job; `comm` is None where there is only one."""
+    """All ranks of a job; `comm` is None if there is only one."""
 
     size: int
     rank: int
     comm: Any = None
-    cores: int = 1  # physical ones that this rank may count as its own
+    cores: int = 1  # physical cores that belong to this rank
 
     def barrier(self) -> None:
+        """Wait until all ranks are here."""
         if self.comm is not None:
             self.comm.Barrier()
 
     def broadcast(self, message: Any) -> Any:
-        """Return rank 0's message (anything JSON can hold) on every rank."""
+        """Return rank 0's message (any JSON value) on every rank."""
         if self.comm is None:
             return message
         data = np.frombuffer(json.dumps(message).encode() if self.rank == 0 else b"", np.uint8)
@@ -88,9 +89,9 @@ class World:
         return [json.loads(buffer[end - length : end].tobytes()) for end, length in zip(ends, lengths)]
 
     def collect(self, rows: np.ndarray) -> Optional[np.ndarray]:
-        """Return the rows of all ranks' arrays, in the order of the ranks, on rank 0; None on the others.
+        """Return the concatenated rows of all ranks' arrays, in the order of the ranks, on rank 0; None on the others.
 
-        The arrays agree in dtype and in all but the first dimension.
+        The arrays have the same dtype and the same shape but for the first dimension.
         """
         if self.comm is None:
             return rows
@@ -99,32 +100,39 @@ class World:
         if self.rank != 0:
             self.comm.Gatherv(rows, None, root=0)
             return None
-        everyone = np.empty([sum(counts)], rows.dtype)
-        self.comm.Gatherv(rows, [everyone, counts], root=0)
-        return everyone.reshape(-1, *rows.shape[1:])
+        collected = np.empty([sum(counts)], rows.dtype)
+        self.comm.Gatherv(rows, [collected, counts], root=0)
+        return collected.reshape(-1, *rows.shape[1:])
 
     def on_rank0(self, work: Callable[[], Any]) -> Any:
-        """Do `work` on rank 0; return its result, or raise its error, on every rank alike."""
-        outcome: Any = None
+        """Call `work` on rank 0; return its result (any JSON value), or raise its error, on every rank."""
+        return self.on_rank0_with_beats(lambda beat: work(), lambda: None)
+
+    def on_rank0_with_beats(self, work: Callable[[Callable[[], None]], Any], beat: Callable[[], None]) -> Any:
+        """Call `work` on rank 0 as `on_rank0` does; each time that `work` calls its argument, all ranks call `beat`.
+
+        For work that may take longer than the stall timeout: the waiting ranks' watchdogs need the beats as well.
+        """
+
+        def beat_all() -> None:
+            self.broadcast({"beat": True})
+            beat()
+
         if self.rank == 0:
-            try:
-                outcome = {"result": work()}
-            except UserError as error:
-                outcome = {"code": error.exit_code, "message": str(error)}
-            except OSError as error:
-                outcome = {"code": OutputError.exit_code, "message": told_of_file(error)}
-            except Exception as error:  # the peers wait for an answer, whatever went wrong
-                traceback.print_exc(file=sys.stderr)
-                outcome = {"code": UserError.exit_code, "message": f"{type(error).__name__}: {error}"}
-        outcome = self.broadcast(outcome)
+            outcome = self.broadcast(_outcome_of(lambda: work(beat_all)))
+        else:
+            outcome = self.broadcast(None)
+            while "beat" in outcome:
+                beat()
+                outcome = self.broadcast(None)
         if "code" in outcome:
             raise BY_CODE[outcome["code"]](outcome["message"], collective=True)
         return outcome["result"]
 
     def on_all(self, work: Callable[[], Any]) -> Any:
-        """Do `work` on every rank; return its own result, or raise the first rank's error, on every rank alike.
+        """Call `work` on every rank; return its own result, or raise the first rank's error, on every rank.
 
-        The error names the rank and its host, and how many more have one: a thousand nodes tell it once.
+        The error names the rank, its host and the number of other ranks with an error: a thousand nodes report once.
         """
         result, failure = None, None
         try:
@@ -132,7 +140,7 @@ class World:
         except UserError as error:
             failure = {"code": error.exit_code, "message": str(error)}
         except OSError as error:
-            failure = {"code": OutputError.exit_code, "message": told_of_file(error)}
+            failure = {"code": OutputError.exit_code, "message": describe_os_error(error)}
         failures = [
             (rank, host, failure)
             for rank, (host, failure) in enumerate(self.gather([socket.gethostname(), failure]))
@@ -146,22 +154,37 @@ class World:
         return result
 
 
-def told_of_file(error: OSError) -> str:
-    """Return one line on an error of the file system."""
-    return f"{error.filename or 'I/O'}: {error.strerror or error}; check its rights and the free space, then run again"
+def _outcome_of(work: Callable[[], Any]) -> Dict[str, Any]:
+    """Return the result of `work`, or its error, as a message to the other ranks, which wait for one in any case."""
+    try:
+        return {"result": work()}
+    except UserError as error:
+        return {"code": error.exit_code, "message": str(error)}
+    except OSError as error:
+        return {"code": OutputError.exit_code, "message": describe_os_error(error)}
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        return {"code": UserError.exit_code, "message": f"{type(error).__name__}: {error}"}
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return an error of the file system as one line with the remedy."""
+    reason = error.strerror or error
+    return f"{error.filename or 'I/O'}: {reason}; check its permissions and the free space, then run again"
 
 
 def connect(expected: Optional[int]) -> World:
-    """Start MPI if a launcher announced more than one rank; raise FlagError if it is not the world that was meant."""
+    """Return the world; start MPI if a launcher announced several ranks. Raise FlagError if it is not as expected."""
     size, rank = announced()
     mask = sorted(os.sched_getaffinity(0))
     if expected is not None and expected != size:
-        raise FlagError(f"--ranks={expected}: the launcher started {size}; start as many, or leave --ranks out")
+        raise FlagError(f"--ranks={expected}: the launcher started {size}; start {expected}, or remove --ranks")
     asked = os.environ.get(EXPECTED_RANKS)
     if asked is not None and asked != str(size):
         raise FlagError(
             f"{asked} ranks were asked for, this process is one of {size}: the launcher belongs to another MPI, or not "
-            "all were started; choose with python -m resnet_cpu.launch --mpi=..., and see BUILD_NOTES.md"
+            "all ranks were started; choose the launcher with python -m resnet_cpu.launch --mpi=..., and see "
+            "BUILD_NOTES.md"
         )
     if size == 1:
         return World(1, 0, None, share_of_cores(mask, [mask], quota()))
@@ -175,8 +198,8 @@ def connect(expected: Optional[int]) -> World:
             f"{MPI.COMM_WORLD.Get_size()}: launcher and mpi4py belong to different MPIs; see BUILD_NOTES.md"
         )
     if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
-        raise FlagError("MPI came up without MPI_THREAD_MULTIPLE, which Horovod needs; unset MPI4PY_RC_THREAD_LEVEL")
-    # A communicator of our own: these messages never meet Horovod's.
+        raise FlagError("MPI started without MPI_THREAD_MULTIPLE, which Horovod needs; unset MPI4PY_RC_THREAD_LEVEL")
+    # A separate communicator, so that these messages cannot be mixed up with Horovod's.
     comm = MPI.COMM_WORLD.Dup()
     host = socket.gethostname()
     masks = [other for name, other in World(size, rank, comm).gather([host, mask]) if name == host]
@@ -184,10 +207,10 @@ def connect(expected: Optional[int]) -> World:
 
 
 def share_of_cores(mask: List[int], masks: List[List[int]], granted: Optional[float] = None) -> int:
-    """Return the cores of a rank with affinity `mask` among all ranks' `masks` on its host.
+    """Return the number of cores of a rank with affinity `mask`; `masks` are those of all ranks on its host.
 
-    Ranks that the launcher bound have masks of their own; where masks overlap the ranks share their cores evenly.
-    `granted`: CPUs' worth of time that a cgroup leaves to all of them, None: no limit.
+    Bound ranks have disjoint masks; ranks with overlapping masks share the cores evenly. `granted` is the CPU time
+    that a cgroup grants to all of them, in CPUs (None: no limit).
     """
     sharing = [other for other in masks if set(other) & set(mask)]
     share = physical_cores(mask if len(sharing) <= 1 else set().union(*sharing)) // max(1, len(sharing))

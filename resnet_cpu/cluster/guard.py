@@ -1,7 +1,7 @@
 """How a job ends: exit codes, signals, and no rank left behind.
 
 An exception on one rank does not end an MPI job by itself: the rank waits in MPI_Finalize and its peers in the next
-collective. So every entry point runs inside `run`, which tells the error once and takes the whole job down.
+collective. Every entry point therefore runs inside `run`, which prints the error once and ends the whole job.
 """
 
 import contextlib
@@ -19,13 +19,14 @@ from typing import Any, Callable, List, NoReturn, Optional
 from resnet_cpu.cluster import control
 from resnet_cpu.errors import OutputError, PeerLost, UserError
 
-_PEER_GRACE_S = 3.0  # what a rank that only heard of a failure waits for the rank that knows more
-# Within it mpirun notices that a host is gone (cluster/launchers.py sets how) and ends the job. If it is told to abort
-# before, it waits a quarter of an hour for that host's answer.
+_PEER_GRACE_S = 3.0  # how long a rank that learned of a failure from others waits for the rank that knows the cause
+# Within this time mpirun notices that a host is gone (cluster/launchers.py configures it) and ends the job. If it is
+# asked to abort earlier, it waits a quarter of an hour for that host's answer.
 LOST_HOST_S = 30.0
 _FIRST_STEP_GRACE_S = 300.0  # for tracing the graph and creating kernels, on top of the stall timeout
-_CONNECT_S = (10.0, 120.0)  # what the ranks are given to find each other, at least and at most
-_START_S = 600.0  # what MPI is given to come up
+_SUSPENDED_S = 2.0  # a poll of the watchdog that comes later than this means that the process did not run meanwhile
+_CONNECT_S = (10.0, 120.0)  # least and greatest time that the ranks are given to reach each other
+_START_S = 600.0  # time that MPI is given to start on all ranks
 _stop_signal: Optional[int] = None
 
 
@@ -38,30 +39,30 @@ def run(main: Callable[[List[str]], Optional[int]]) -> NoReturn:
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if code:
-            _end(code, collective=False)
-    except BrokenPipeError:  # `plan | head`: who reads has enough
+            _exit(code, collective=False)
+    except BrokenPipeError:  # `plan | head`: the reader has closed the pipe
         os._exit(0 if _mpi() is None else 1)
     except KeyboardInterrupt:
-        _tell("interrupted")
-        _end(130, collective=False)
+        _print_error("interrupted")
+        _exit(130, collective=False)
     except UserError as error:
-        _wait_for_rank0_to_tell_the_same()
+        _let_rank0_report_before_mpi()
         if not error.collective or _rank() == 0:
-            _tell(str(error))
-        _end(error.exit_code, error.collective)
+            _print_error(str(error))
+        _exit(error.exit_code, error.collective)
     except OSError as error:
         if _rank() != 0:
-            _wait_for_rank0_to_tell_the_same()
-        _tell(control.told_of_file(error))
-        _end(OutputError.exit_code, collective=False)
+            _let_rank0_report_before_mpi()
+        _print_error(control.describe_os_error(error))
+        _exit(OutputError.exit_code, collective=False)
     except BaseException as error:
-        if _heard_of_a_peer(error):
+        if _comes_from_a_lost_peer(error):
             time.sleep(_PEER_GRACE_S)  # the rank that failed first aborts the job within this time
-            _tell(f"a peer was lost: {str(error).splitlines()[0][:200]}; run the same command again to go on")
-            _end(PeerLost.exit_code, collective=False)
+            _print_error(f"a peer was lost: {str(error).splitlines()[0][:200]}; run the same command again to resume")
+            _exit(PeerLost.exit_code, collective=False)
         traceback.print_exc(file=sys.stderr)
-        _tell("internal error: the traceback is above")
-        _end(UserError.exit_code, collective=False)
+        _print_error("internal error: the traceback is above")
+        _exit(UserError.exit_code, collective=False)
     sys.exit(code)
 
 
@@ -69,35 +70,35 @@ def _rank() -> int:
     return control.announced()[1]
 
 
-def _tell(message: str) -> None:
+def _print_error(message: str) -> None:
+    """Print one line on standard error that names the rank, and the host if there are several."""
     size, rank = control.announced()
     host = f" on {socket.gethostname()}" if control.several_hosts() else ""
     where = f" rank {rank}{host}" if size > 1 and rank else ""
-    printable = "".join(
-        c if c.isprintable() else repr(c)[1:-1] for c in message
-    )  # no control characters of a file name
+    # A file name may hold control characters.
+    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     start = "\n" if sys.stderr.isatty() else ""  # after a progress line that is rewritten in place
     print(f"{start}resnet_cpu{where}: {printable}", file=sys.stderr, flush=True)
 
 
 def _mpi() -> Any:
-    """Return mpi4py's MPI while it is up, else None."""
+    """Return mpi4py's MPI while it is initialised, else None."""
     module = sys.modules.get("mpi4py.MPI")
     return module if module is not None and module.Is_initialized() and not module.Is_finalized() else None
 
 
-def _wait_for_rank0_to_tell_the_same() -> None:
-    """Before MPI is up all ranks trip over the same flags: rank 0 says so and ends the job."""
+def _let_rank0_report_before_mpi() -> None:
+    """Wait on the other ranks for rank 0, which has the same error: before MPI starts, all parse the same flags."""
     if _mpi() is None and _rank() != 0:
         time.sleep(_PEER_GRACE_S)
 
 
-def _heard_of_a_peer(error: BaseException) -> bool:
+def _comes_from_a_lost_peer(error: BaseException) -> bool:
     return type(error).__name__ == "HorovodInternalError" or "Horovod has been shut down" in str(error)
 
 
-def _end(code: int, collective: bool) -> NoReturn:
-    """Leave with `code`: together where all ranks know, else taking the others down."""
+def _exit(code: int, collective: bool) -> NoReturn:
+    """Exit with `code`: together if all ranks raised the error, else ending the other ranks as well."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # a full disk must not hide the code
             stream.flush()
@@ -105,7 +106,7 @@ def _end(code: int, collective: bool) -> NoReturn:
     if mpi is None:
         os._exit(code)
     if collective:
-        mpi.COMM_WORLD.Barrier()  # mpirun kills the others at the first non-zero exit: rank 0 must be done writing
+        mpi.COMM_WORLD.Barrier()  # mpirun kills the others at the first non-zero exit: let rank 0 finish writing
         os._exit(code)
     abort(code)
 
@@ -119,10 +120,10 @@ def abort(code: int) -> NoReturn:
 
 
 def connect(expected: Optional[int], patience: float) -> control.World:
-    """Return `control.connect`'s world; end the job if the ranks do not reach each other within `patience` seconds.
+    """Return the world of `control.connect`; end the job if the ranks do not reach each other in time.
 
-    Through a network interface that leads nowhere the first message waits for ever, and no watchdog runs yet. However
-    patient the caller, ten seconds are not too much and two minutes are enough.
+    Without this, the first message through a network interface that leads nowhere waits for ever: no watchdog runs
+    yet. `patience` is in seconds, limited to between ten seconds and two minutes.
     """
     answered = threading.Event()
     patience = min(max(patience, _CONNECT_S[0]), _CONNECT_S[1])
@@ -134,7 +135,7 @@ def connect(expected: Optional[int], patience: float) -> control.World:
 
 
 def _await_answer(answered: threading.Event, patience: float) -> None:
-    # Counted from when MPI is up on all ranks, which may take long where Python is read from a busy file system.
+    # Counted from the moment MPI runs on all ranks, which may take long if Python is read from a busy file system.
     began = time.monotonic()
     while not hasattr(sys.modules.get("mpi4py.MPI"), "Is_finalized") or _mpi() is None:
         if answered.wait(0.2):
@@ -144,16 +145,16 @@ def _await_answer(answered: threading.Event, patience: float) -> None:
     if answered.wait(patience):
         return
     if _rank() != 0:
-        time.sleep(_PEER_GRACE_S)  # rank 0 tells it, and ends the job
-    _tell(
-        f"the ranks did not reach each other in {patience:g} s, perhaps by a network interface that leads nowhere; "
-        "name the right one: python -m resnet_cpu.launch --interface=NAME"
+        time.sleep(_PEER_GRACE_S)  # rank 0 reports it and ends the job
+    _print_error(
+        f"the ranks did not reach each other in {patience:g} s, perhaps because of a network interface that leads "
+        "nowhere; choose another one with python -m resnet_cpu.launch --interface=NAME"
     )
     abort(PeerLost.exit_code)
 
 
 def catch_stop_signals() -> None:
-    """Let USR1 (and Ctrl-C, the first time) ask for a clean stop instead of ending the process."""
+    """Make USR1, and the first Ctrl-C, request a clean stop instead of ending the process."""
 
     def note(signum: int, frame: Optional[FrameType]) -> None:
         global _stop_signal
@@ -166,20 +167,22 @@ def catch_stop_signals() -> None:
 
 
 def stop_requested() -> bool:
-    """Return whether this rank was asked to stop; whether the job stops is for all ranks to agree."""
+    """Return whether this rank was asked to stop; whether the job stops is agreed by all ranks in the next step."""
     return _stop_signal is not None
 
 
 class Watchdog:
-    """Ends the job when no step was finished for too long: nothing else notices a rank that hangs.
+    """Ends the job when no step has finished for too long: nothing else notices a rank that hangs.
 
-    On several hosts 30 s later, since what hangs may be a host that the launcher is about to miss.
+    On several hosts it waits 30 s longer, since the cause may be a lost host that the launcher is about to notice.
+    Time in which this process did not run, because the job was suspended or the machine paused, does not count.
     """
 
     def __init__(self, timeout: float) -> None:
-        """`timeout` in seconds; the first `beat` may take five minutes longer."""
+        """Start with the first beat due in `timeout` seconds plus five minutes, the later ones in `timeout`."""
         self.timeout = timeout
-        self._last = time.monotonic() + _FIRST_STEP_GRACE_S
+        self._suspended = 0.0  # seconds in which the process did not run
+        self._last = self._running_time() + _FIRST_STEP_GRACE_S
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -193,13 +196,25 @@ class Watchdog:
 
     def beat(self) -> None:
         """Note that something was finished."""
-        self._last = time.monotonic()
+        self._last = self._running_time()
+
+    def _running_time(self) -> float:
+        return time.monotonic() - self._suspended
 
     def _watch(self) -> None:
-        while not self._stopped.wait(min(1.0, self.timeout / 4)):
-            if time.monotonic() - self._last > self.timeout:
+        interval = min(1.0, self.timeout / 4)
+        polled = time.monotonic()
+        while not self._stopped.wait(interval):
+            late = time.monotonic() - polled - interval
+            if late > _SUSPENDED_S:
+                self._suspended += late
+            polled = time.monotonic()
+            if self._running_time() - self._last > self.timeout:
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-                _tell(f"no step finished for {self.timeout:g} s; where the threads are is above. Run the command again")
+                _print_error(
+                    f"no step finished for {self.timeout:g} s; the stack of each thread is above. Run the same command "
+                    "again to resume"
+                )
                 if control.several_hosts() and self._stopped.wait(LOST_HOST_S):
                     return
                 abort(PeerLost.exit_code)

@@ -1,7 +1,7 @@
-"""The data plane; the only importer of Horovod. With one rank everything here is the identity.
+"""The data plane; the only importer of Horovod. With one rank, every function here is the identity.
 
-Horovod's launcher and elastic mode are never used: their rendezvous server unpickles what it is sent
-(CVE-2024-10190). Jobs start through mpirun or srun.
+Horovod's launcher and elastic mode are never used: their rendezvous server unpickles the messages that it receives
+(CVE-2024-10190). Jobs are started by mpirun or srun.
 """
 
 import hashlib
@@ -16,16 +16,18 @@ _core: Any = None  # horovod.tensorflow, once started
 
 
 def start(world: World) -> None:
-    """Initialise Horovod for `world`; a single rank needs none."""
+    """Initialise Horovod for `world`; do nothing for a single rank."""
     global _core
     if world.size == 1:
         return
     try:
         import horovod.tensorflow as core
     except ImportError as error:
-        raise FlagError(f"{world.size} ranks need Horovod, which does not load ({error}); see BUILD_NOTES.md") from None
+        raise FlagError(
+            f"{world.size} ranks need Horovod, but it does not load ({error}); see BUILD_NOTES.md"
+        ) from None
     if not core.mpi_built():
-        raise FlagError("this Horovod was built without MPI; build it as BUILD_NOTES.md says")
+        raise FlagError("this Horovod was built without MPI; build it as described in BUILD_NOTES.md")
     core.init()
     if (core.size(), core.rank()) != (world.size, world.rank):
         raise UserError(f"Horovod is rank {core.rank()} of {core.size()}, MPI is {world.rank} of {world.size}")
@@ -33,12 +35,12 @@ def start(world: World) -> None:
 
 
 def active() -> bool:
-    """Return whether there are peers."""
+    """Return whether there are other ranks."""
     return _core is not None
 
 
 def distributed(optimizer: tf.keras.optimizers.Optimizer) -> tf.keras.optimizers.Optimizer:
-    """Return `optimizer` with gradients averaged over ranks in `minimize(loss, variables, tape)`, and only there."""
+    """Return `optimizer` with a `minimize(loss, variables, tape)` that averages gradients over ranks."""
     if _core is None:
         return optimizer
     import horovod.tensorflow.keras as keras
@@ -47,7 +49,7 @@ def distributed(optimizer: tf.keras.optimizers.Optimizer) -> tf.keras.optimizers
 
 
 def broadcast(variables: Sequence[tf.Variable]) -> None:
-    """Overwrite `variables` with rank 0's."""
+    """Overwrite `variables` with those of rank 0."""
     if _core is not None:
         _core.broadcast_variables(variables, root_rank=0)
 
@@ -63,12 +65,12 @@ def total(tensor: tf.Tensor, name: str) -> tf.Tensor:
 
 
 def check_replicas(world: World, variables: Sequence[tf.Variable], when: str) -> None:
-    """Raise unless every rank holds the same bits; the error names the first variable that differs."""
+    """Raise UserError unless `variables` hold the same bits on all ranks; it names the first one that differs."""
     if world.size == 1:
         return
     digests = [hashlib.sha256(variable.numpy().tobytes()).hexdigest() for variable in variables]
-    everyone = world.gather(hashlib.sha256("".join(digests).encode()).hexdigest())
-    if len(set(everyone)) == 1:
+    combined = world.gather(hashlib.sha256("".join(digests).encode()).hexdigest())
+    if len(set(combined)) == 1:
         return
     for variable, row in zip(variables, zip(*world.gather(digests))):
         if len(set(row)) > 1:

@@ -1,7 +1,7 @@
-"""The Collapsed Ensemble: the mean of what its members say of each example. numpy alone, from cached predictions.
+"""The Collapsed Ensemble: the mean of its members' probabilities. numpy alone, from the predictions that were kept.
 
-members/NAME/  weights.npz manifest.json          saved as soon as the member's phase ends
-members/NAME/predictions/  predictions.npz        ids, labels and probabilities of the evaluation set
+members/NAME/              weights.npz, manifest.json: published as soon as the member's phase ends
+members/NAME/predictions/  predictions.npz, manifest.json: ids, labels and probabilities of the evaluation set
 """
 
 import dataclasses
@@ -18,22 +18,22 @@ from resnet_cpu.run.folder import read_json
 from resnet_cpu.settings import Settings
 
 ECE_BINS = 15  # of equal width, as in Guo et al., arXiv 1706.04599
-MOST_FOR_SUBSETS = 6  # members; more have too many subsets to try them all on 50,000 x 1,000 probabilities
-_LEAST = 1e-38  # a probability that float32 rounded to zero is taken for this in the logarithm
-_CHUNK = 4096  # examples at a time: bounds the memory of the means in float64
+MOST_FOR_SUBSETS = 6  # members; more have too many subsets to score each on 50,000 x 1,000 probabilities
+_LEAST_PROBABILITY = 1e-38  # stands for a probability that float32 rounded to zero, in the logarithm
+_CHUNK = 4096  # examples at a time, to bound the memory of the means in float64
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What one network says of the evaluation set: every example once, in the order of their ids."""
+    """The predictions of one network for the evaluation set: every example once, in the order of their ids."""
 
     ids: np.ndarray  # int64 [examples]
     labels: np.ndarray  # int64 [examples]
     probabilities: np.ndarray  # float32 [examples, classes], softmax
 
 
-def evaluated(settings: Settings) -> Dict[str, Any]:
-    """Return all of the settings that decides on what pixels a member is scored."""
+def evaluation_settings(settings: Settings) -> Dict[str, Any]:
+    """Return the settings that decide which pixels a member is scored on, as the predictions' manifest holds them."""
     data = settings.data
     return {
         "dataset": data.dataset,
@@ -47,103 +47,105 @@ def evaluated(settings: Settings) -> Dict[str, Any]:
 
 
 def save(path: str, predictions: Optional[Predictions], settings: Settings) -> None:
-    """Keep the predictions of the member at `path`, with the digest of the weights that made them."""
-    assert predictions is not None  # only rank 0 saves
+    """Save the predictions of the member at `path`, with the digest of the weights that made them; rank 0 only."""
+    assert predictions is not None
     manifest = checkpoint.read_manifest(path)
     info = {
         "step": manifest["step"],
         "weights_sha256": manifest["files"]["weights.npz"]["sha256"],
-        "evaluated": evaluated(settings),
+        "evaluated": evaluation_settings(settings),
     }
     checkpoint.save(os.path.join(path, "predictions"), {"predictions": dataclasses.asdict(predictions)}, info)
 
 
-def is_kept(path: str, settings: Settings, wherever: bool = True) -> bool:
-    """Return whether the member at `path` has whole predictions of these very weights on what the settings evaluate.
+def has_predictions(path: str, settings: Settings, same_folder: bool = False) -> bool:
+    """Return whether the member at `path` has undamaged predictions of its weights on the data of the settings.
 
-    `wherever`: the same data set may lie in another folder than it did.
+    With `same_folder`, predictions made from another --data_dir do not count.
     """
     manifest = checkpoint.read_manifest(path)
     folder = os.path.join(path, "predictions")
     try:
-        about = checkpoint.read_manifest(folder)
+        predictions = checkpoint.read_manifest(folder)
         checkpoint.load(folder, "predictions")
     except CheckpointError:
         return False
-    then, now = dict(about.get("evaluated", {})), evaluated(settings)
-    if wherever:
-        then["data_dir"] = now["data_dir"]
-    return about.get("weights_sha256") == manifest["files"]["weights.npz"]["sha256"] and then == now
+    made_with, now = dict(predictions.get("evaluated", {})), evaluation_settings(settings)
+    if not same_folder:
+        made_with["data_dir"] = now["data_dir"]
+    return predictions.get("weights_sha256") == manifest["files"]["weights.npz"]["sha256"] and made_with == now
 
 
 def load(path: str) -> Predictions:
-    """Return the cached predictions of the member at `path`."""
+    """Return the saved predictions of the member at `path`."""
     arrays = checkpoint.load(os.path.join(path, "predictions"), "predictions")
     return Predictions(arrays["ids"], arrays["labels"], arrays["probabilities"])
 
 
 def report(members: Mapping[str, Predictions], beat: Callable[[], None] = lambda: None) -> Dict[str, Any]:
-    """Return the scores of every member, every prefix and the ensemble, the best subset, and who disagrees with whom.
+    """Return the scores of every member, every prefix and the ensemble, the best subset, and pairwise disagreement.
 
-    The best subset is chosen on the very examples it is scored on, so its score flatters. `beat` follows each score.
+    The best subset is chosen on the same examples that it is scored on, so its score is optimistic. `beat` is called
+    after each score.
     """
-    check_alike(members)
-    names, everyone = list(members), list(members.values())
-    labels = everyone[0].labels
+    check_comparable(members)
+    names = list(members)
+    labels = members[names[0]].labels
     scores: Dict[Tuple[str, ...], Dict[str, float]] = {}
 
-    def of(*chosen: str) -> Dict[str, float]:
+    def score_of(*chosen: str) -> Dict[str, float]:
         if chosen not in scores:
             scores[chosen] = score([members[name].probabilities for name in chosen], labels)
             beat()
         return scores[chosen]
 
-    singles = {name: of(name) for name in names}
+    def row(chosen: Tuple[str, ...]) -> Dict[str, Any]:
+        return {"members": list(chosen), **score_of(*chosen)}
+
+    singles = {name: score_of(name) for name in names}
     prefixes = [tuple(names[:count]) for count in range(1, len(names) + 1)]
     subsets = prefixes
     if len(names) <= MOST_FOR_SUBSETS:
         subsets = [chosen for prefix in prefixes for chosen in itertools.combinations(names, len(prefix))]
-    best = max(subsets, key=lambda chosen: (of(*chosen)["top1"], -len(chosen)))
-    said = {name: np.argmax(one.probabilities, 1) for name, one in members.items()}
-
-    def told(chosen: Tuple[str, ...]) -> Dict[str, Any]:
-        return {"members": list(chosen), **of(*chosen)}
-
+    best = max(subsets, key=lambda chosen: (score_of(*chosen)["top1"], -len(chosen)))
+    predicted = {name: np.argmax(member.probabilities, 1) for name, member in members.items()}
     return {
         "members": singles,
         "ensemble": {
-            **told(prefixes[-1]),
+            **row(prefixes[-1]),
             "examples": len(labels),
-            "prefixes": [told(prefix) for prefix in prefixes],
-            "best_subset": told(best),
+            "prefixes": [row(prefix) for prefix in prefixes],
+            "best_subset": row(best),
             "disagreement": {
-                f"{one} vs {other}": float(np.mean(said[one] != said[other]))
+                f"{one} vs {other}": float(np.mean(predicted[one] != predicted[other]))
                 for one, other in itertools.combinations(names, 2)
             },
         },
     }
 
 
-def check_alike(members: Mapping[str, Predictions]) -> None:
-    """Raise CheckpointError that names the member which was not scored on the same examples as the first."""
+def check_comparable(members: Mapping[str, Predictions]) -> None:
+    """Raise CheckpointError that names a member which was not evaluated on the same examples as the first."""
     (first, expected), *others = members.items()
-    for name, one in others:
-        what = None
-        if not np.array_equal(one.ids, expected.ids):
-            what = f"{len(one.ids)} evaluation examples, not the {len(expected.ids)} of {first}"
-        elif one.probabilities.shape[1] != expected.probabilities.shape[1]:
-            what = f"{one.probabilities.shape[1]} classes, not the {expected.probabilities.shape[1]} of {first}"
-        elif not np.array_equal(one.labels, expected.labels):
-            what = f"other labels than {first}"
-        if what is not None:
-            raise CheckpointError(f"member {name} is foreign: it was scored on {what}; leave it out")
+    for name, member in others:
+        difference = None
+        if not np.array_equal(member.ids, expected.ids):
+            difference = f"{len(member.ids)} evaluation examples, not the {len(expected.ids)} of {first}"
+        elif member.probabilities.shape[1] != expected.probabilities.shape[1]:
+            difference = (
+                f"{member.probabilities.shape[1]} classes, not the {expected.probabilities.shape[1]} of {first}"
+            )
+        elif not np.array_equal(member.labels, expected.labels):
+            difference = f"other labels than {first}"
+        if difference is not None:
+            raise CheckpointError(f"member {name} cannot be combined: it was evaluated on {difference}; leave it out")
 
 
 def score(probabilities: Sequence[np.ndarray], labels: np.ndarray) -> Dict[str, float]:
-    """Return top-1, top-5, cross-entropy and calibration error of the mean of `probabilities` [examples, classes] each.
+    """Return top-1, top-5, cross-entropy and calibration error (ECE) of the mean of `probabilities`.
 
-    Of equal probabilities the first class counts, as in argmax. ECE: mean over examples of |accuracy - confidence| of
-    their bin of confidence.
+    Each array is [examples, classes], `labels` [examples]. Of equal probabilities the first class counts, as in argmax.
+    ECE: mean over examples of |accuracy - confidence| of their bin of confidence.
     """
     hits1, hits5, losses, confidences = [], [], [], []
     for start in range(0, len(labels), _CHUNK):
@@ -155,7 +157,7 @@ def score(probabilities: Sequence[np.ndarray], labels: np.ndarray) -> Dict[str, 
         rank = before.sum(1)
         hits1.append(rank < 1)
         hits5.append(rank < 5)
-        losses.append(-np.log(np.maximum(own[:, 0], _LEAST)))
+        losses.append(-np.log(np.maximum(own[:, 0], _LEAST_PROBABILITY)))
         confidences.append(mean.max(1))
     hit, confidence = np.concatenate(hits1), np.concatenate(confidences)
     return {
@@ -173,16 +175,16 @@ def _calibration_error(hit: np.ndarray, confidence: np.ndarray) -> float:
 
 
 def average_weights(paths: Sequence[str]) -> checkpoint.Arrays:
-    """Return the mean of weights and statistics of the members at `paths`; raise CheckpointError if they do not fit.
+    """Return the mean of weights and statistics of the members at `paths`; raise CheckpointError if shapes differ.
 
-    Batch norm's statistics of averaged weights are not the averaged statistics: a few steps at LR 0 set them right.
+    The averaged statistics are not batch norm's statistics of the averaged weights: a few steps at LR 0 recompute them.
     """
     sums: Dict[str, np.ndarray] = {}
     dtypes: Dict[str, np.dtype] = {}
     for path in paths:
         arrays = checkpoint.load(path, "weights")
         if sums and {name: array.shape for name, array in arrays.items()} != {n: a.shape for n, a in sums.items()}:
-            raise CheckpointError(f"{path}: is another network than {paths[0]}; only like weights can be averaged")
+            raise CheckpointError(f"{path}: holds another network than {paths[0]}; only equal networks can be averaged")
         for name, array in arrays.items():
             sums[name] = sums.get(name, 0.0) + array.astype(np.float64)
             dtypes[name] = array.dtype
@@ -190,23 +192,24 @@ def average_weights(paths: Sequence[str]) -> checkpoint.Arrays:
 
 
 def find(run_dir: str, names: Sequence[str]) -> List[str]:
-    """Return the folders of the members `names` of a run; raise CheckpointError for one that is not there."""
+    """Return the folders of the members `names` of a run; raise CheckpointError for a missing one."""
     paths = []
     for name in names:
         path = checkpoint.member_folder(run_dir, name)
         if not os.path.exists(os.path.join(path, checkpoint.MANIFEST)):
             raise CheckpointError(
-                f"{run_dir}: member {name} is missing; run the training to the end of its phase or, if it has ended, "
-                "name those that are there with --members"
+                f"{run_dir}: member {name} is missing; train to the end of its phase or, if the run has ended, name "
+                "the members that exist with --members"
             )
         paths.append(path)
     return paths
 
 
-def paths_of(named: Sequence[str]) -> Dict[str, str]:
-    """Return name -> folder of the members that `named` stands for: folders of members, and runs for all of theirs.
+def members_of(named: Sequence[str]) -> Dict[str, str]:
+    """Return name -> folder of members, given folders of members and runs, which stand for all of their members.
 
-    Members of several runs are named RUN/NAME. Raises CheckpointError for a missing one, FlagError for one named twice.
+    Members of several runs are named RUN/NAME. Raises CheckpointError for a missing member, FlagError for one that is
+    named twice.
     """
     paths: List[str] = []
     for path in named:
@@ -217,14 +220,14 @@ def paths_of(named: Sequence[str]) -> Dict[str, str]:
         if record is None:
             raise CheckpointError(f"{path}: neither a member nor a run; name RUN/members/NAME or a run's folder")
         phases = record["signature"]["phases"]
-        names = [name for name in record["signature"]["order_of_phases"] if phases[name]["member"]]
+        names = [name for name in record["signature"]["order_of_phases"] if phases[name].get("member")]
         if not names:
             raise CheckpointError(f"{path}: the recipe of this run has no members; mark phases with member=1")
         paths += find(path, names)
     real = [os.path.realpath(path) for path in paths]
     for path in real:
         if real.count(path) > 1:
-            raise FlagError(f"--members: {path} is named twice; a member counts once")
+            raise FlagError(f"--members: {path} is named twice; name each member once")
     names = [os.path.basename(path) for path in real]
     if len({os.path.dirname(path) for path in real}) > 1:
         names = [f"{os.path.basename(run_of(path))}/{name}" for path, name in zip(real, names)]
@@ -238,24 +241,20 @@ def run_of(path: str) -> str:
     return os.path.dirname(os.path.dirname(path))
 
 
-def signature_of(path: str) -> Dict[str, Any]:
-    """Return what the member at `path` was trained with."""
-    return checkpoint.read_manifest(path)["signature"]
-
-
 def evaluate(paths: Mapping[str, str], export_to: Optional[str]) -> Dict[str, Any]:
-    """Return the report on the members `paths` (name -> folder); write the mean of their weights where asked for."""
+    """Return the report on the members `paths` (name -> folder); write the mean of their weights to `export_to`."""
     found = report({name: load(path) for name, path in paths.items()})
     if export_to:
         checkpoint.write_weights(export_to, average_weights(list(paths.values())))
         print(
-            f"--export={export_to}: the mean of {len(paths)} members' weights; batch norm's statistics still have to "
-            "be taken anew (docs/ensemble.md)",
+            f"--export={export_to}: the mean of the weights of {len(paths)} members; batch norm's statistics must be "
+            "recomputed before use (docs/ensemble.md)",
             file=sys.stderr,
         )
         if len({run_of(path) for path in paths.values()}) > 1:
             print(
-                "--export: the members are of several runs; weights that were initialised apart have no useful mean",
+                "--export: the members belong to several runs; weights that were initialised separately have no "
+                "useful mean",
                 file=sys.stderr,
             )
     whole = found["ensemble"]

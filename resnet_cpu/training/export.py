@@ -1,4 +1,4 @@
-"""Trained weights for use elsewhere: as plain arrays, or as a SavedModel. Exports are written, never read as code."""
+"""Export of trained weights: as plain arrays, or as a SavedModel. Exports are written, never loaded as code."""
 
 import os
 import shutil
@@ -13,9 +13,10 @@ from resnet_cpu.run import checkpoint
 def write(model: tf.keras.Model, view: preprocess.View, path: str) -> None:
     """Write weights and statistics of `model` to `path`.
 
-    NAME.npz holds them by name, kernels as [height, width, in, out]; `--init_from` reads it. Any other name becomes a
-    SavedModel's folder, whose signature `serving_default` takes `pixels`, float32 [batch, size, size, 3], RGB 0..255,
-    normalises them as in training and returns `logits`, float32 [batch, classes].
+    A path NAME.npz becomes a file of arrays by name, kernels as [height, width, in, out], which `--init_from` reads.
+    Any other path becomes the folder of a SavedModel. Its signature `serving_default` takes `pixels`, float32 [batch,
+    size, size, 3], RGB 0..255, normalises them as in training and returns `logits`, float32 [batch, classes].
+    Raises OutputError if the file system refuses.
     """
     temporary = f"{path}.tmp{os.getpid()}"
     try:
@@ -28,7 +29,7 @@ def write(model: tf.keras.Model, view: preprocess.View, path: str) -> None:
             os.rename(temporary, path)
     except (OSError, tf.errors.OpError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OutputError(f"--export={path}: not written ({error}); see that there is space") from None
+        raise OutputError(f"--export={path}: not written ({error}); check the free space") from None
 
 
 def _serving(model: tf.keras.Model, view: preprocess.View) -> tf.types.experimental.ConcreteFunction:

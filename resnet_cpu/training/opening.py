@@ -1,107 +1,147 @@
-"""What is settled before TensorFlow is loaded: data opened, recipe planned, run folder held, all ranks agreed.
+"""Everything that is settled before TensorFlow is loaded: data, recipe, run folder, agreement of all ranks.
 
-Every user error that can be found early is found here, in about a second.
+User errors that can be found early are found here, in about a second.
 """
 
-import dataclasses
 import hashlib
 import os
 import socket
 import sys
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from resnet_cpu.cluster import control
-from resnet_cpu.cluster import seats
+from resnet_cpu.cluster import control, seats
 from resnet_cpu.cluster.control import World
-from resnet_cpu.data import folders as layouts
+from resnet_cpu.cluster.machine import spans
+from resnet_cpu.data import folders
 from resnet_cpu.data.datasets import DATASETS
+from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.errors import CheckpointError, DataError, FlagError, RunFolderError
-from resnet_cpu.recipe import schedule
-from resnet_cpu.recipe.batch import Batch
-from resnet_cpu.recipe.phases import Phase
 from resnet_cpu.run import checkpoint, provenance
-from resnet_cpu.run.folder import RunFolder, Stopwatch, read_json
-from resnet_cpu.settings import Plan, Settings, plan
+from resnet_cpu.run import signature as signatures
+from resnet_cpu.run.folder import RunFolder, Stopwatch, read_json, read_rows
+from resnet_cpu.settings import Resolved, Settings, resolve_recipe
+from resnet_cpu.training.job import Job
+
+_MAX_SHOWN = 4  # groups of ranks in a message
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A run that may start: settings, and what follows from them on this world and this data."""
+class _Beginning(NamedTuple):
+    """Where an attempt begins, as the run folder has it; every field is a JSON value."""
 
-    settings: Settings
-    world: World
-    phases: Tuple[Phase, ...]
-    batch: Batch
-    train_examples: int
-    validation_examples: int
-    data: Optional[layouts.ShardedData]  # None: synthetic
-    signature: Dict[str, Any]  # what a checkpoint must agree with
-    run_dir: str
-    folder: Optional[RunFolder]  # on rank 0
-    resume_from: Optional[str]  # checkpoint folder
-    init_from: Optional[Dict[str, str]]  # path as given, file that it named, its SHA-256
-    attempt: int
-    finished: Optional[Dict[str, Any]]  # the result, where nothing is left to do
-    clock: Stopwatch  # runs since this attempt was opened
-
-    @property
-    def total_steps(self) -> int:
-        return schedule.total_steps(self.phases)
+    finished: Optional[Dict[str, Any]] = None  # the result, if there is nothing left to do
+    resume_from: Optional[str] = None  # checkpoint folder
+    evaluated: bool = False  # whether eval.jsonl has the evaluation of that checkpoint
+    init_from: Optional[Dict[str, str]] = None  # path as given, file that it named, its SHA-256
+    attempt: int = 0
+    earlier_attempts: Sequence[Dict[str, Any]] = ()
+    seconds_before: float = 0.0
+    seconds_to_top1: Mapping[str, float] = {}
 
 
-def open_data(settings: Settings, world: World) -> Optional[layouts.ShardedData]:
-    """Open the data set on every rank, rank 0 first so that its errors are told once; None for synthetic data.
+def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
+    """Return the job that the settings describe, on all ranks; hold its run folder on rank 0.
 
-    Each host may have a copy of its own: one that is missing or another is an error that names the host.
+    `threads` is the environment that `placement.apply` returned. Raises the one-line errors of wrong flags, data, run
+    folders and checkpoints, on all ranks alike.
     """
-    if settings.data.dataset == "synthetic":
-        return None
-    folder = settings.data.data_dir
-    if not folder:
+    clock = Stopwatch()
+    if not settings.run.run_dir:
         raise FlagError(
-            f"--data_dir is missing; --dataset={settings.data.dataset} needs the folder made by "
-            "python -m resnet_cpu.prepare (or use --dataset=synthetic)",
+            "--run_dir is missing; name the folder for this run, as in --run_dir=runs/first", collective=True
+        )
+    run_dir = os.path.abspath(settings.run.run_dir)
+    _check_same_everywhere(settings, world)
+    data = open_data(settings, world)
+    with control.same_on_all_ranks():
+        train_examples, validation_examples = examples(settings, data)
+        resolved = _resolve(settings, world, train_examples)
+    places = world.gather({**provenance.of_rank(threads), "own_cores": world.cores})
+    with control.same_on_all_ranks():
+        _check_threads(settings, places)
+    signature = signatures.of(settings, resolved, train_examples, _pixels(settings, data))
+    folder, begin = _hold_folder(settings, world, run_dir, signature)
+    signature["init_from"] = begin.init_from and begin.init_from["sha256"]
+    if folder is not None:
+        _print_places(places)
+        _record(folder, settings, world, begin, places, signature)
+    return Job(
+        settings=settings,
+        world=world,
+        phases=resolved.phases,
+        batch=resolved.batch,
+        train_examples=train_examples,
+        validation_examples=validation_examples,
+        data=data,
+        signature=signature,
+        run_dir=run_dir,
+        folder=folder,
+        resume_from=begin.resume_from,
+        evaluated=begin.evaluated,
+        init_from=begin.init_from,
+        attempt=begin.attempt,
+        finished=begin.finished,
+        seconds_before=begin.seconds_before,
+        seconds_to_top1=dict(begin.seconds_to_top1),
+        clock=clock,
+    )
+
+
+# --- data and recipe -------------------------------------------------------------------------------------------------
+
+
+def open_data(settings: Settings, world: World) -> Optional[ShardedData]:
+    """Open the data set on every rank, first on rank 0, which reports its errors; return None for synthetic data.
+
+    Each host may have its own copy. A missing or different one is an error that names the host.
+    """
+    dataset, path = settings.data.dataset, settings.data.data_dir
+    if dataset == "synthetic":
+        return None
+    if not path:
+        raise FlagError(
+            f"--data_dir is missing; --dataset={dataset} needs the folder made by python -m resnet_cpu.prepare (or use "
+            "--dataset=synthetic)",
             collective=True,
         )
+    opened: Optional[ShardedData] = None
 
-    dataset = settings.data.dataset
-    opened: Optional[layouts.ShardedData] = None
-
-    def check() -> None:
+    def open_first() -> None:
         nonlocal opened
-        layouts.make_indexes(layouts.describe(folder, dataset), folder)
-        opened = layouts.open_data(folder, dataset)
-        if settings.data.normalization == "dataset" and opened.pixel_mean is None:
-            raise FlagError(
-                "--normalization=dataset: nobody measured the pixels of this data set; use authors, torch or tf"
-            )
-        found = opened.num_classes
-        if found > settings.model.num_classes:
-            raise DataError(
-                f"--data_dir={folder}: has {found} classes, the model only {settings.model.num_classes}; "
-                f"set --num_classes={found}"
-            )
+        folders.make_indexes(folders.describe(path, dataset), path)
+        opened = folders.open_data(path, dataset)
+        _check_data(settings, opened)
 
-    world.on_rank0(check)
+    def open_copy() -> Tuple[ShardedData, str]:
+        data = opened or folders.open_data(path, dataset)
+        return data, _digest(data) if world.size > 1 else ""  # a single rank has no other copy to compare with
 
-    def open_copy() -> Tuple[layouts.ShardedData, str]:
-        data = opened or layouts.open_data(folder, dataset)
-        return data, _contents(data) if world.size > 1 else ""  # nobody to compare with
-
-    data, contents = world.on_all(open_copy)
-    rows = world.gather([socket.gethostname(), contents])
+    world.on_rank0(open_first)
+    data, digest = world.on_all(open_copy)
+    rows = world.gather([socket.gethostname(), digest])
     for rank, (host, other) in enumerate(rows):
         if other != rows[0][1]:
             raise DataError(
-                f"--data_dir={folder}: rank {rank} on {host} finds other data there than rank 0 on {rows[0][0]}; copy "
-                "the data set again, the same to all hosts",
+                f"--data_dir={path}: the data on host {host} (rank {rank}) differ from those on host {rows[0][0]} "
+                "(rank 0); copy the same data set to every host",
                 collective=True,
             )
     return data
 
 
-def _contents(data: layouts.ShardedData) -> str:
-    """Return a digest of all that is known of the data without reading a payload: counts, record lengths, pixels."""
+def _check_data(settings: Settings, data: ShardedData) -> None:
+    if settings.data.normalization == "dataset" and data.pixel_mean is None:
+        raise FlagError(
+            "--normalization=dataset: this data set has no measured pixel mean and deviation; use authors, torch or tf"
+        )
+    if data.num_classes > settings.model.num_classes:
+        raise DataError(
+            f"--data_dir={settings.data.data_dir}: has {data.num_classes} classes, the model only "
+            f"{settings.model.num_classes}; set --num_classes={data.num_classes}"
+        )
+
+
+def _digest(data: ShardedData) -> str:
+    """Return a digest of everything that is known without reading records: counts, record lengths, pixel statistics."""
     digest = hashlib.sha256(repr((data.num_classes, data.label_base, data.pixel_mean, data.pixel_std)).encode())
     for split in (data.train, data.validation):
         digest.update(split.first.tobytes())
@@ -110,8 +150,8 @@ def _contents(data: layouts.ShardedData) -> str:
     return digest.hexdigest()
 
 
-def examples(settings: Settings, data: Optional[layouts.ShardedData]) -> Tuple[int, int]:
-    """Return (training examples, evaluation examples) that are used; raise DataError if more are asked for."""
+def examples(settings: Settings, data: Optional[ShardedData]) -> Tuple[int, int]:
+    """Return the numbers of (training, evaluation) examples to use; raise DataError if there are not enough."""
     wanted = settings.data.train_examples
     if data is None:
         return wanted or DATASETS["synthetic"].train_examples or 0, 0
@@ -120,124 +160,97 @@ def examples(settings: Settings, data: Optional[layouts.ShardedData]) -> Tuple[i
     return wanted or data.train.examples, data.validation.examples
 
 
-def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
-    """Settle everything, collectively; raise the one-line errors of bad flags, data, folders and checkpoints."""
-    clock = Stopwatch()
-    if not settings.run.run_dir:
-        raise FlagError(
-            "--run_dir is missing; name the folder for this run, as in --run_dir=runs/first", collective=True
+def _resolve(settings: Settings, world: World, train_examples: int) -> Resolved:
+    resolved = resolve_recipe(settings, world.size, train_examples)
+    if train_examples < resolved.batch.total:
+        raise DataError(
+            f"{train_examples} training examples are fewer than one global batch of {resolved.batch.total}; lower "
+            "--batch_size or use fewer ranks"
         )
-    _check_same_everywhere(settings, world)
-    data = open_data(settings, world)
-    with control.everyone_alike():
-        train_examples, validation_examples = examples(settings, data)
-        planned = plan(settings, world.size, train_examples)
-        if train_examples < planned.batch.total:
-            raise DataError(
-                f"{train_examples} training examples are fewer than one global batch of {planned.batch.total}; "
-                "lower --batch_size or use fewer ranks"
-            )
-    signature = _signature(settings, planned, train_examples, data)
-    run_dir = os.path.abspath(settings.run.run_dir)
+    return resolved
+
+
+def _pixels(settings: Settings, data: Optional[ShardedData]) -> signatures.Pixels:
+    """Return the measured pixel mean and deviation, if images are normalised with them."""
+    if data is None or not data.pixel_mean or not data.pixel_std:
+        return None
+    return (data.pixel_mean, data.pixel_std) if settings.data.normalization in ("auto", "dataset") else None
+
+
+# --- run folder, on rank 0 -------------------------------------------------------------------------------------------
+
+
+def _hold_folder(
+    settings: Settings, world: World, run_dir: str, signature: Dict[str, Any]
+) -> Tuple[Optional[RunFolder], _Beginning]:
+    """Lock the run folder on rank 0; return it (None on other ranks and for a finished run) and where to begin."""
     folder: Optional[RunFolder] = None
 
     def hold() -> Dict[str, Any]:
         nonlocal folder
-        record = read_json(os.path.join(run_dir, "run.json"))
-        result = read_json(os.path.join(run_dir, "result.json"))
-        saved = checkpoint.steps(run_dir)
-        if settings.run.resume == "never" and (record is not None or saved):
-            raise RunFolderError(f"--run_dir={run_dir}: holds a run already; choose another, or --resume=auto to go on")
-        # A run that never finished a step binds nobody: its flags may have been what was wrong.
-        begun = saved or os.path.exists(os.path.join(run_dir, "metrics.jsonl"))
-        init_from = _init_from(settings, record if begun else None)
-        signature["init_from"] = init_from and init_from["sha256"]
-        if record is not None and begun:
-            checkpoint.check_signature(run_dir, record["signature"], signature)
-        if result is not None and result.get("complete"):
-            return {"finished": result}
-        if settings.run.resume == "must" and not saved:
-            raise CheckpointError(f"--resume=must: no checkpoint in {run_dir}; use --resume=auto to start afresh")
-        folder = RunFolder(run_dir)
+        # A complete result is final. Without a lock, the folder of a finished run may be read-only.
+        if (read_json(os.path.join(run_dir, "result.json")) or {}).get("complete"):
+            begin = _read_beginning(settings, run_dir, signature)
+            if begin.finished is not None:
+                return begin._asdict()
+        held = RunFolder(run_dir)
         try:
-            resume_from, step = _resume_from(settings, run_dir, signature)
-            wanted = settings.run.max_steps
-            if wanted and step > wanted:
-                raise FlagError(f"--max_steps={wanted}: {run_dir} is at step {step} already; raise it or leave it out")
-            if result is not None and wanted == step == result.get("steps"):
-                folder.close()
-                return {"finished": result}
-            if result is not None:  # of an earlier stop: it would outlive this attempt's
-                os.remove(os.path.join(run_dir, "result.json"))
-        except BaseException:
-            folder.close()
-            raise
-        attempt = (record or {}).get("attempt", 0) + 1
-        return {
-            "finished": None,
-            "resume_from": resume_from,
-            "init_from": init_from,
-            "attempt": attempt,
-            "earlier_attempts": [*record.get("earlier_attempts", []), _in_short(record)] if record else [],
-        }
+            checkpoint.recover(run_dir)
+            begin = _read_beginning(settings, run_dir, signature)
+            if begin.finished is None:
+                folder = held
+                # The result of an earlier stop must not outlive the end of this attempt.
+                if os.path.exists(held.file("result.json")):
+                    os.remove(held.file("result.json"))
+        finally:
+            if folder is None:
+                held.close()
+        return begin._asdict()
 
-    agreed = world.on_rank0(hold)
-    rows = world.gather({**provenance.of_rank(threads), "own_cores": world.cores})
-    if folder is not None and agreed["finished"] is None:
-        _tell_places(world, rows)
-        folder.write_text("resolved.flags", settings.resolved_flags)
-        folder.write_json(
-            "run.json",
-            {
-                **provenance.of_job(),
-                "attempt": agreed["attempt"],
-                "seed": settings.recipe.seed,
-                "ranks": world.size,
-                "per_rank": rows,
-                "init_from": agreed["init_from"],
-                "earlier_attempts": agreed["earlier_attempts"],
-                "signature": signature,
-            },
+    begin = _Beginning(**world.on_rank0(hold))
+    return folder, begin
+
+
+def _read_beginning(settings: Settings, run_dir: str, signature: Dict[str, Any]) -> _Beginning:
+    """Return where an attempt in `run_dir` begins; raise the errors of a folder that does not fit the settings."""
+    record = read_json(os.path.join(run_dir, "run.json"))
+    result = read_json(os.path.join(run_dir, "result.json"))
+    saved = checkpoint.steps(run_dir)
+    if settings.run.resume == "never" and (record is not None or saved):
+        raise RunFolderError(f"--run_dir={run_dir}: holds a run already; choose another, or resume it: --resume=auto")
+    # The flags of a run that never finished a step do not bind later attempts: they may have been the mistake.
+    begun = bool(saved) or os.path.exists(os.path.join(run_dir, "metrics.jsonl"))
+    init_from = _init_from(settings, record if begun else None)
+    expected = {**signature, "init_from": init_from and init_from["sha256"]}
+    if record is not None and begun:
+        signatures.check(run_dir, signatures.normalised(record["signature"]), expected)
+    if result is not None and result.get("complete"):
+        return _Beginning(finished=result)
+    if settings.run.resume == "must" and not saved:
+        raise CheckpointError(
+            f"--resume=must: no checkpoint in {run_dir}; use --resume=auto to start from the beginning"
         )
-    return Job(
-        settings=settings,
-        world=world,
-        phases=planned.phases,
-        batch=planned.batch,
-        train_examples=train_examples,
-        validation_examples=validation_examples,
-        data=data,
-        signature=signature,
-        run_dir=run_dir,
-        folder=folder if agreed["finished"] is None else None,
-        resume_from=agreed.get("resume_from"),
-        init_from=agreed.get("init_from"),
-        attempt=agreed.get("attempt", 0),
-        finished=agreed["finished"],
-        clock=clock,
+    newest = checkpoint.newest(run_dir)
+    path, manifest = newest if newest is not None else (None, {})
+    if path is not None:
+        signatures.check(path, signatures.normalised(manifest["signature"]), expected)
+    step, wanted = manifest.get("step", 0), settings.run.max_steps
+    if wanted and step > wanted:
+        raise FlagError(f"--max_steps={wanted}: {run_dir} is at step {step} already; raise it or remove it")
+    if result is not None and wanted == step == result.get("steps"):
+        return _Beginning(finished=result)
+    return _Beginning(
+        resume_from=path,
+        evaluated=_was_evaluated(run_dir, manifest),
+        init_from=init_from,
+        attempt=(record or {}).get("attempt", 0) + 1,
+        earlier_attempts=[*record.get("earlier_attempts", []), _summary_of(record)] if record else [],
+        **_earlier_times(run_dir if begun else None, manifest),
     )
 
 
-def _tell_places(world: World, rows: List[Dict[str, Any]]) -> None:
-    """Say on standard error where every rank sits, and what looks wrong about it."""
-    places = [
-        {
-            "host": row["host"],
-            "cpus": row["cores"],
-            "cores": row["own_cores"],
-            "threads": int(row["environment"]["TF_NUM_INTRAOP_THREADS"]),
-            **({"omp": int(omp)} if omp.isdigit() else {}),
-            "host_cpus": row["host_cores"],
-        }
-        for row in rows
-        for omp in [row["environment"].get("OMP_NUM_THREADS", "").split(",")[0].strip()]  # a list: by nesting
-    ]
-    for line in [*seats.describe(places), *(f"warning: {problem}" for problem in seats.warnings(places))]:
-        print(line, file=sys.stderr, flush=True)
-
-
 def _init_from(settings: Settings, record: Optional[Dict[str, Any]]) -> Optional[Dict[str, str]]:
-    """Return path and digest of the weights to start from; those of a run that is gone on with need not be there."""
+    """Return path, file and SHA-256 of the weights to start from; a run that has begun does not need the file again."""
     path = settings.run.init_from
     if path is None:
         return None
@@ -248,8 +261,29 @@ def _init_from(settings: Settings, record: Optional[Dict[str, Any]]) -> Optional
     return {"path": path, "file": file, "sha256": checkpoint.digest(file)}
 
 
-def _in_short(record: Dict[str, Any]) -> Dict[str, Any]:
-    """Return what of an attempt's run.json tells whether its bits can be compared with those of another."""
+def _was_evaluated(run_dir: str, manifest: Mapping[str, Any]) -> bool:
+    """Return whether eval.jsonl has a row of the attempt that saved the checkpoint, or of a later one, at its step."""
+    rows = read_rows(os.path.join(run_dir, "eval.jsonl"))
+    step, attempt = manifest.get("step", 0), manifest.get("attempt", 0)  # version 0.1 evaluated first, then saved
+    return any(row["step"] == step - 1 and row["attempt"] >= attempt for row in rows)
+
+
+def _earlier_times(run_dir: Optional[str], manifest: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return the seconds that earlier attempts took and in which they first reached each accuracy.
+
+    clock.json counts to the last row of a killed attempt, the checkpoint only to its step. Version 0.1 wrote none.
+    """
+    clock = read_json(os.path.join(run_dir, "clock.json")) if run_dir else None
+    found = [times for times in (manifest, clock) if times]
+    marks: Dict[str, float] = {}
+    for times in found:
+        for mark, seconds in times["seconds_to_top1"].items():
+            marks[mark] = min(seconds, marks.get(mark, seconds))
+    return {"seconds_before": max([times["wall_seconds"] for times in found], default=0.0), "seconds_to_top1": marks}
+
+
+def _summary_of(record: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the part of an attempt's run.json that decides whether its bits can be compared with another attempt's."""
     return {
         **{key: record[key] for key in ("attempt", "ranks", "versions", "code")},
         "cpus": sorted({row["cpu"] for row in record["per_rank"]}),
@@ -257,91 +291,74 @@ def _in_short(record: Dict[str, Any]) -> Dict[str, Any]:
     }
 
 
-def _resume_from(settings: Settings, run_dir: str, signature: Dict[str, Any]) -> Tuple[Optional[str], int]:
-    """Return (checkpoint folder to go on from, its step); (None, 0) to start afresh."""
-    newest = checkpoint.newest(run_dir)
-    if newest is None:
-        return None, 0
-    path, manifest = newest
-    checkpoint.check_signature(path, manifest["signature"], signature)
-    return path, manifest["step"]
-
-
-def find_checkpoint(
-    settings: Settings, world: World, data: layouts.ShardedData, path: Optional[str]
-) -> Tuple[str, int, layouts.ShardedData]:
-    """Return (folder, step) of the checkpoint `path`, or of the run's newest; it must hold the model of the flags.
-
-    Returns `data` as well, with the pixel mean and deviation that the network was trained with, whatever set it is.
-    """
-
-    def find() -> List[Any]:
-        if path:
-            found = (os.path.abspath(path), checkpoint.read_manifest(path))
-        else:
-            newest = checkpoint.newest(settings.run.run_dir or "")
-            if newest is None:
-                raise CheckpointError(f"--run_dir={settings.run.run_dir}: no checkpoint in it yet; train first")
-            found = newest
-        signature = found[1]["signature"]
-        check_model(settings, found[0], signature)
-        return [found[0], found[1]["step"], signature]
-
-    folder, step, signature = world.on_rank0(find)
-    return folder, step, as_trained(settings, data, signature)
-
-
-def check_model(settings: Settings, path: str, signature: Dict[str, Any]) -> None:
-    """Raise CheckpointError if the checkpoint at `path` holds another model than the flags describe."""
-    # Weights are float32 in either precision, so a run may be scored in the other.
-    model = {**dataclasses.asdict(settings.model), "precision": signature["model"].get("precision")}
-    checkpoint.check_signature(path, signature["model"], model)
-
-
-def as_trained(settings: Settings, data: layouts.ShardedData, signature: Dict[str, Any]) -> layouts.ShardedData:
-    """Return `data` with the pixel mean and deviation that the network was trained with, whatever set it is."""
-    if settings.data.normalization not in ("auto", "dataset"):
-        return data
-    pixels = signature["data"].get("pixels")
-    mean, deviation = (tuple(pixels[key]) if pixels else None for key in ("mean", "std"))
-    return dataclasses.replace(data, pixel_mean=mean, pixel_std=deviation)
-
-
-def _signature(
-    settings: Settings, planned: Plan, train_examples: int, opened: Optional[layouts.ShardedData]
-) -> Dict[str, Any]:
-    """Return all that decides what is computed; two runs of equal signature train the same model."""
-    data, recipe = settings.data, settings.recipe
-    pixels = None
-    if opened is not None and opened.pixel_mean and opened.pixel_std and data.normalization in ("auto", "dataset"):
-        pixels = {"mean": list(opened.pixel_mean), "std": list(opened.pixel_std)}
-    return {
-        "model": dataclasses.asdict(settings.model),
-        "data": {
-            "dataset": data.dataset,
-            "train_examples": train_examples,
-            "resize": data.resize,
-            "normalization": data.normalization,
-            "pixels": pixels,
-            "eval_crop": data.eval_crop,
-            "crop": [data.crop, *data.crop_area, *data.crop_aspect],
-            "order_block": data.order_block,
-        },
-        "global_batch_size": planned.batch.total,
-        "optimizer": [recipe.optimizer, recipe.lars_eta],
-        "momentum_correction": recipe.momentum_correction,
-        "label_smoothing": recipe.label_smoothing,
-        "wd_on_bn": recipe.wd_on_bn,
-        "seed": recipe.seed,
-        "phases": {
-            phase.name: {**dataclasses.asdict(phase), "boundary_steps": list(phase.boundary_steps)}
-            for phase in planned.phases
-        },
-        "order_of_phases": [phase.name for phase in planned.phases],
+def _record(
+    folder: RunFolder,
+    settings: Settings,
+    world: World,
+    begin: _Beginning,
+    places: List[Dict[str, Any]],
+    signature: Dict[str, Any],
+) -> None:
+    folder.write_text("resolved.flags", settings.resolved_flags)
+    record = {
+        **provenance.of_job(),
+        "attempt": begin.attempt,
+        "seed": settings.recipe.seed,
+        "ranks": world.size,
+        "per_rank": places,
+        "init_from": begin.init_from,
+        "earlier_attempts": begin.earlier_attempts,
+        "signature": signature,
     }
+    folder.write_json("run.json", record)
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def _threads_of(place: Mapping[str, Any]) -> Tuple[int, Optional[int]]:
+    """Return the threads of TensorFlow and of OpenMP on a rank; None where OMP_NUM_THREADS is not a number."""
+    openmp = place["environment"].get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list: by level of nesting
+    return int(place["environment"]["TF_NUM_INTRAOP_THREADS"]), int(openmp) if openmp.isdigit() else None
+
+
+def _check_threads(settings: Settings, places: Sequence[Mapping[str, Any]]) -> None:
+    """Raise FlagError if ranks would compute other norms of the same weights.
+
+    The order in which a norm is summed depends on the number of threads. With LARS the norms decide the update, so
+    ranks with other numbers of threads would drift apart.
+    """
+    groups: Dict[Tuple[str, Tuple[int, Optional[int]]], List[int]] = {}
+    for rank, place in enumerate(places):
+        groups.setdefault((place["host"], _threads_of(place)), []).append(rank)
+    different = {threads for _, threads in groups}
+    if settings.recipe.optimizer != "lars" or len(different) == 1:
+        return
+    texts = []
+    for (host, (threads, openmp)), ranks in groups.items():
+        kernels = f" (OMP_NUM_THREADS={openmp})" if openmp not in (None, threads) else ""
+        texts.append(f"rank{'s' * (len(ranks) > 1)} {spans(ranks)} on {host}: {threads}{kernels}")
+    more = f" and {len(texts) - _MAX_SHOWN} more groups" if len(texts) > _MAX_SHOWN else ""
+    raise FlagError(
+        f"--optimizer=lars: needs the same number of threads on all ranks, since the norms of the layers depend on it "
+        f"in their last bits; found {'; '.join(texts[:_MAX_SHOWN])}{more}. Give all ranks the same number: "
+        f"--threads={min(threads for threads, _ in different)}"
+    )
+
+
+def _print_places(places: Sequence[Mapping[str, Any]]) -> None:
+    """Print on standard error where every rank sits, and warnings."""
+    rows = []
+    for place in places:
+        threads, openmp = _threads_of(place)
+        row = {"host": place["host"], "cpus": place["cores"], "cores": place["own_cores"], "threads": threads}
+        rows.append({**row, **({} if openmp is None else {"omp": openmp}), "host_cpus": place["host_cores"]})
+    for line in [*seats.describe(rows), *(f"warning: {problem}" for problem in seats.warnings(rows))]:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _check_same_everywhere(settings: Settings, world: World) -> None:
+    """Raise FlagError that names the first rank which was started with other flags, code or packages than rank 0."""
     facts = {
         "flags": hashlib.sha256(settings.resolved_flags.encode()).hexdigest()[:12],
         "Python": sys.version.split()[0],
@@ -353,7 +370,7 @@ def _check_same_everywhere(settings: Settings, world: World) -> None:
         for key in facts:
             if row[key] != rows[0][key]:
                 raise FlagError(
-                    f"rank {rank} on {row['host']} runs with other {key} ({row[key]}) than rank 0 on {rows[0]['host']} "
-                    f"({rows[0][key]}); start all ranks alike, from one environment",
+                    f"rank {rank} on {row['host']} runs with other {key} ({row[key]}) than rank 0 on "
+                    f"{rows[0]['host']} ({rows[0][key]}); start all ranks from the same environment",
                     collective=True,
                 )

@@ -1,13 +1,15 @@
-"""All that training changes, and how it gets into variables: the network, its weights, the velocity, the step."""
+"""Everything that training changes, by the names it is saved under: weights, statistics, the optimizer's slots."""
 
 import dataclasses
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import tensorflow as tf
 
+from resnet_cpu.cluster import horovod
+from resnet_cpu.cluster.control import World
 from resnet_cpu.errors import CheckpointError
 from resnet_cpu.model import resnet
-from resnet_cpu.run import checkpoint
+from resnet_cpu.run import checkpoint, signature
 from resnet_cpu.settings import Settings
 
 
@@ -17,33 +19,51 @@ def build_model(settings: Settings) -> tf.keras.Model:
     return resnet.resnet(options.pop("model"), options.pop("num_classes"), seed=settings.recipe.seed, **options)
 
 
+def slots(model: tf.keras.Model, optimizer: tf.keras.optimizers.Optimizer) -> Dict[str, tf.Variable]:
+    """Return the optimizer's variables by the names they are saved under: a velocity has the name of its weight.
+
+    The one place that knows which slots an optimizer has; name further ones WEIGHT/SLOT.
+    """
+    return dict(zip([variable.name for variable in model.trainable_variables], optimizer.velocities))
+
+
 class State:
-    """All that training changes: weights, statistics, velocity and the step, with names to save them under."""
+    """Weights, batch norm's statistics, optimizer slots and the number of steps done."""
 
     def __init__(self, model: tf.keras.Model, optimizer: tf.keras.optimizers.Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
+        self.model = model
         self.step = 0
-        self.velocity = dict(zip([variable.name for variable in model.trainable_variables], optimizer.velocities))
+        self.saved_step: Optional[int] = None  # of the newest checkpoint of this attempt, or that it started from
+        self._slots = slots(model, optimizer)
+        self._checked_step: Optional[int] = None
 
     @property
     def variables(self) -> List[tf.Variable]:
-        return [*self.model.variables, *self.velocity.values()]
+        """Return every variable that has to be the same on all ranks."""
+        return [*self.model.variables, *self._slots.values()]
 
     def arrays(self) -> Dict[str, checkpoint.Arrays]:
         """Return the groups of arrays of a checkpoint."""
         return {
             "weights": {variable.name: variable.numpy() for variable in self.model.variables},
-            "optimizer": {name: variable.numpy() for name, variable in self.velocity.items()},
+            "optimizer": {name: variable.numpy() for name, variable in self._slots.items()},
         }
 
     def restore(self, path: str) -> None:
-        """Take over weights, statistics and velocity of a checkpoint."""
+        """Set weights, statistics and slots from the checkpoint `path`."""
         load_weights(self.model, path)
-        assign(path, self.velocity, checkpoint.load(path, "optimizer"))
+        assign(path, self._slots, checkpoint.load(path, "optimizer"))
 
-    def reset_velocity(self) -> None:
-        for variable in self.velocity.values():
+    def reset_slots(self) -> None:
+        """Set the optimizer's slots to zero, as at the start of training."""
+        for variable in self._slots.values():
             variable.assign(tf.zeros_like(variable))
+
+    def check_replicas(self, world: World, when: str) -> None:
+        """Raise UserError unless all ranks hold the same bits; hashes the state once per step."""
+        if self._checked_step != self.step:
+            horovod.check_replicas(world, self.variables, when)
+            self._checked_step = self.step
 
 
 def load_weights(model: tf.keras.Model, path: str) -> None:
@@ -52,46 +72,49 @@ def load_weights(model: tf.keras.Model, path: str) -> None:
 
 
 def assign(path: str, variables: Dict[str, tf.Variable], arrays: checkpoint.Arrays) -> None:
-    """Set every variable from the array of its name; raise CheckpointError that tells what does not fit."""
-    there = {name: f"{array.shape} {array.dtype}" for name, array in arrays.items()}
-    here = {name: f"{tuple(variable.shape)} {variable.dtype.name}" for name, variable in variables.items()}
-    checkpoint.check_signature(path, there, here)
+    """Set each variable from the array of its name; raise CheckpointError that lists what does not fit."""
+    saved = {name: f"{array.shape} {array.dtype}" for name, array in arrays.items()}
+    expected = {name: f"{tuple(variable.shape)} {variable.dtype.name}" for name, variable in variables.items()}
+    signature.check(path, saved, expected)
     for name, variable in variables.items():
         variable.assign(arrays[name])
 
 
 def take_over(model: tf.keras.Model, path: str) -> Tuple[int, List[str], List[str]]:
-    """Set weights and statistics of `model` from those at `path`, by name; nothing else is taken.
+    """Set weights and statistics of `model` by name from the weights at `path`, as `--init_from` does.
 
-    Returns (arrays taken, names left as initialised, a report of every name). A classifier of another shape, as for
-    another data set, is left; CheckpointError if anything else does not fit.
+    A classifier of another shape, as for another data set, keeps its initial values. Raises CheckpointError if
+    anything else does not fit.
+
+    Returns:
+        The number of arrays taken, a description of each that kept its initial values, and a line per array.
     """
     arrays = checkpoint.read_weights(path)
     taken: Dict[str, tf.Variable] = {}
-    left: List[str] = []
+    initial: List[str] = []
     unfit: List[str] = []
     lines: List[str] = []
     for variable in model.variables:
-        name, here = variable.name, tuple(variable.shape)
-        there = arrays[name].shape if name in arrays else None
-        if there == here:
+        name, shape = variable.name, tuple(variable.shape)
+        saved = arrays[name].shape if name in arrays else None
+        if saved == shape:
             taken[name] = variable
-            lines.append(f"taken   {name} {here}")
+            lines.append(f"taken   {name} {shape}")
             continue
-        found = "not there" if there is None else f"{there} there"
-        lines.append(f"left    {name} {here} here, {found}")
-        (left if _of_classifier(name) else unfit).append(f"{name} ({here} here, {found})")
+        difference = f"{name} ({shape} in this network, {'missing' if saved is None else saved} in the file)"
+        lines.append(f"initial {difference}")
+        (initial if _of_classifier(name) else unfit).append(difference)
     names = {variable.name for variable in model.variables}
-    unfit += [f"{name} (not here)" for name in arrays if name not in names and not _of_classifier(name)]
+    unfit += [f"{name} (only in the file)" for name in arrays if name not in names and not _of_classifier(name)]
     if unfit:
         more = f" and {len(unfit) - 4} more" if len(unfit) > 4 else ""
         raise CheckpointError(
-            f"--init_from={path}: belongs to another network: {'; '.join(unfit[:4])}{more}; set the model's flags as "
-            "there"
+            f"--init_from={path}: belongs to another network: {'; '.join(unfit[:4])}{more}; set the flags of the "
+            "model to those of that network"
         )
     for name, variable in taken.items():
         variable.assign(arrays[name])
-    return len(taken), left, lines
+    return len(taken), initial, lines
 
 
 def _of_classifier(name: str) -> bool:

@@ -7,34 +7,37 @@ from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 import tensorflow as tf
 
 from resnet_cpu.cluster import horovod
-from resnet_cpu.data import batches as pipeline
+from resnet_cpu.data.batches import TrainingBatch
 from resnet_cpu.optim import lars, sgd
+from resnet_cpu.recipe.schedule import Rates
 from resnet_cpu.settings import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
-class Knobs:
-    """What the recipe sets from step to step and phase to phase."""
+class _Knobs:
+    """The variables that the optimizer reads in each step; the step's graph assigns them."""
 
     learning_rate: tf.Variable
-    weight_decay: tf.Variable
     momentum: tf.Variable
+    weight_decay: tf.Variable
+
+    def assign(self, rates: tf.Tensor) -> None:
+        """Set all three from `rates`, [learning rate, momentum, weight decay]."""
+        for knob, rate in zip((self.learning_rate, self.momentum, self.weight_decay), tf.unstack(rates)):
+            knob.assign(rate)
 
 
-def make_knobs() -> Knobs:
-    """Return knobs at zero, in Keras' floating-point type."""
-
+def _make_knobs() -> _Knobs:
     def knob(name: str) -> tf.Variable:
         return tf.Variable(0.0, trainable=False, dtype=tf.keras.backend.floatx(), name=name)
 
-    return Knobs(knob("learning_rate"), knob("weight_decay"), knob("momentum"))
+    return _Knobs(knob("learning_rate"), knob("momentum"), knob("weight_decay"))
 
 
-def make_optimizer(model: tf.keras.Model, knobs: Knobs, recipe: Recipe) -> tf.keras.optimizers.Optimizer:
-    """Return the built optimizer of the recipe, whose `minimize` averages over ranks."""
+def _make_optimizer(model: tf.keras.Model, knobs: _Knobs, recipe: Recipe) -> tf.keras.optimizers.Optimizer:
     scalars = knobs.learning_rate, knobs.weight_decay, knobs.momentum
     if recipe.optimizer == "lars":
-        chosen = lars.LARS(*scalars, lars.skip_list(model), recipe.lars_eta)
+        chosen = lars.LARS(*scalars, lars.skip_list(model))
     else:
         chosen = sgd.SGD(*scalars, sgd.without_decay(model, recipe.wd_on_bn))
     optimizer = horovod.distributed(chosen)
@@ -43,15 +46,18 @@ def make_optimizer(model: tf.keras.Model, knobs: Knobs, recipe: Recipe) -> tf.ke
 
 
 class Outcome(NamedTuple):
-    """What a step tells the loop; the first two are means over all ranks, so that all decide the same of them."""
+    """The result of a step; `loss` and `stop` are the same on all ranks, so that all of them decide alike."""
 
-    loss: float  # cross-entropy, without smoothing
-    stop: float  # share of ranks that were asked to stop
+    loss: float  # cross-entropy without smoothing, mean over all ranks
+    stop: bool  # whether any rank was asked to stop
+    started: float  # time.perf_counter() at the start of the step
+    data_wait_s: float  # waiting for the next micro-batches
     update_s: float  # after the last gradient of this rank: messages not hidden, waiting for peers, the update
+    step_s: float  # the whole step
 
 
 class _Tape:
-    """What Horovod's optimizer asks for gradients: gives the mean over micro-batches, and notes when it was there."""
+    """The tape that Horovod's optimizer asks for gradients: returns their mean over micro-batches, and the time."""
 
     def __init__(self, tape: tf.GradientTape, sums: List[tf.Variable], micro_batches: int) -> None:
         self._tape, self._sums, self._micro_batches = tape, sums, micro_batches
@@ -66,28 +72,23 @@ class _Tape:
 
 
 class TrainStep:
-    """A step of a rank: `accumulate_steps - 1` calls of `gather`, then one of the step itself.
+    """A step of a rank: `micro_batches - 1` calls of `gather`, then one of `update`.
 
-    Gradients, losses and batch norm's statistics of the micro-batches are averaged, as those of ranks are: a rank with
-    k micro-batches computes what k ranks with one each compute.
+    Gradients, losses and batch norm's statistics are averaged over micro-batches exactly as they are averaged over
+    ranks: a rank with k micro-batches computes what k ranks with one each compute.
     """
 
-    def __init__(
-        self,
-        model: tf.keras.Model,
-        optimizer: tf.keras.optimizers.Optimizer,
-        knobs: Knobs,
-        accumulate_steps: int = 1,
-        label_smoothing: float = 0.0,
-    ) -> None:
-        self._model, self._optimizer, self._knobs = model, optimizer, knobs
-        self._micro_batches, self._smoothing = accumulate_steps, label_smoothing
+    def __init__(self, model: tf.keras.Model, recipe: Recipe, micro_batches: int = 1) -> None:
+        """Build the recipe's optimizer for `model`, with `micro_batches` batches per update on this rank."""
+        self._model, self._micro_batches, self._smoothing = model, micro_batches, recipe.label_smoothing
+        self._knobs = _make_knobs()
+        self.optimizer = _make_optimizer(model, self._knobs, recipe)
         self._statistics: List[tf.Variable] = model.non_trainable_variables
 
         def zeros(variables: List[tf.Variable]) -> List[tf.Variable]:
             return [tf.Variable(tf.zeros_like(variable), trainable=False) for variable in variables]
 
-        gathers = accumulate_steps > 1
+        gathers = micro_batches > 1
         self._gradient_sums: List[Any] = (
             zeros(model.trainable_variables) if gathers else [None] * len(model.trainable_variables)
         )
@@ -96,30 +97,28 @@ class TrainStep:
 
     def take(
         self,
-        batches: Iterator[pipeline.Batch],
-        learning_rate: tf.Tensor,
-        stop: tf.Tensor,
+        batches: Iterator[TrainingBatch],
+        rates: Rates,
+        stop: bool = False,
         beat: Callable[[], None] = lambda: None,
-    ) -> Tuple[Outcome, float]:
-        """Do a step with the next micro-batches; return its outcome and the seconds spent waiting for them.
+    ) -> Outcome:
+        """Do a step with the next micro-batches at these rates; `stop`: whether this rank was asked to stop.
 
-        Calls `beat` after each micro-batch: a step of hundreds of them may take longer than a stall is allowed to.
+        Calls `beat` after each micro-batch: a step of hundreds of them may take longer than the stall timeout.
         """
-        waited = 0.0
+        started, waited = time.perf_counter(), 0.0
         for left in reversed(range(self._micro_batches)):
-            started = time.perf_counter()
-            _, images, labels = next(batches)
-            waited += time.perf_counter() - started
+            asked = time.perf_counter()
+            images, labels = next(batches)
+            waited += time.perf_counter() - asked
             if left:
                 self.gather(images, labels)
                 beat()
-        return self(images, labels, learning_rate, stop), waited
-
-    def __call__(self, images: tf.Tensor, labels: tf.Tensor, learning_rate: tf.Tensor, stop: tf.Tensor) -> Outcome:
-        """Take the last (or only) micro-batch and update; `stop` is 1 if this rank was asked to stop."""
-        means, finished_at = self._update(images, labels, learning_rate, stop)
+        knobs = tf.constant([rates.lr, rates.momentum, rates.wd], tf.keras.backend.floatx())
+        means, gradients_at = self.update(images, labels, knobs, tf.constant(float(stop)))
         loss, stopping = means.numpy()
-        return Outcome(float(loss), float(stopping), max(time.time() - float(finished_at), 0.0))
+        update_s = max(time.time() - float(gradients_at), 0.0)
+        return Outcome(float(loss), stopping > 0, started, waited, update_s, time.perf_counter() - started)
 
     @tf.function
     def gather(self, images: tf.Tensor, labels: tf.Tensor) -> None:
@@ -131,19 +130,24 @@ class TrainStep:
             summed.assign_add(gradient)
         for summed, variable, value in zip(self._statistics_sums, self._statistics, before):
             summed.assign_add(variable)
-            variable.assign(value)  # each micro-batch moves the statistics of the step before, not those of another
+            variable.assign(value)  # each micro-batch starts from the statistics of the step before
         assert self._loss_sum is not None
         self._loss_sum.assign_add(tf.cast(cross_entropy, tf.float32))
 
     @tf.function
-    def _update(
-        self, images: tf.Tensor, labels: tf.Tensor, learning_rate: tf.Tensor, stop: tf.Tensor
+    def update(
+        self, images: tf.Tensor, labels: tf.Tensor, rates: tf.Tensor, stop: tf.Tensor
     ) -> Tuple[tf.Tensor, tf.Tensor]:
-        self._knobs.learning_rate.assign(tf.cast(learning_rate, self._knobs.learning_rate.dtype))
+        """Take the last (or only) micro-batch and update the weights.
+
+        `rates` is [learning rate, momentum, weight decay]; `stop` is 1 if this rank was asked to stop, else 0. Returns
+        float32 [loss, stop], means over all ranks, and the time of the last gradient, seconds since the epoch.
+        """
+        self._knobs.assign(rates)
         with tf.GradientTape() as tape:
             loss, cross_entropy = self._losses(images, labels)
         over = _Tape(tape, self._gradient_sums, self._micro_batches)
-        self._optimizer.minimize(loss, self._model.trainable_variables, tape=over)
+        self.optimizer.minimize(loss, self._model.trainable_variables, tape=over)
         for variable, summed in zip(self._statistics, self._statistics_sums):
             if summed is not None:
                 variable.assign(_mean(variable, summed, self._micro_batches))
@@ -155,25 +159,25 @@ class TrainStep:
         return horovod.mean(tf.stack([cross_entropy, stop]), "loss_and_stop"), over.finished_at
 
     def _losses(self, images: tf.Tensor, labels: tf.Tensor) -> Tuple[tf.Tensor, tf.Tensor]:
-        """Return (what is minimised, the cross-entropy that is told): means over the micro-batch."""
+        """Return (the loss to minimise, the cross-entropy to report): means over the micro-batch."""
         logits = self._model(images, training=True)
-        told = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+        cross_entropy = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
         if not self._smoothing:
-            return told, told
-        evenly = -tf.reduce_mean(tf.nn.log_softmax(logits))
-        return (1.0 - self._smoothing) * told + self._smoothing * evenly, told
+            return cross_entropy, cross_entropy
+        uniform = -tf.reduce_mean(tf.nn.log_softmax(logits))
+        return (1.0 - self._smoothing) * cross_entropy + self._smoothing * uniform, cross_entropy
 
 
 def _mean(last: tf.Tensor, summed: Optional[tf.Variable], count: int) -> tf.Tensor:
-    """Return the mean over `count` micro-batches: those summed up and the last one."""
+    """Return the mean over `count` micro-batches: those already summed and the last one."""
     return last if summed is None else (summed + last) / count
 
 
 def _average_statistics(statistics: List[tf.Variable]) -> None:
-    """Average batch norm's moving statistics over ranks, as one message.
+    """Average batch norm's moving statistics over ranks, in one message.
 
-    The authors' Caffe does so before each test and snapshot. Moving averages are linear, so the mean of every step is
-    the mean of the end; but done in every step the state is the same on all ranks, whenever a run is cut off.
+    The authors' Caffe does so before each test and snapshot. Moving averages are linear, so averaging in every step
+    gives the same statistics at the end; and the state is the same on all ranks whenever a run is cut off.
     """
     if not statistics or not horovod.active():
         return
