@@ -10,7 +10,7 @@ from conftest import TINY_FLAGS
 from resnet_cpu import flags
 from resnet_cpu.cluster import control
 from resnet_cpu.cluster import placement as layout
-from resnet_cpu.report import run_plots as plots
+from resnet_cpu.report import plotting
 from resnet_cpu.run import checkpoint
 from resnet_cpu.run.folder import read_json, read_rows
 from resnet_cpu.training import loop
@@ -25,7 +25,7 @@ def train(world: control.World, data_dir: str, run_dir: str, *more: str, draw: b
     settings = flags.parse([*TINY_FLAGS, f"--data_dir={data_dir}", f"--run_dir={run_dir}", *more])
     opened = job.open_job(settings, world, layout.apply(0, world.cores))
     try:
-        with mock.patch.object(plots, "available", lambda: draw):  # drawing takes a second a run
+        with mock.patch.object(plotting, "available", lambda: draw):  # drawing takes a second a run
             return opened.finished or loop.run(opened)
     finally:
         if opened.folder is not None:

@@ -2,9 +2,7 @@
 
 from typing import Any, Dict, Mapping, Sequence
 
-from resnet_cpu.report.plotting import EVALUATION, RATE, TRAINING, available, mark_phase, pyplot, save
-
-__all__ = ["available", "draw_curves", "draw_ensemble", "draw_lr_scaling", "draw_plan", "draw_scaling"]
+from resnet_cpu.report.plotting import EVALUATION, RATE, TRAINING, mark_phase, pyplot, save
 
 _PARTS = {  # of a step, see resnet_cpu.scaling.steptimes
     "between": "#8c8c8c",

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from resnet_cpu.cluster import machine
 from resnet_cpu.recipe.schedule import Rates, Span
-from resnet_cpu.report import profile, run_plots, tables
+from resnet_cpu.report import plotting, profile, run_plots, tables
 from resnet_cpu.report.text import duration
 from resnet_cpu.run import provenance
 from resnet_cpu.run.folder import RunFolder, finite, read_json, read_rows
@@ -216,14 +216,14 @@ class Report:
         for line in steptimes.lines(result["scaling"]) if "scaling" in result else ():
             self.say(line)
         if result["complete"]:
-            curves = f", curves in {self._job.run_dir}/plots" if run_plots.available() else ""
+            curves = f", curves in {self._job.run_dir}/plots" if plotting.available() else ""
             self.say(f"done: result in {self._job.run_dir}/result.json{curves}")
         else:
             self.say(f"stopped after step {result['steps']} (--max_steps); run again without --max_steps to continue")
 
     def draw(self, result: Optional[Mapping[str, Any]] = None) -> None:
         """Draw the plots of the rows so far and of `result`; a plot that fails is reported and never ends a run."""
-        if not run_plots.available():
+        if not plotting.available():
             return
         try:
             _draw(self._job, self._folder, result or {})
