@@ -1,7 +1,6 @@
 """Whole runs on one rank, in this process and as commands."""
 
 import csv
-import gzip
 import hashlib
 import io
 import json
@@ -21,7 +20,6 @@ from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, told, write_tiny_data
 from resnet_cpu import evaluate, plan
 from resnet_cpu.cluster import control
 from resnet_cpu.data import order
-from resnet_cpu.data.sources import arrays
 from resnet_cpu.errors import CheckpointError, DataError, FlagError, NotFinite, RunFolderError, UserError
 from resnet_cpu.run import checkpoint
 from resnet_cpu.run.folder import RunFolder, read_rows
@@ -472,59 +470,3 @@ def test_a_signal_stops_cleanly_with_75_and_the_rest_is_bit_identical(tiny_data,
             assert run_command("train", *command(tiny_data, folder, *long)).returncode == 0
         assert not runs.differing(runs.final_state(str(run_dir)), runs.final_state(str(whole)))
         assert runs.losses(str(run_dir)) == runs.losses(str(whole))
-
-
-def test_prepare_says_what_it_takes(run_command, tmp_path):
-    process = run_command("prepare", "fashion", f"--data_dir={tmp_path}")
-    assert process.returncode == 64 and "fashion_mnist" in told(process)[0]
-    process = run_command("prepare", "fashion_mnist", f"--data_dir={tmp_path}", f"--raw_dir={tmp_path}")
-    assert process.returncode == 65 and "train-images-idx3-ubyte.gz" in told(process)[0]
-
-
-def test_prepare_never_overwrites_another_set(run_command, tmp_path):
-    write_tiny_data(str(tmp_path))  # a set named digits
-    process = run_command(
-        "prepare", "fashion_mnist", f"--data_dir={tmp_path}", f"--raw_dir={write_idx(tmp_path / 'raw')}"
-    )
-    assert process.returncode == 65 and "holds digits already" in told(process)[0]
-    assert run_command("prepare", "verify", f"--data_dir={tmp_path}").returncode == 0
-
-
-def write_idx(folder):
-    """Write four tiny files in the format of the MNIST family."""
-    folder.mkdir()
-    for name, shape in [
-        ("train-images-idx3", (20, 8, 8)), ("train-labels-idx1", (20,)),
-        ("t10k-images-idx3", (9, 8, 8)), ("t10k-labels-idx1", (9,)),
-    ]:  # fmt: skip
-        values = np.arange(np.prod(shape)).reshape(shape) % (10 if "labels" in name else 250)
-        header = bytes([0, 0, 8, len(shape)]) + b"".join(int(n).to_bytes(4, "big") for n in shape)
-        with gzip.open(folder / f"{name}-ubyte.gz", "wb") as file:
-            file.write(header + values.astype(np.uint8).tobytes())
-    return folder
-
-
-def test_prepare_reads_idx_files_and_names_damaged_ones(run_command, tmp_path):
-    raw = write_idx(tmp_path / "raw")
-    arguments = ("prepare", "fashion_mnist", f"--data_dir={tmp_path / 'data'}", f"--raw_dir={raw}")
-    process = run_command(*arguments)
-    assert json.loads(last_line(process.stdout)) == {"train": 20, "validation": 9}, process.stderr
-    labels = raw / "t10k-labels-idx1-ubyte.gz"
-    whole = labels.read_bytes()
-    for damaged in (
-        whole[:-3],
-        whole[:-12] + bytes([whole[-12] ^ 255]) + whole[-11:],
-        gzip.compress(b"\x00\x00\x08\x03\x00"),
-        b"text",
-    ):
-        labels.write_bytes(damaged)
-        with pytest.raises(DataError, match="t10k-labels-idx1-ubyte.gz"):
-            arrays.read_idx(str(labels))
-
-
-def test_prepare_digits_and_verify(run_command, tmp_path):
-    process = run_command("prepare", "digits", f"--data_dir={tmp_path}")
-    assert process.returncode == 0, process.stderr
-    assert json.loads(last_line(process.stdout)) == {"train": 1497, "validation": 300}
-    process = run_command("prepare", "verify", f"--data_dir={tmp_path}")
-    assert json.loads(last_line(process.stdout)) == {"train": 1497, "validation": 300}

@@ -1,4 +1,4 @@
-"""Raw images as arrays -> verified JPEG shards; and the reader of the IDX files that the MNIST family comes in."""
+"""Write arrays of images as verified JPEG shards; read IDX files, the format of the MNIST family."""
 
 import gzip
 import os
@@ -10,34 +10,34 @@ from typing import Dict, Iterator, Tuple
 import numpy as np
 import tensorflow as tf
 
-from resnet_cpu.data import folders as layouts
-from resnet_cpu.data import shards
-from resnet_cpu.errors import DataError
+from resnet_cpu.data import folders, shards
+from resnet_cpu.errors import DataError, RunFolderError
+from resnet_cpu.run import lock
 
-JPEG_QUALITY = 100  # tiny images are read from memory anyway, and the loss of a lower quality shows on 28 pixels
+JPEG_QUALITY = 100  # size hardly matters for tiny images, and a lower quality is visible at 28 pixels
 EXAMPLES_PER_SHARD = 8192
 
 
 def read_idx(path: str) -> np.ndarray:
-    """Return the uint8 array of a gzipped IDX file (magic, dimensions big-endian, bytes)."""
+    """Return the uint8 array of a gzipped IDX file (magic, big-endian dimensions, bytes); DataError if it is damaged."""
     try:
         with gzip.open(path, "rb") as file:
             content = file.read()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; set --raw_dir to the folder that holds it") from None
+        raise DataError(f"{path}: the file does not exist; set --raw_dir to the folder that contains it") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not readable as gzip ({error}); fetch it again") from None
+        raise DataError(f"{path}: not readable as gzip ({error}); download it again") from None
     if content[:3] != b"\x00\x00\x08" or len(content) < 4 or len(content) < 4 + 4 * content[3]:
-        raise DataError(f"{path}: no IDX file of bytes; fetch it again")
+        raise DataError(f"{path}: not an IDX file of bytes; download it again")
     dimensions = struct.unpack(f">{content[3]}I", content[4 : 4 + 4 * content[3]])
     array = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
     if array.size != np.prod(dimensions):
-        raise DataError(f"{path}: {array.size} bytes where {dimensions} needs {np.prod(dimensions)}; fetch it again")
+        raise DataError(f"{path}: {array.size} bytes where {dimensions} needs {np.prod(dimensions)}; download it again")
     return array.reshape(dimensions)
 
 
-def serialized_examples(images: np.ndarray, labels: np.ndarray, what: str) -> Iterator[bytes]:
-    """Yield standard TFRecord examples of grey images, uint8 [n, height, width], as JPEG."""
+def serialized_examples(images: np.ndarray, labels: np.ndarray, name: str) -> Iterator[bytes]:
+    """Yield grey images, uint8 [n, height, width], as serialized examples with JPEG; report progress under `name`."""
     _, height, width = images.shape
 
     def encode(image: tf.Tensor) -> tf.Tensor:
@@ -54,18 +54,37 @@ def serialized_examples(images: np.ndarray, labels: np.ndarray, what: str) -> It
         }
         yield tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString(deterministic=True)
         if number % 10_000 == 9_999:
-            print(f"prepare: {what}: {number + 1} of {len(images)} examples", file=sys.stderr, flush=True)
+            print(f"prepare: {name}: {number + 1} of {len(images)} examples", file=sys.stderr, flush=True)
 
 
 def write_data_set(
     folder: str, dataset: str, source: str, splits: Dict[str, Tuple[np.ndarray, np.ndarray]], num_classes: int
 ) -> Dict[str, int]:
-    """Write grey images and labels of each split as shards with manifest; return the examples of each split."""
+    """Write grey images and labels of each split as shards with a manifest; return the examples of each split.
+
+    Raises DataError if the folder contains another data set, RunFolderError if another process is writing to it.
+    """
     os.makedirs(folder, exist_ok=True)
+    try:
+        held = lock.FolderLock(folder, ".prepare.lock")
+    except lock.InUse as holder:
+        raise RunFolderError(
+            f"--data_dir={folder}: another process is preparing this folder ({holder}); start prepare once, not on "
+            "several ranks"
+        ) from None
+    try:
+        return _write_data_set(folder, dataset, source, splits, num_classes)
+    finally:
+        held.release()
+
+
+def _write_data_set(
+    folder: str, dataset: str, source: str, splits: Dict[str, Tuple[np.ndarray, np.ndarray]], num_classes: int
+) -> Dict[str, int]:
     if os.path.exists(os.path.join(folder, shards.MANIFEST)):
-        held = shards.read_manifest(folder).get("dataset")
-        if held != dataset:
-            raise DataError(f"--data_dir={folder}: holds {held} already; choose another folder for {dataset}")
+        stored = shards.read_manifest(folder).get("dataset")
+        if stored != dataset:
+            raise DataError(f"--data_dir={folder}: contains {stored} already; choose another folder for {dataset}")
     rows = {}
     for split, (images, labels) in splits.items():
         if labels.min() < 0 or labels.max() >= num_classes or len(images) != len(labels):
@@ -84,4 +103,4 @@ def write_data_set(
         "splits": rows,
     }
     shards.write_manifest(folder, manifest)
-    return layouts.verify(folder, dataset)
+    return folders.verify(folder, dataset)

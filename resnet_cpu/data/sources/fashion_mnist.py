@@ -1,7 +1,7 @@
 """Fashion-MNIST: 60,000 + 10,000 grey images of 28x28 pixels in 10 classes (Xiao et al., arXiv 1708.07747)."""
 
 import os
-from typing import Dict
+from typing import Dict, Optional
 
 from resnet_cpu.data.sources import arrays
 
@@ -12,8 +12,8 @@ _FILES = {
 }
 
 
-def prepare(raw_dir: str, data_dir: str) -> Dict[str, int]:
-    """Write the data set's shards to `data_dir`; return the examples of each split."""
+def prepare(raw_dir: Optional[str], data_dir: str) -> Dict[str, int]:
+    """Write the shards of the data set to `data_dir`; return the number of examples of each split."""
     folder = raw_dir or DEBIAN_FOLDER
     splits = {
         split: (arrays.read_idx(os.path.join(folder, images)), arrays.read_idx(os.path.join(folder, labels)))
