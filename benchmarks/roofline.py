@@ -245,39 +245,36 @@ def memory_set(folder: str, largest: int, seconds: float) -> Callable[[], Dict[s
 
 def training_step(arguments: argparse.Namespace) -> Tuple[Callable[[], Any], Any]:
     """Return a call that does the step that `resnet_cpu.benchmark` times, and a model with static shapes."""
-    from resnet_cpu import flags
-    from resnet_cpu.cluster import control
-    from resnet_cpu.cluster import placement as layout
+    from resnet_cpu import commandline
+    from resnet_cpu.cluster import control, placement
+    from resnet_cpu.settings import resolve_batch
 
     command = ["--dataset=synthetic", f"--batch_size={arguments.batch_size}", f"--image_size={arguments.image_size}"]
-    values, _ = flags.parse_values(command, "benchmark")
-    settings = flags.make_settings(values)
+    settings = commandline.parse(command, "benchmark")
     world = control.connect(settings.system.ranks)
     if world.size > 1:
         raise SystemExit("roofline.py needs a single rank: launch/local.sh 1 python benchmarks/roofline.py ...")
-    print(f"environment: {layout.apply(settings.system.threads, world.cores)}", flush=True)
+    print(f"environment: {placement.apply(settings.system.threads, world.cores)}", flush=True)
     import tensorflow as tf
 
     from resnet_cpu.cluster import horovod
-    from resnet_cpu.data import batches
-    from resnet_cpu.recipe import batch as batch_rule
+    from resnet_cpu.data.batches import training_batches
+    from resnet_cpu.recipe.schedule import Rates
     from resnet_cpu.training import state, step
 
     tf.get_logger().setLevel("ERROR")  # it warns of repeated tracing; each function here is a different one
     horovod.start(world)
-    recipe = settings.recipe
-    batch = batch_rule.resolve_batch(recipe.batch_size, recipe.global_batch_size, 1, 1)
+    batch = resolve_batch(settings, world.size)
     model = state.build_model(settings)
-    knobs = step.make_knobs()
-    train_step = step.TrainStep(model, step.make_optimizer(model, knobs, recipe), knobs)
-    taken = batches.training_batches(
+    train_step = step.TrainStep(model, settings.recipe)
+    batches = training_batches(
         settings, world, None, examples=4 * batch.total, batch=batch, first_step=0, last_step=10**6, augment="none",
         image_size=arguments.image_size,
     )  # fmt: skip
-    rate, go_on = tf.constant(0.0), tf.constant(0.0)
+    rates = Rates(0.0, 0.0, 0.0)  # the same cost as any other, and never divergence
     size = [arguments.image_size, arguments.image_size, 3]
     shaped = tf.keras.models.clone_model(model, tf.keras.Input(size))
-    return lambda: train_step.take(taken, rate, go_on), shaped
+    return lambda: train_step.take(batches, rates), shaped
 
 
 def main() -> None:

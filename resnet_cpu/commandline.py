@@ -64,7 +64,7 @@ class Flag(NamedTuple):
 
     @property
     def default(self) -> str:
-        """Return the default as text, empty if there is none."""
+        """Return the default as text, empty without a default."""
         default, shown = self.field.default, self.field.metadata["shown"]
         if shown is not None:
             return shown
@@ -230,7 +230,7 @@ def _frozen(values: flags.FlagValues, every: Sequence[Flag], command: str, posit
 
 
 def _fill_in(groups: Dict[str, Dict[str, Any]], checked: bool) -> None:
-    """Replace what was left open by what is known of the data set; raise FlagError where that says nothing."""
+    """Replace what was left open by what is known of the data set; raise FlagError if it does not fix the classes."""
     data, model = groups["data"], groups["model"]
     dataset = data["dataset"]
     if dataset not in DATASETS and not re.fullmatch(r"tfds:[A-Za-z0-9_]+(/[A-Za-z0-9_.-]+)*", dataset):

@@ -130,7 +130,7 @@ class Recipe:
     phases: Tuple[PhaseText, ...] = setting(
         (),
         "A phase of the recipe, NAME:key=value,... Repeat the flag for more phases; a later one of the same NAME "
-        "replaces the earlier one at its place. Required keys: a length (steps or epochs) and a peak learning rate "
+        "replaces the earlier one in its place. Required keys: a length (steps or epochs) and a peak learning rate "
         "(lr or lr_per_256). docs/phases.md lists all keys.",
         flag="phase",
         parse=parse_phases,
