@@ -62,7 +62,7 @@ def test_causes_compare_as_many_images_as_one_node_computes():
 def test_printed_errors_are_those_of_the_model():
     lines = answers.published_lines()
     for name in ("two_constants", "three_constants"):
-        for point in published.published(name).comparisons:
+        for point in published.best_fit(name).comparisons:
             kind = "fitted to" if point.fitted else "held out"
             mine = [line.split() for line in lines if line.split()[:1] == [point.name]]
             assert any(f"{100 * point.error:+.1f}" in words and kind in " ".join(words) for words in mine), point

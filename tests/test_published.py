@@ -20,7 +20,7 @@ def test_fit_finds_the_minimum_and_refuses_too_few_points():
 
 
 def test_rows_name_source_network_and_role():
-    for row in published.published_rows().values():
+    for row in published.rows().values():
         assert row["source"] and row["kind"] in ("read", "derived") and float(row["value"]) > 0
         assert row["network"] in NETWORKS
         roles = {row[name] for name in published.FITS}
@@ -29,13 +29,13 @@ def test_rows_name_source_network_and_role():
 
 @pytest.mark.parametrize("name", published.FITS)
 def test_each_fit_has_a_point_for_each_constant_and_holds_points_out(name):
-    roles = [row[name] for row in published.published_rows().values()]
+    roles = [row[name] for row in published.rows().values()]
     assert roles.count(published.FITTED) == len(published.FITS[name])
     assert roles.count(published.HELD_OUT) >= 1
 
 
 def test_values_follow_from_the_published_hours():
-    rows = published.published_rows()
+    rows = published.rows()
     epochs = published.IMAGENET_EPOCHS * published.IMAGENET_EXAMPLES
     assert float(rows["recipe_a"]["value"]) == pytest.approx(epochs / 3600 / 448, abs=0.05)
     assert float(rows["knl_2048"]["value"]) == pytest.approx(epochs / 1200 / 2048, abs=0.05)
@@ -46,7 +46,7 @@ def test_values_follow_from_the_published_hours():
 def test_published_points_fitted_and_held_out():
     """Points that a fit used are met; those held out are predicted to the errors that docs/simulate.md states."""
     for name, expected in (("two_constants", 2), ("three_constants", 3)):
-        found = published.published(name)
+        found = published.best_fit(name)
         fitted = [point for point in found.comparisons if point.fitted]
         assert len(fitted) == expected
         assert max(abs(point.error) for point in fitted) < 1e-4
@@ -58,11 +58,11 @@ def test_published_points_fitted_and_held_out():
 
 
 def test_points_held_out_do_not_change_the_fit(monkeypatch):
-    fit = published.published.__wrapped__  # without the cache
+    fit = published.best_fit.__wrapped__  # without the cache
     before = fit().node
-    rows = published.published_rows()
+    rows = published.rows()
     rows["recipe_a"]["value"], rows["c5_64"]["value"] = "1", "1"
-    monkeypatch.setattr(published, "published_rows", lambda: rows)
+    monkeypatch.setattr(published, "rows", lambda: rows)
     assert fit().node == before
     rows["recipe_b"]["value"] = "90"
     assert fit().node != before

@@ -171,13 +171,13 @@ def _batch_lines(cluster: Cluster, nodes: int) -> List[str]:
 def published_lines() -> List[str]:
     """Return the published figures, those that a fit used and those held out, beside the predictions, with errors."""
     lines = ["published points (Intel Caffe with MLSL, no Horovod)"]
-    rows = published.published_rows()
+    rows = published.rows()
     titles = {
         "two_constants": "two constants, two points (speed, jitter)",
         "three_constants": "a third, a fixed time a batch, and a third point (DAWNBench)",
     }
     for name, title in titles.items():
-        fit = published.published(name)
+        fit = published.best_fit(name)
         node = fit.node
         assert isinstance(node.jitter, float)
         lines.append(
@@ -214,9 +214,9 @@ def plot_data(
         if threads != cluster.inter_op_threads:
             other = cluster._replace(inter_op_threads=threads)
             curves[f"if {label}"] = _shares(clusters.curve(other, points[-1].nodes)[0])
-    rows = published.published_rows()
+    rows = published.rows()
     speed_ups = []
-    for point in published.published().comparisons:
+    for point in published.best_fit().comparisons:
         if point.unit == "x":
             nodes = int(rows[point.name]["nodes"])
             share = point.measured / nodes

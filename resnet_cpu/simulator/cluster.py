@@ -66,7 +66,7 @@ def from_settings(settings: Settings) -> Cluster:
     ranks_per_node = _ranks_per_node(settings, None if rate is not None else speed)
     network = f"{settings.model.model} of width {settings.model.width:g} at {settings.data.image_size} pixels in "
     network += settings.model.precision
-    fit = published.published()
+    fit = published.best_fit()
     measured: Tuple[str, ...] = ()
     if speed is None:
         if network != KNOWN_SPEED:

@@ -99,22 +99,22 @@ def fit(errors: Callable[[np.ndarray], np.ndarray], start: Sequence[float], step
     return np.exp(logs)
 
 
-def published_rows() -> Dict[str, Dict[str, str]]:
+def rows() -> Dict[str, Dict[str, str]]:
     """Return the rows of published.csv by id, in their order."""
     with open(pathlib.Path(__file__).with_name("published.csv"), newline="", encoding="utf-8") as file:
         return {row["id"]: row for row in csv.DictReader(file)}
 
 
 @functools.lru_cache(maxsize=len(FITS))
-def published(name: str = "three_constants", jitter: Optional[float] = None) -> Fit:
-    """Return a fit of FITS and its predictions of the figures that it was fitted to and of those held out.
+def best_fit(name: str = "three_constants", jitter: Optional[float] = None) -> Fit:
+    """Return a fit of FITS, with its predictions of the figures that it used and of those held out.
 
     `two_constants` fits the speed of a node to recipe B and jitter to 32 C5 nodes. `three_constants` also fits a time
     of each batch, whatever its size, to the DAWNBench run on 64 C5 nodes. Nodes of both clusters (2x Xeon 8160, C5) are
     taken to be equally fast. `many_cores` fits the speed of a Xeon Phi node, for a given `jitter`.
     """
-    rows = [row for row in published_rows().values() if row[name]]
-    targets = [row for row in rows if row[name] == FITTED]
+    chosen = [row for row in rows().values() if row[name]]
+    targets = [row for row in chosen if row[name] == FITTED]
     constants = FITS[name]
 
     def node_of(parameters: np.ndarray) -> Node:
@@ -128,7 +128,7 @@ def published(name: str = "three_constants", jitter: Optional[float] = None) -> 
     node = node_of(fit(errors, list(constants.values())))
     comparisons = [
         Comparison(row["id"], row["unit"], float(row["value"]), _predict(row, node), row[name] == FITTED)
-        for row in rows
+        for row in chosen
     ]
     return Fit(node, tuple(comparisons))
 
@@ -136,13 +136,13 @@ def published(name: str = "three_constants", jitter: Optional[float] = None) -> 
 def many_cores() -> ManyCores:
     """Return the prediction for 104K cores, with the speed of a Xeon Phi node fitted to 2,048 of them.
 
-    The jitter is that of the fit with two constants, since the speed is fitted without a time of each batch, too.
+    The jitter is that of the fit with two constants: neither of the two fits has a time of each batch.
     """
-    jitter = published("two_constants").node.jitter
+    jitter = best_fit("two_constants").node.jitter
     assert isinstance(jitter, float)
-    found = published("many_cores", jitter)
+    found = best_fit("many_cores", jitter)
     minutes = next(point for point in found.comparisons if not point.fitted)
-    row = published_rows()[minutes.name]
+    row = rows()[minutes.name]
     one, many = (_step(row, found.node, nodes) for nodes in (1, int(row["nodes"])))
     needed = IMAGENET_EPOCHS * IMAGENET_EXAMPLES / (60 * minutes.measured) / int(row["nodes"])
     return ManyCores(minutes, one.total / many.total, needed)
