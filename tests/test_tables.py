@@ -94,6 +94,28 @@ def test_flagfiles_are_short_and_name_their_source():
             assert "Command" in head and "xpected" in head, path
 
 
+PIXELS = ((72.9404,) * 3, (90.0212,) * 3)  # mean and deviation of Fashion-MNIST
+
+
+def test_committed_runs_have_the_recipes_of_their_flagfiles(monkeypatch):
+    """A new run of a flagfile can be averaged with the committed ones: the code has not orphaned them."""
+    monkeypatch.chdir(ROOT)
+    runs = report.read_results(accuracy.RUNS)
+    lines = [line for line in report.read_csv("experiments/tables.csv") if line["flagfile"].endswith(".flags")]
+    recipes = {
+        (line["flagfile"], run["recipe"], run["global_batch_size"])
+        for line in lines
+        for run in report.find_runs(line, runs)
+    }
+    assert len(recipes) >= 17
+    for flagfile, recipe, batch in recipes:
+        more = [f"--global_batch_size={batch}"] if "ladder" in flagfile else []
+        settings = commandline.parse([f"--flagfile=experiments/{flagfile}", "--seed=5", *more])
+        examples = settings.data.train_examples or 60000
+        recorded = signature.of(settings, resolve_recipe(settings, 1, examples), examples, PIXELS)
+        assert accuracy.recipe_digest(recorded) == recipe, flagfile
+
+
 TREE = [
     "--dataset=digits",
     "--model=resnet18",

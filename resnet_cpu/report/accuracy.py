@@ -76,7 +76,7 @@ def _row(name: str, what: str, scores: Mapping, result: Mapping, record: Mapping
         **_cost(what, scores, result),
         "run": name,
         "what": what,
-        "recipe": _recipe(record["signature"]),
+        "recipe": recipe_digest(record["signature"]),
         "cores": round(rate / per_core) if rate and per_core else None,
         "cpu": "; ".join(sorted({row["cpu"] for row in record["per_rank"]})),
         "tensorflow": record["versions"]["tensorflow"],
@@ -85,8 +85,8 @@ def _row(name: str, what: str, scores: Mapping, result: Mapping, record: Mapping
     return {key: cell(values[key]) for key in RUN_COLUMNS}
 
 
-def _recipe(recorded: Dict[str, Any]) -> str:
-    """Return a digest of what runs of one recipe, model and data share, whatever their seeds and versions."""
+def recipe_digest(recorded: Mapping[str, Any]) -> str:
+    """Return a digest of a run's signature: equal for runs of one recipe, model and data, whatever the seed."""
     shared = signature.normalised(recorded)
     shared["recipe"].pop("seed", None)
     shared.pop("init_from", None)
