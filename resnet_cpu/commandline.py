@@ -147,7 +147,7 @@ def _parse(values: flags.FlagValues, argv: Sequence[str]) -> List[str]:
     try:
         return values(["resnet_cpu", *argv])[1:]
     except flags.UnrecognizedFlagError as error:
-        # absl hands on the whole argument as the value.
+        # absl passes the whole argument as the value.
         shown = error.flagvalue if str(error.flagvalue).startswith("-") else f"--{error.flagname}"
         name = error.flagname
         removed = REMOVED.get(name) or REMOVED.get(name[2:] if name.startswith("no") else name)

@@ -1,22 +1,19 @@
 """Every setting, exactly once: a field with its default, bounds, help, the commands that take it, and what it decides.
 
-`commandline.py` derives flags, `--help`, docs/flags.md and these frozen dataclasses from the fields, and
-`run/signature.py` what two runs must have in common. A new setting is one field here and its use.
+`commandline.py` derives flags, `--help` and docs/flags.md from the fields, `run/signature.py` what two runs must have
+in common. A new setting is one field here and its use. `fields.setting` explains the arguments.
 """
 
 import dataclasses
-import sys
-from typing import Any, Callable, Dict, FrozenSet, Optional, Sequence, Tuple
+from typing import Dict, FrozenSet, Optional, Tuple
 
 from resnet_cpu.errors import FlagError
-from resnet_cpu.recipe import batch as batches
-from resnet_cpu.recipe import phases
-from resnet_cpu.recipe.batch import Batch
-from resnet_cpu.recipe.phases import Phase, PhaseText
+from resnet_cpu.fields import parse_count_or_auto, parse_crop, parse_phases, parse_steps, setting
+from resnet_cpu.recipe.batch import SCALINGS
+from resnet_cpu.recipe.phases import PhaseText
 
 #: Commands that take the settings of a run.
 OF_A_RUN = ("train", "evaluate", "benchmark", "plan", "simulate")
-UNTIMED_STEPS = 10  # at the start of an attempt, in mode scaling: caches and threads settle meanwhile
 SOURCES = ("fashion_mnist", "digits", "verify")  # of python -m resnet_cpu.prepare
 
 #: name -> (blocks of each stage, whether blocks are bottlenecks)
@@ -29,100 +26,6 @@ DEPTHS: Dict[str, Tuple[Tuple[int, ...], bool]] = {
 }
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[str] = (),
-    low: Optional[float] = None,
-    high: Optional[float] = None,
-    decides: bool = False,
-    also: Sequence[str] = (),
-    path: bool = False,
-    flag: Optional[str] = None,
-    parse: Optional[Callable[[str], Any]] = None,
-    shown: Optional[str] = None,
-) -> Any:
-    """Return a dataclass field that is a flag as well.
-
-    Args:
-        default: the value where the flag is not given; None may be replaced by what is known of the data set.
-        help: one or two sentences for `--help`, with the unit.
-        choices: the texts that are allowed.
-        low, high: the least and the greatest number that are allowed.
-        decides: whether the result of a training run depends on it; such fields make up the signature of a run.
-        also: commands that take the flag besides those of its group.
-        path: whether `~` and `$VAR` are expanded.
-        flag: name of the flag, where it is not that of the field.
-        parse: function from the text (or the list of texts) to the value; raises ValueError with the remedy.
-        shown: the default as text, for a field with `parse`.
-    """
-    about = {
-        "help": help,
-        "choices": tuple(choices),
-        "low": low,
-        "high": high,
-        "decides": decides,
-        "also": tuple(also),
-        "path": path,
-        "flag": flag,
-        "parse": parse,
-        "shown": shown,
-    }
-    return dataclasses.field(default=default, metadata=about)
-
-
-def _pair(text: str, kind: Callable[[str], Any]) -> Tuple[Any, Any]:
-    low, high = (kind(part) for part in text.split(","))
-    if not low <= high:
-        raise ValueError
-    return low, high
-
-
-def parse_crop(text: str) -> Dict[str, Any]:
-    """Return `crop` and `crop_area` of NAME or NAME:LEAST,MOST; raise ValueError for anything else."""
-    name, colon, area = text.partition(":")
-    remedy = "write inception or authors, with the range of areas behind a colon if wanted, as in inception:0.25,1"
-    if name not in ("inception", "authors"):
-        raise ValueError(remedy)
-    if not colon:
-        return {"crop": name, "crop_area": (0.08, 1.0)}
-    try:
-        low, high = _pair(area, float)
-    except ValueError:
-        raise ValueError(remedy) from None
-    if not 0 < low <= high <= 1:
-        raise ValueError(f"areas are shares of the image, above 0 and up to 1; {remedy}")
-    return {"crop": name, "crop_area": (low, high)}
-
-
-def parse_steps(text: str) -> Optional[Tuple[int, int]]:
-    """Return the pair FIRST,LAST, None for an empty text; raise ValueError for anything else."""
-    if not text:
-        return None
-    try:
-        first, last = _pair(text, int)
-        if first >= 0:
-            return first, last
-    except ValueError:
-        pass
-    raise ValueError("write the first and the last step, counted from 0, as in 10,12") from None
-
-
-def parse_count_or_auto(text: str) -> Optional[int]:
-    """Return the number, None for `auto`; raise ValueError for anything else."""
-    if text == "auto":
-        return None
-    if not text.isdigit() or int(text) < 1:
-        raise ValueError("must be a whole number above 0, or auto")
-    return int(text)
-
-
-def parse_phases(texts: Sequence[str]) -> Tuple[PhaseText, ...]:
-    """Return the phases of `--phase`, see `recipe.phases.parse`."""
-    return tuple(phases.parse(texts))
-
-
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """recipe: what is trained when, and at which rate"""
@@ -130,42 +33,38 @@ class Recipe:
     phases: Tuple[PhaseText, ...] = setting(
         (),
         "A phase of the recipe, NAME:key=value,... Repeat the flag for more phases; a later one of the same NAME "
-        "replaces the earlier one in its place. Required keys: a length (steps or epochs) and a peak learning rate "
-        "(lr or lr_per_256). docs/phases.md lists all keys.",
+        "replaces the earlier one in place. Required keys: a length (steps or epochs) and a peak learning rate (lr or "
+        "lr_per_256). docs/phases.md lists all keys.",
         flag="phase",
         parse=parse_phases,
     )
     batch_size: Optional[int] = setting(None, "Images per rank and step (default 32).", low=1)
-    global_batch_size: Optional[int] = setting(None, "Images per step over all ranks, in place of --batch_size.", low=1)
+    global_batch_size: Optional[int] = setting(None, "Images per step over all ranks, instead of --batch_size.", low=1)
     accumulate_steps: int = setting(
         1,
         "Micro-batches per rank whose gradients are averaged before each update, to train with a large global batch on "
         "few ranks. 0: as many as --global_batch_size needs.",
         low=0,
     )
-    lr_scaling: str = setting("linear", "How lr_per_256 grows with the global batch.", choices=batches.SCALINGS)
+    lr_scaling: str = setting("linear", "How lr_per_256 grows with the global batch.", choices=SCALINGS)
     optimizer: str = setting(
         "sgd",
-        "sgd: momentum SGD with weight decay in the gradient. lars: the same with a learning rate per layer.",
+        "sgd: momentum SGD with weight decay in the gradient; lars: the same with a learning rate per layer.",
         choices=("sgd", "lars"),
         decides=True,
     )
     momentum_correction: bool = setting(
-        False,
-        "Rescale the velocity whenever the learning rate changes (Goyal et al., arXiv 1706.02677).",
-        decides=True,
+        False, "Rescale the velocity when the learning rate changes (Goyal et al., 1706.02677).", decides=True
     )
     label_smoothing: float = setting(
         0.0,
-        "Share of the label that is spread evenly over all classes in training. Logged losses exclude it.",
+        "Share of the label spread evenly over all classes in training. Logged losses exclude it.",
         low=0.0,
         high=0.99,
         decides=True,
     )
     wd_on_bn: bool = setting(False, "Apply weight decay to gamma and beta of batch norm as well.", decides=True)
-    seed: int = setting(
-        0, "Seed of the initial weights, the data order and the augmentation.", low=0, high=2**31 - 1, decides=True
-    )
+    seed: int = setting(0, "Seed of initial weights, order and augmentation.", low=0, high=2**31 - 1, decides=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,12 +85,10 @@ class Data:
         path=True,
     )
     train_examples: Optional[int] = setting(
-        None, "Number of training examples to use, from the first on (default: all).", low=1, decides=True
+        None, "Training examples to use, counted from the first (default: all).", low=1, decides=True
     )
     image_size: int = setting(None, "Side of the square input image, pixels (default: that of the data set).", low=8)
-    resize: str = setting(
-        "bilinear", "Interpolation used when images are resized.", choices=("bilinear", "bicubic"), decides=True
-    )
+    resize: str = setting("bilinear", "Interpolation of images.", choices=("bilinear", "bicubic"), decides=True)
     normalization: str = setting(
         "auto",
         "Mean and scale applied to pixels 0..255. dataset: measured mean and deviation of the training pixels; "
@@ -211,11 +108,7 @@ class Data:
     )
     crop_area: Tuple[float, float] = dataclasses.field(default=(0.08, 1.0), metadata={"decides": True})  # of --crop
     eval_crop: float = setting(
-        None,
-        "Share of the short side that evaluation uses (default: that of the data set).",
-        low=0.1,
-        high=1.0,
-        decides=True,
+        None, "Share of the short side used in evaluation (default: the data set's).", low=0.1, high=1.0, decides=True
     )
     data_threads: int = setting(0, "Threads for decoding per rank (0: as many as the rank has cores).", low=0)
 
@@ -225,7 +118,7 @@ class Model:
     """model: the network"""
 
     model: str = setting("resnet50", "The network.", choices=tuple(DEPTHS), decides=True)
-    width: float = setting(1.0, "Factor on the number of channels of every layer.", low=0.01, high=16.0, decides=True)
+    width: float = setting(1.0, "Factor on the channels of every layer.", low=0.01, high=16.0, decides=True)
     stem: str = setting(
         "imagenet",
         "imagenet: 7x7 convolution of stride 2 and max pooling; small: 3x3 convolution, for small images.",
@@ -247,23 +140,16 @@ class Model:
     )
     zero_gamma: str = setting(
         "last",
-        "Residual branches whose last gamma starts at zero: of all blocks, of the last block of each stage, or none.",
+        "Blocks whose last gamma starts at zero: all, the last of each stage, or none.",
         choices=("all", "last", "none"),
         decides=True,
     )
     bn_momentum: float = setting(
-        0.9,
-        "Share of batch norm's moving statistics that is kept in each step.",
-        low=0.0,
-        high=0.9999,
-        decides=True,
+        0.9, "Share of batch norm's moving statistics kept in each step.", low=0.0, high=0.9999, decides=True
     )
     bn_epsilon: float = setting(1e-5, "Added to the variance in batch norm.", low=0.0, high=1.0, decides=True)
     bn_stats_batch: Optional[int] = setting(
-        None,
-        "Number of images over which batch norm computes its statistics (default: all images of a rank).",
-        low=2,
-        decides=True,
+        None, "Images per computation of batch norm's statistics (default: all of a rank).", low=2, decides=True
     )
     conv1_bias: bool = setting(False, "Give the first convolution a bias, as in the authors' network.", decides=True)
     precision: str = setting(
@@ -273,7 +159,7 @@ class Model:
         choices=("float32", "bfloat16"),
         decides=True,
     )
-    num_classes: int = setting(None, "Number of classes (default: that of the data set).", low=2, decides=True)
+    num_classes: int = setting(None, "Number of classes (default: the data set's).", low=2, decides=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,18 +168,15 @@ class Run:
 
     experiment: str = setting(
         "train",
-        "The mode: which flags are required, and what is recorded and reported at the end.",
+        "The mode: which flags are required, and what is recorded at the end.",
         choices=("train", "scaling", "lr_scaling", "collapsed_ensemble"),
     )
     run_dir: Optional[str] = setting(
-        None,
-        "Folder of the run; created if missing. The same command run again continues where the run stopped.",
-        path=True,
+        None, "Folder of the run; the same command run again continues where the run stopped.", path=True
     )
     resume: str = setting(
         "auto",
-        "auto: resume if there is a checkpoint; never: fail if the folder holds a run; must: fail if it does not hold "
-        "a checkpoint.",
+        "auto: resume if there is a checkpoint; never: fail if the folder holds a run; must: fail without checkpoint.",
         choices=("auto", "never", "must"),
     )
     init_from: Optional[str] = setting(
@@ -302,9 +185,7 @@ class Run:
         "of --export. A classifier for other classes keeps its initial values; all other weights must fit.",
         path=True,
     )
-    max_steps: Optional[int] = setting(
-        None, "Stop after this number of steps; run again without it to continue.", low=1
-    )
+    max_steps: Optional[int] = setting(None, "Stop after this step; run again without the flag to continue.", low=1)
     eval_every_epochs: float = setting(1.0, "Epochs between evaluations (0: only at the end).", low=0.0)
     eval_batch_size: Optional[int] = setting(
         None, "Images per rank and evaluation batch (default: --batch_size; evaluate: 32).", low=1
@@ -314,8 +195,7 @@ class Run:
     log_every_steps: int = setting(20, "Steps between rows of metrics.jsonl.", low=1)
     profile_steps: Optional[Tuple[int, int]] = setting(
         None,
-        "Steps FIRST,LAST (counted from 0) to profile on rank 0: profile.csv with the time by operation, and a trace "
-        "for TensorBoard.",
+        "Steps FIRST,LAST (from 0) to profile on rank 0: profile.csv by operation, and a trace for TensorBoard.",
         parse=parse_steps,
     )
 
@@ -326,24 +206,22 @@ class System:
 
     ranks: Optional[int] = setting(
         None,
-        "Number of ranks that is expected; an error if the launcher started another number. plan: ranks to plan for "
-        "(default 1). launch: ranks to start.",
+        "Ranks that are expected; an error if the launcher started another number. plan: ranks to plan for (default "
+        "1). launch: ranks to start.",
         low=1,
         also=("launch",),
     )
     threads: int = setting(
         0, "Compute threads per rank (0: as many as the rank has cores).", low=0, also=("launch", "prepare")
     )
-    stall_timeout: float = setting(600.0, "End the job if no step has finished for this number of seconds.", low=1.0)
+    stall_timeout: float = setting(600.0, "End the job if no step has finished for this many seconds.", low=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
     """evaluate: what is scored"""
 
-    checkpoint: Optional[str] = setting(
-        None, "Checkpoint folder to score, in place of the newest of --run_dir.", path=True
-    )
+    checkpoint: Optional[str] = setting(None, "Checkpoint to score, instead of the newest of --run_dir.", path=True)
     export: Optional[str] = setting(
         None,
         "Write the scored weights to an .npz file, or to a folder as a SavedModel (pixels in, logits out). With "
@@ -398,7 +276,7 @@ class Prediction:
 class Simulate:
     """simulate: the cluster"""
 
-    nodes: int = setting(1536, "Largest number of nodes of the curve; the time to train is estimated for it.", low=1)
+    nodes: int = setting(1536, "Largest number of nodes; the time to train is estimated for it.", low=1)
     network: str = setting(
         "omnipath",
         "omnipath, infiniband_hdr, ena25, ethernet25, ethernet10, ethernet1, or a JSON file of measured constants "
@@ -489,14 +367,6 @@ class Settings:
     resolved_flags: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Resolved:
-    """A recipe in steps and learning rates, for a number of ranks and training examples."""
-
-    phases: Tuple[Phase, ...]
-    batch: Batch
-
-
 def depths_of(model: str) -> Tuple[Tuple[int, ...], bool]:
     """Return (blocks of each stage, whether blocks are bottlenecks); raise FlagError for an unknown network."""
     if model not in DEPTHS:
@@ -516,42 +386,3 @@ def check(settings: Settings) -> None:
         )
     if recipe.optimizer == "lars" and recipe.wd_on_bn:
         raise FlagError("--wd_on_bn: contradicts --optimizer=lars, which never decays gamma and beta; remove it")
-
-
-def resolve_batch(settings: Settings, ranks: int) -> Batch:
-    """Return which rank holds how many images of a step; raise FlagError where they cannot be divided."""
-    recipe = settings.recipe
-    batch = batches.resolve_batch(recipe.batch_size, recipe.global_batch_size, ranks, recipe.accumulate_steps)
-    batches.check_statistics(settings.model.bn_stats_batch, batch)
-    return batch
-
-
-def resolve_recipe(settings: Settings, ranks: int, train_examples: int) -> Resolved:
-    """Return the recipe in steps for `ranks` ranks and `train_examples` images; raise FlagError if it does not fit."""
-    batch = resolve_batch(settings, ranks)
-    resolved = phases.resolve(
-        settings.recipe.phases,
-        train_examples=train_examples,
-        global_batch_size=batch.total,
-        lr_scaling=settings.recipe.lr_scaling,
-        image_size=settings.data.image_size,
-    )
-    _check_mode(settings, resolved)
-    return Resolved(resolved, batch)
-
-
-def _check_mode(settings: Settings, resolved: Tuple[Phase, ...]) -> None:
-    """Raise FlagError if the recipe lacks what the mode requires."""
-    mode, members = settings.run.experiment, [phase.name for phase in resolved if phase.member]
-    if mode == "collapsed_ensemble" and len(members) < 2:
-        raise FlagError(
-            f"--experiment={mode}: needs at least two members, the recipe has {len(members)}; mark phases with member=1"
-        )
-    steps = min(sum(phase.steps for phase in resolved), settings.run.max_steps or sys.maxsize)
-    if mode == "scaling" and steps < UNTIMED_STEPS + 2:
-        raise FlagError(
-            f"--experiment={mode}: does not time the first {UNTIMED_STEPS} steps, but the run has only {steps}; train "
-            f"for at least {UNTIMED_STEPS + 2} steps"
-        )
-    if mode == "lr_scaling" and not settings.run.eval_every_epochs:
-        raise FlagError(f"--experiment={mode}: records top-1 over epochs; set --eval_every_epochs above 0")

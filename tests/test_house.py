@@ -16,13 +16,15 @@ LEVELS = [
     {"training", "bench", "simulator", "commandline"},
     {"report"},
     {"run", "data", "model", "optim", "scaling"},
-    {"settings"},
+    {"settings", "fields", "resolve"},
     {"cluster", "recipe"},
     {"errors"},
 ]
 WITHOUT_TENSORFLOW = [
     "recipe",
     "settings",
+    "fields",
+    "resolve",
     "commandline",
     "errors",
     "scaling",

@@ -14,8 +14,8 @@ from conftest import ROOT, last_line
 from resnet_cpu import commandline, plan
 from resnet_cpu.errors import FlagError, UserError
 from resnet_cpu.report import plotting
+from resnet_cpu.resolve import resolve_recipe
 from resnet_cpu.run import signature
-from resnet_cpu.settings import resolve_recipe
 
 RECIPE = [
     "--phase=main:steps=20,lr=0.2,warmup_steps=4,wd=5e-5",

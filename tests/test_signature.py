@@ -7,8 +7,9 @@ from test_commandline import CHANGES, of_a_run
 
 from resnet_cpu import commandline
 from resnet_cpu.errors import CheckpointError
+from resnet_cpu.resolve import resolve_recipe
 from resnet_cpu.run import signature
-from resnet_cpu.settings import Recipe, resolve_recipe
+from resnet_cpu.settings import Recipe
 
 # What decides the bits of a trained model has to be in its signature; the rest must not bind a resumed run.
 NOT_DECIDING = {

@@ -13,10 +13,10 @@ from resnet_cpu import commandline, tables
 from resnet_cpu.errors import DataError
 from resnet_cpu.report import accuracy, efficiency
 from resnet_cpu.report import tables as report
+from resnet_cpu.resolve import resolve_recipe
 from resnet_cpu.run import signature
 from resnet_cpu.run.folder import RunFolder
 from resnet_cpu.scaling import steptimes
-from resnet_cpu.settings import resolve_recipe
 from resnet_cpu.training import ensemble
 
 EXPERIMENTS = ROOT / "experiments"

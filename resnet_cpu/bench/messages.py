@@ -24,8 +24,9 @@ from resnet_cpu.cluster import guard, horovod
 from resnet_cpu.cluster.control import World
 from resnet_cpu.errors import FlagError, UserError
 from resnet_cpu.report import tables
+from resnet_cpu.resolve import resolve_batch
 from resnet_cpu.run.atomic import write_atomically
-from resnet_cpu.settings import Settings, resolve_batch
+from resnet_cpu.settings import Settings
 from resnet_cpu.training.state import build_model
 
 LEAST_BYTES = 1024

@@ -15,7 +15,8 @@ from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.errors import FlagError
 from resnet_cpu.recipe.batch import Batch
 from resnet_cpu.recipe.schedule import Rates
-from resnet_cpu.settings import Settings, resolve_batch
+from resnet_cpu.resolve import resolve_batch
+from resnet_cpu.settings import Settings
 from resnet_cpu.training import evaluation, opening
 from resnet_cpu.training.state import build_model
 from resnet_cpu.training.step import TrainStep

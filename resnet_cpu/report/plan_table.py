@@ -7,8 +7,9 @@ from resnet_cpu.errors import DataError, FlagError
 from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.phases import Phase
 from resnet_cpu.report.text import aligned, duration
+from resnet_cpu.resolve import Resolved, resolve_recipe
 from resnet_cpu.run import past_run
-from resnet_cpu.settings import Resolved, Settings, resolve_recipe
+from resnet_cpu.settings import Settings
 
 CSV_HEADER = "step,phase,step_in_phase,epoch,lr,weight_decay,momentum,augment,image_size"
 PLOT = "plan.png"

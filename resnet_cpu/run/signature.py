@@ -10,7 +10,8 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from resnet_cpu.errors import CheckpointError
 from resnet_cpu.recipe.phases import Phase
-from resnet_cpu.settings import Data, Model, Recipe, Resolved, Settings
+from resnet_cpu.resolve import Resolved
+from resnet_cpu.settings import Data, Model, Recipe, Settings
 
 _SHOWN = 6  # differences that a message lists
 Pixels = Optional[Tuple[Tuple[float, ...], Tuple[float, ...]]]  # mean and deviation of the training pixels, RGB

@@ -16,7 +16,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from resnet_cpu.settings import UNTIMED_STEPS
+from resnet_cpu.resolve import UNTIMED_STEPS
 
 PARTS = ("between", "data", "compute", "peers", "messages")
 KEPT = 1000  # the latest steps that each rank remembers: 32 kB per rank, 100 MB on rank 0 for 3,000 ranks

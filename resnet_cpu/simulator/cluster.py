@@ -8,7 +8,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from resnet_cpu import settings as settings_module
+from resnet_cpu import resolve
 from resnet_cpu.cluster import placement
 from resnet_cpu.data.datasets import facts_of
 from resnet_cpu.errors import CheckpointError, FlagError
@@ -244,7 +244,7 @@ def step_of(cluster: Cluster, nodes: int, batch: Batch, image_size: Optional[int
 
 def point(cluster: Cluster, nodes: int) -> CurvePoint:
     """Return the point of the curve at `nodes` nodes; raise FlagError if the global batch is not divisible there."""
-    batch = settings_module.resolve_batch(cluster.settings, nodes * cluster.ranks_per_node)
+    batch = resolve.resolve_batch(cluster.settings, nodes * cluster.ranks_per_node)
     return CurvePoint(nodes, batch, step_of(cluster, nodes, batch))
 
 
@@ -303,7 +303,7 @@ def training_seconds(cluster: Cluster, nodes: int, examples: int) -> Dict[str, f
     Keys: `training`, `evaluation` (a forward pass; the last batch is padded) and `checkpoints`.
     """
     settings, ranks = cluster.settings, nodes * cluster.ranks_per_node
-    resolved = settings_module.resolve_recipe(settings, ranks, examples)
+    resolved = resolve.resolve_recipe(settings, ranks, examples)
     sizes = {phase.image_size for phase in resolved.phases}
     step_s = {size: step_of(cluster, nodes, resolved.batch, size).total for size in sizes}
     training, steps = 0.0, 0

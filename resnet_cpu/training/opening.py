@@ -16,10 +16,11 @@ from resnet_cpu.data import folders
 from resnet_cpu.data.datasets import DATASETS
 from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.errors import CheckpointError, DataError, FlagError, RunFolderError
+from resnet_cpu.resolve import Resolved, resolve_recipe
 from resnet_cpu.run import checkpoint, provenance
 from resnet_cpu.run import signature as signatures
 from resnet_cpu.run.folder import RunFolder, Stopwatch, read_json, read_rows
-from resnet_cpu.settings import Resolved, Settings, resolve_recipe
+from resnet_cpu.settings import Settings
 from resnet_cpu.training.job import Job
 
 _MAX_SHOWN = 4  # groups of ranks in a message
