@@ -27,6 +27,7 @@ IDIOMS = {
     r"foreign": "incompatible, of another run, third-party",
     r"at its place": "in its place",
     r"to be read": "to read, readable, can be read",
+    r"hand(s|ed|ing)? on": "pass, forward",
     r"nobody": "no user, no rank, not ... by anyone; use the passive",
     r"for want of": "because X is missing",
     r"but for": "except for",
@@ -182,6 +183,7 @@ def test_negative_control_every_idiom_is_found_wherever_it_stands():
         "to be read",
         "nobody reads it",
         "for want of ssh",
+        "it hands on",
         "all but for one",
         "it says nothing",
     ):
