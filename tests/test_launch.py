@@ -108,8 +108,8 @@ def test_launch_becomes_the_launcher_and_gives_its_reasons(starts, capsys):
     line = starts("--ranks=2", "--", "cat", "$(touch x)", "--ranks=9")
     assert line[:7] == ["mpirun", "--quiet", "-np", "2", "--map-by", "slot:PE=1", "--bind-to"]
     assert line[-3:] == ["cat", "$(touch x)", "--ranks=9"] and "RESNET_CPU_RANKS=2" in line
-    said = capsys.readouterr().err
-    assert "launch: ranks: 2 (" in said and "launch: threads: 1 (" in said and "'$(touch x)'" in said
+    printed = capsys.readouterr().err
+    assert "launch: ranks: 2 (" in printed and "launch: threads: 1 (" in printed and "'$(touch x)'" in printed
 
 
 def test_a_dry_run_prints_the_line_and_starts_nothing(starts, capsys):
@@ -132,9 +132,9 @@ def test_in_a_batch_job_every_launcher_gets_its_nodes_and_tasks(starts, monkeypa
     for name, value in job.items():
         monkeypatch.setenv(name, value)
     starts(f"--mpi={launcher}", "--dry_run", "--", "cat")
-    line, said = capsys.readouterr()
+    line, printed = capsys.readouterr()
     assert line.startswith(first) and line.endswith(" cat\n") and "RESNET_CPU_RANKS" in line
-    assert "warning" not in said
+    assert "warning" not in printed
     starts(f"--mpi={launcher}", "--ranks=2", "--dry_run", "--", "cat")  # fewer ranks fill fewer nodes
     line = capsys.readouterr().out
     assert launcher != "srun" or "--nodes=1 --ntasks=2 --ntasks-per-node=2" in line
@@ -148,9 +148,9 @@ def test_a_placement_that_does_not_fit_the_job_is_warned_of(starts, monkeypatch,
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "1"}.items():
         monkeypatch.setenv(name, value)
     starts("--dry_run", "--", "cat")
-    said = capsys.readouterr().err
-    assert "will run no rank" in said  # as in the shell of salloc
-    assert "1 tasks per node; for nodes of this type submit with --ntasks-per-node=2" in said
+    printed = capsys.readouterr().err
+    assert "will run no rank" in printed  # as in the shell of salloc
+    assert "1 tasks per node; for nodes of this type submit with --ntasks-per-node=2" in printed
 
 
 def test_exported_variables_are_kept_and_reported(starts, monkeypatch, capsys):
@@ -165,11 +165,11 @@ def test_exported_variables_are_kept_and_reported(starts, monkeypatch, capsys):
 
 
 def test_an_exported_number_of_threads_is_reported_even_if_it_is_the_proposed_one(starts, monkeypatch, capsys):
-    """Fault: it decided, and nothing said so."""
+    """Fault: it decided, and nothing reported it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     starts("--ranks=1", "--", "cat")
-    said = capsys.readouterr().err
-    assert "launch: OMP_NUM_THREADS=2 is set in your environment and is kept" in said and "warning" not in said
+    printed = capsys.readouterr().err
+    assert "launch: OMP_NUM_THREADS=2 is set in your environment and is kept" in printed and "warning" not in printed
 
 
 def test_exported_pinning_is_reported(starts, monkeypatch, capsys):
@@ -178,8 +178,8 @@ def test_exported_pinning_is_reported(starts, monkeypatch, capsys):
     assert "warning: KMP_AFFINITY" not in capsys.readouterr().err
     monkeypatch.setenv("KMP_AFFINITY", "compact")
     starts("--ranks=1", "--", "cat")
-    said = capsys.readouterr().err
-    assert "warning: KMP_AFFINITY=compact is set in your environment" in said and "stays unset" not in said
+    printed = capsys.readouterr().err
+    assert "warning: KMP_AFFINITY=compact is set in your environment" in printed and "stays unset" not in printed
 
 
 def test_the_placement_is_worked_out_once(starts, monkeypatch):

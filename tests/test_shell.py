@@ -161,7 +161,7 @@ def lab(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "verb, folder, user, said",
+    "verb, folder, user, message",
     [
         ("start", "lab", 1000, "needs root"),
         ("start", "lab", 0, "slurm-wlm or munge is missing; run"),
@@ -171,10 +171,10 @@ def lab(tmp_path):
         ("start", "l" * 90, 0, "too long for a socket"),
     ],
 )
-def test_the_slurm_lab_reports_what_is_missing_in_one_line(lab, tmp_path, verb, folder, user, said):
+def test_the_slurm_lab_reports_what_is_missing_in_one_line(lab, tmp_path, verb, folder, user, message):
     process = lab(verb, *([str(tmp_path / folder)] if folder else []), user=user)
     (line,) = process.stderr.splitlines()
-    assert process.returncode == 1 and line.startswith("slurm-lab: ") and said in line
+    assert process.returncode == 1 and line.startswith("slurm-lab: ") and message in line
 
 
 def test_a_stopped_lab_runs_nothing_and_may_be_stopped_again(lab, tmp_path):

@@ -1,7 +1,7 @@
 """Write the command line that starts the ranks of a job, for each launcher. Nothing is run here.
 
-`distribute` decides how many ranks go on which hosts; a `RankMap` adds what each rank gets there (`placement` decides
-that); `line` turns it into words. Horovod's own launcher is never used: its rendezvous server unpickles what it
+`distribute` decides how many ranks run on which hosts; a `RankMap` adds what each rank gets there, which `placement`
+decides; `line` turns it into words. Horovod's own launcher is never used: its rendezvous server unpickles what it
 receives (CVE-2024-10190).
 """
 
@@ -37,7 +37,7 @@ IN_PARTS = {
 
 
 class Distribution(NamedTuple):
-    """How many ranks go on which hosts."""
+    """The number of ranks on each host of a job."""
 
     ranks: int
     per_host: int
@@ -48,7 +48,7 @@ class Distribution(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RankMap:
-    """The ranks of a job, the hosts they go on, and what each gets there."""
+    """The ranks of a job, their hosts, and what each gets there."""
 
     ranks: int
     per_host: int
@@ -151,7 +151,7 @@ def _intel_mpi(rank_map: RankMap, environment: Dict[str, str], outside: Mapping[
     given = {**_intel_pinning(rank_map), **environment}
     if rank_map.yields:
         given = {"I_MPI_THREAD_YIELD": "2", **given}
-    # Otherwise the batch system would decide how many ranks go on a host. Intel's mpirun is a shell script, which dies
+    # Otherwise the batch system would decide how many ranks a host gets. Intel's mpirun is a shell script, which dies
     # of SIGUSR1 without forwarding it; so start mpiexec.hydra itself.
     start = [*_env({"I_MPI_JOB_RESPECT_PROCESS_PLACEMENT": "0"}), "mpiexec.hydra"]
     return [*start, *_hydra(rank_map, given, outside)]
@@ -232,11 +232,11 @@ def distribute(
     ranks_per_node: Optional[int],
     default: int,
 ) -> Distribution:
-    """Return how many ranks go on which hosts.
+    """Return how many ranks run on which hosts.
 
     `hosts` are NAME or NAME:SLOTS. `ranks` and `ranks_per_node` are the flags, None if not given; `default` is the
     number of ranks per host if neither they nor the hosts nor the batch job decide it. Without `hosts` and outside a
-    batch job all ranks go on this host. Raises FlagError if there are more ranks than slots.
+    batch job all ranks run on this host. Raises FlagError if there are more ranks than slots.
     """
     flag = f"--ranks_per_node={ranks_per_node}"
     if hosts:

@@ -1,4 +1,4 @@
-"""Start a command as MPI ranks: decide where they go, report why, check the hosts and become the launcher."""
+"""Start a command as MPI ranks: decide their hosts and cores, report why, check the hosts and become the launcher."""
 
 import os
 import shlex

@@ -96,7 +96,7 @@ def images_per_second(ranks: int, mpi: str, benchmark_flags: Sequence[str]) -> f
     try:
         out, err = process.communicate()
     finally:
-        if process.poll() is None:  # this process was told to end: end the ranks first
+        if process.poll() is None:  # a signal ends this process: end the ranks first
             process.terminate()
             try:
                 process.communicate(timeout=_END_S)

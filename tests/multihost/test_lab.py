@@ -136,8 +136,8 @@ def test_what_is_wrong_or_missing_is_reported_in_one_line(name, tmp_path):
         (["up", 5], "between 2 and 4 hosts"),
         (["up", 2, "--mbit", "fast"], "--mbit fast"),
         (["up", 2, "--own", "relative"], "--own relative"),
-        (["cut", "nobody"], "no host nobody"),
-        (["run", "nobody", "true"], "no host nobody"),
+        (["cut", "unknown"], "no host unknown"),
+        (["run", "unknown", "true"], "no host unknown"),
     ):
         process = lab(*arguments, name=name)
         assert process.returncode == 64 and process.stderr.count("\n") == 1 and part in process.stderr, process.stderr

@@ -141,8 +141,8 @@ def log_of(folder: pathlib.Path, job: str) -> str:
     return files[0].read_text() if files else ""
 
 
-def await_log(folder: pathlib.Path, job: str, said: str) -> None:
-    await_true(lambda: said in log_of(folder, job), f"'{said}' in the log of job {job}")
+def await_log(folder: pathlib.Path, job: str, printed: str) -> None:
+    await_true(lambda: printed in log_of(folder, job), f"'{printed}' in the log of job {job}")
 
 
 def words_of(notes: pathlib.Path, which: str) -> List[str]:
@@ -279,8 +279,8 @@ def test_a_job_stopped_by_its_time_limit_requeues_itself_and_ends_with_the_same_
     facts = lab.await_state(job)
     log = log_of(folder, job)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
-    for said in ("ended with 75, newest checkpoint: step", "attempt 2, 1 nodes", "continues from step"):
-        assert said in log, log
+    for printed in ("ended with 75, newest checkpoint: step", "attempt 2, 1 nodes", "continues from step"):
+        assert printed in log, log
     whole_folder, whole_job, _ = jobs["whole"]
     assert lab.await_state(whole_job)["JobState"] == "COMPLETED", log_of(whole_folder, whole_job)
     one, other = str(folder / "run"), str(whole_folder / WHOLE)
@@ -300,17 +300,17 @@ def test_train_finishes_on_two_tasks_whatever_the_names_of_job_and_folder(lab, j
     assert not list(folder.rglob("pwned*"))
 
 
-@pytest.mark.parametrize("name, code, said", [
+@pytest.mark.parametrize("name, code, printed", [
     ("damaged", 65, "the copy of"),
     ("missing", 65, "no such folder"),
     ("newline", 64, "contains a newline"),
 ])  # fmt: skip
-def test_a_failing_job_reports_why_and_is_not_requeued(lab, jobs, name, code, said):
+def test_a_failing_job_reports_why_and_is_not_requeued(lab, jobs, name, code, printed):
     folder, job, _ = jobs[name]
     facts = lab.await_state(job)
     log = log_of(folder, job)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", f"{code}:0", "0"), log
-    assert said in log and "not submitted again: another attempt would end the same way" in log
+    assert printed in log and "not submitted again: another attempt would end the same way" in log
     assert not list(folder.rglob("pwned*"))
 
 
@@ -382,8 +382,8 @@ def test_the_scaling_ladder_is_an_array_of_ranks_with_one_folder(lab, jobs):
     folder, job, notes = jobs["scaling"]
     for element, rung in enumerate(["1", "2"]):
         assert lab.await_state(f"{job}_{element}")["JobState"] == "COMPLETED"
-        said = (notes / f"{element}.0").read_text().split("\0")
-        assert f"--ranks={rung}" in said[: said.index("--")]
+        printed = (notes / f"{element}.0").read_text().split("\0")
+        assert f"--ranks={rung}" in printed[: printed.index("--")]
         assert words_of(notes, f"{element}.0")[-2:] == ["--seed=1", f"--run_dir=runs/scaling-{job}/ranks-{rung}"]
     beyond = lab.await_state(f"{job}_2")
     assert beyond["ExitCode"] == "64:0" and "--array=0-1: RUNGS are 1 2" in log_of(folder, f"{job}_2")
