@@ -6,8 +6,7 @@ import subprocess
 import sys
 from typing import Callable, Dict, List
 
-from resnet_cpu.cluster import control
-from resnet_cpu.cluster import placement as layout
+from resnet_cpu.cluster import control, placement
 
 ROOT = pathlib.Path(__file__).parent.parent
 OUTSIDE = {**os.environ, "PYTHONPATH": str(ROOT)}  # what commands that the tests start are given: this very checkout
@@ -17,7 +16,7 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 THREADS = max(1, control.physical_cores(os.sched_getaffinity(0)) // WORKERS)
 SHARE = {name: str(THREADS) for name in ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")} if WORKERS > 1 else {}
 os.environ.update(SHARE)
-layout.apply(0, THREADS)  # before any test module imports TensorFlow
+placement.apply(0, THREADS)  # before any test module imports TensorFlow
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -15,11 +15,10 @@ from unittest import mock
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from resnet_cpu.cluster import control
-from resnet_cpu.cluster import placement as layout
+from resnet_cpu.cluster import control, placement
 
 world = control.connect(None)
-layout.apply(1, world.cores)
+placement.apply(1, world.cores)
 
 import equality  # noqa: E402
 import numpy as np  # noqa: E402
