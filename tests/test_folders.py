@@ -1,4 +1,4 @@
-"""Sets that others wrote: TF-slim's shards by a plain writer, TFDS's by TFDS itself."""
+"""Data sets in the layouts of TF-slim, written by a plain writer, and of TFDS, written by TFDS itself."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import tensorflow as tf
 import whole_runs as runs
 from conftest import last_line, told
 
+from resnet_cpu import commandline
 from resnet_cpu.cluster.control import World
-from resnet_cpu.data import folders as layouts
-from resnet_cpu.data import shards
+from resnet_cpu.data import folders, shards
 from resnet_cpu.errors import DataError, FlagError
 from resnet_cpu.training import opening as job
 
@@ -31,7 +31,7 @@ def slim_example(label, generator, size=20):
 
 
 def write_slim(folder, base=1):
-    """Two splits in several shards, labels base ... base + 999, both ends there."""
+    """Write two splits in several shards, with labels base ... base + 999, both ends included."""
     generator = np.random.Generator(np.random.Philox(9))
     for split, total, count in [("train", 3, 40), ("validation", 2, 13)]:
         labels = np.linspace(base, base + CLASSES - 1, count).astype(int)
@@ -50,7 +50,7 @@ def slim(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tfds_dirs(tmp_path_factory):
-    """Two data sets that TFDS itself prepares: JPEG with a validation split, PNG with a test split."""
+    """Two data sets prepared by TFDS itself: JPEG with a validation split, PNG with a test split."""
     tfds = pytest.importorskip("tensorflow_datasets")
 
     def builder(set_name, encoding, evaluation):
@@ -92,23 +92,23 @@ def train(data_dir, run_dir, *more):
 def test_slim_shards_train_and_evaluate_exactly(slim, tmp_path):
     result = train(slim, tmp_path / "run", "--dataset=imagenet", "--image_size=16")
     assert result["complete"] and result["examples"] == 13
-    data = layouts.open_data(slim, "imagenet")
+    data = folders.open_data(slim, "imagenet")
     assert (data.train.examples, data.validation.examples, data.label_base, data.num_classes) == (40, 13, 1, 1000)
     written = [raw.numpy() for raw in tf.data.TFRecordDataset(sorted(tf.io.gfile.glob(f"{slim}/train-?????-of-00003")))]
     assert data.train.read(np.arange(40)) == written
     assert os.path.exists(shards.index_path(f"{slim}/train-00000-of-00003"))
 
 
-def test_a_folder_that_cannot_be_written_is_indexed_in_memory(tmp_path, monkeypatch, capfd):
+def test_a_read_only_folder_is_indexed_in_memory(tmp_path, monkeypatch, capfd):
     folder = write_slim(str(tmp_path))
 
     def refuse(path, content):
         raise OSError(30, "Read-only file system", path)
 
     monkeypatch.setattr(shards, "write_atomically", refuse)
-    layouts.make_indexes(layouts.describe(folder, "imagenet"), folder)
-    assert "cannot be kept (Read-only file system)" in capfd.readouterr().err
-    assert layouts.open_data(folder, "imagenet").train.examples == 40
+    folders.make_indexes(folders.describe(folder, "imagenet"), folder)
+    assert "cannot write indexes (Read-only file system)" in capfd.readouterr().err
+    assert folders.open_data(folder, "imagenet").train.examples == 40
 
 
 def test_labels_from_0_in_the_slim_layout_are_refused(tmp_path):
@@ -123,10 +123,10 @@ def test_an_incomplete_slim_set_is_refused(slim, tmp_path):
     shutil.copytree(slim, folder)
     os.remove(f"{folder}/train-00001-of-00003")
     with pytest.raises(DataError, match="1 shards missing, the first is train-00001-of-00003"):
-        layouts.describe(folder, "imagenet")
+        folders.describe(folder, "imagenet")
     shutil.copy(f"{folder}/train-00000-of-00003", f"{folder}/train-00000-of-00004")
     with pytest.raises(DataError, match="of-00003 and of-00004"):
-        layouts.describe(folder, "imagenet")
+        folders.describe(folder, "imagenet")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_tfds_sets_train_and_evaluate_exactly(tfds_dirs, tmp_path, dataset, jpeg
     tfds = pytest.importorskip("tensorflow_datasets")
     result = train(tfds_dirs, tmp_path / "run", f"--dataset={dataset}", "--image_size=16", *more)
     assert result["complete"] and result["examples"] == 11
-    data = layouts.open_data(tfds_dirs, dataset)
+    data = folders.open_data(tfds_dirs, dataset)
     assert (data.label_base, data.num_classes, data.jpeg) == (0, 7, jpeg)
     name = "small_png" if "png" in dataset else "imagenet2012"
     read = tfds.builder_from_directory(f"{tfds_dirs}/{name}/1.2.3").as_dataset(split="train", shuffle_files=False)
@@ -151,18 +151,18 @@ def test_tfds_sets_train_and_evaluate_exactly(tfds_dirs, tmp_path, dataset, jpeg
     assert sorted(found) == sorted(expected)
 
 
-def test_tfds_folders_are_found_or_told(tfds_dirs, tmp_path):
+def test_tfds_folders_are_found_or_refused(tfds_dirs, tmp_path):
     version = f"{tfds_dirs}/small_png/1.2.3"
-    assert layouts.describe(version, "tfds:small_png")["folder"] == version
-    with pytest.raises(DataError, match="holds small_png, not other"):
-        layouts.describe(version, "tfds:other")
-    with pytest.raises(DataError, match="no other prepared by TFDS"):
-        layouts.describe(tfds_dirs, "tfds:other")
+    assert folders.describe(version, "tfds:small_png")["folder"] == version
+    with pytest.raises(DataError, match="contains small_png, not other"):
+        folders.describe(version, "tfds:other")
+    with pytest.raises(DataError, match="contains no other prepared by TFDS"):
+        folders.describe(tfds_dirs, "tfds:other")
     folder = str(tmp_path / "two")
     for number in ("1.0.0", "1.2.3"):
         shutil.copytree(version, f"{folder}/small_png/{number}")
-    with pytest.raises(DataError, match="is there 2 times"):
-        layouts.describe(folder, "tfds:small_png")
+    with pytest.raises(DataError, match="contains 2 versions of small_png"):
+        folders.describe(folder, "tfds:small_png")
     shutil.rmtree(f"{folder}/small_png/1.0.0")
     info = f"{folder}/small_png/1.2.3/dataset_info.json"
     with open(info) as file:
@@ -171,17 +171,17 @@ def test_tfds_folders_are_found_or_told(tfds_dirs, tmp_path):
     with open(info, "w") as file:
         json.dump(content, file)
     with pytest.raises(DataError, match="description says 39|description says 10"):
-        layouts.open_data(folder, "tfds:small_png")
+        folders.open_data(folder, "tfds:small_png")
 
 
-def test_what_is_no_data_set_is_told(tmp_path):
+def test_a_folder_without_a_data_set_is_refused(tmp_path):
     with pytest.raises(DataError, match="neither manifest.json, nor train-00000-of-01024"):
-        layouts.describe(str(tmp_path), "imagenet")
-    with pytest.raises(DataError, match="no such folder"):
-        layouts.describe(str(tmp_path / "nothing"), "tfds:x")
+        folders.describe(str(tmp_path), "imagenet")
+    with pytest.raises(DataError, match="the folder does not exist"):
+        folders.describe(str(tmp_path / "nothing"), "tfds:x")
 
 
-def test_the_classes_of_a_tfds_set_are_named_by_its_user(tfds_dirs, tmp_path):
+def test_the_number_of_classes_of_a_tfds_set_is_given_by_the_user(tfds_dirs, tmp_path):
     with pytest.raises(FlagError, match="--num_classes is missing"):
         train(tfds_dirs, tmp_path / "run", "--dataset=tfds:small_png")
     with pytest.raises(DataError, match="has 7 classes, the model only 5"):
@@ -190,7 +190,7 @@ def test_the_classes_of_a_tfds_set_are_named_by_its_user(tfds_dirs, tmp_path):
         train(tfds_dirs, tmp_path / "run", "--dataset=tfds:../x", "--num_classes=5")
 
 
-def test_verify_reads_foreign_shards(slim, run_command, tmp_path):
+def test_verify_reads_shards_written_by_others(slim, run_command, tmp_path):
     process = run_command("prepare", "verify", f"--data_dir={slim}")
     assert process.returncode == 0 and json.loads(last_line(process.stdout)) == {"train": 40, "validation": 13}
     folder = str(tmp_path / "data")
@@ -202,6 +202,6 @@ def test_verify_reads_foreign_shards(slim, run_command, tmp_path):
     assert process.returncode == 65 and "validation-00001-of-00002: record 0" in told(process)[0]
 
 
-def test_openings_are_the_same_on_every_rank(slim):
-    settings = runs.flags.parse(["--dataset=imagenet", f"--data_dir={slim}"])
+def test_opening_needs_no_run(slim):
+    settings = commandline.parse(["--dataset=imagenet", f"--data_dir={slim}"])
     assert job.open_data(settings, ALONE).train.examples == 40

@@ -269,29 +269,3 @@ def _looks_whole(path: str) -> bool:
         return all(os.path.getsize(os.path.join(path, name)) == about["bytes"] for name, about in files.items())
     except (CheckpointError, OSError, KeyError, TypeError):
         return False
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> List[str]:
-    """Return `name: A there, B here` for every leaf in which two nested dictionaries differ."""
-    found = []
-    for key in sorted({*there, *here}):
-        name = f"{prefix}{key}"
-        one, other = there.get(key), here.get(key)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            found += differences(one, other, f"{name}.")
-        elif isinstance(one, Mapping) or isinstance(other, Mapping):
-            found.append(f"{name} only {'there' if other is None else 'here'}")
-        elif one != other:
-            found.append(f"{name} {one} there, {other} here")
-    return found
-
-
-def check_signature(path: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raise CheckpointError that tells the differences, if a checkpoint or run belongs to another recipe or model."""
-    # What a phase comes to follows from other flags: those first.
-    found = sorted(differences(there, here), key=lambda text: text.startswith("phases."))
-    if found:
-        more = f" and {len(found) - 6} more" if len(found) > 6 else ""
-        raise CheckpointError(
-            f"{path} belongs to another run: {'; '.join(found[:6])}{more}; choose another --run_dir or the same flags"
-        )

@@ -22,7 +22,6 @@ class RunFolder:
         """Create the folder if it is missing and lock it; raise RunFolderError if it cannot be used."""
         self.path = path
         self._files: Dict[str, IO[bytes]] = {}
-        self._board: Any = None
         try:
             os.makedirs(os.path.join(path, "plots"), exist_ok=True)
             self._lock = lock.FolderLock(path)
@@ -49,16 +48,6 @@ class RunFolder:
         self._files[name].write(json_line(row).encode() + b"\n")
         self._files[name].flush()
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write values to TensorBoard."""
-        import tensorflow as tf
-
-        if self._board is None:
-            self._board = tf.summary.create_file_writer(self.file("tensorboard"))
-        with self._board.as_default():
-            for name, value in values.items():
-                tf.summary.scalar(name, value, step)
-
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace a JSON file atomically."""
         self._lock.check()
@@ -73,8 +62,6 @@ class RunFolder:
         """Flush and close all files and release the folder."""
         for file in self._files.values():
             file.close()
-        if self._board is not None:
-            self._board.close()
         self._lock.release()
 
 

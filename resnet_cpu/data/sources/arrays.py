@@ -19,7 +19,7 @@ EXAMPLES_PER_SHARD = 8192
 
 
 def read_idx(path: str) -> np.ndarray:
-    """Return the uint8 array of a gzipped IDX file (magic, big-endian dimensions, bytes); DataError if it is damaged."""
+    """Return the uint8 array of a gzipped IDX file (magic, big-endian dimensions, bytes); DataError if damaged."""
     try:
         with gzip.open(path, "rb") as file:
             content = file.read()
