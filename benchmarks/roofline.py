@@ -247,7 +247,7 @@ def training_step(arguments: argparse.Namespace) -> Tuple[Callable[[], Any], Any
     """Return a call that does the step that `resnet_cpu.benchmark` times, and a model with static shapes."""
     from resnet_cpu import commandline
     from resnet_cpu.cluster import control, placement
-    from resnet_cpu.settings import resolve_batch
+    from resnet_cpu.resolve import resolve_batch
 
     command = ["--dataset=synthetic", f"--batch_size={arguments.batch_size}", f"--image_size={arguments.image_size}"]
     settings = commandline.parse(command, "benchmark")
