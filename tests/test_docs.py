@@ -124,6 +124,13 @@ def test_commands_are_valid(page):
     assert not faults((ROOT / page).read_text(encoding="utf-8"))
 
 
+@pytest.mark.parametrize("page", NAMED)
+def test_targets_of_make_exist(page):
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = re.findall(r"(?:^|`|&& )make ([a-z]+)", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(named) <= targets
+
+
 @pytest.mark.parametrize("page", [page for page in NAMED if page not in ("CHANGELOG.md", "docs/flags.md")])
 def test_removed_flags_are_not_documented(page):
     removed = "|".join(set(commandline.REMOVED) - NAMES_OF_OTHERS)
