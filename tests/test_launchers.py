@@ -206,6 +206,7 @@ def test_ranks_are_distributed_over_hosts(environ, hosts, ranks, per_node, expec
     [
         ({}, ["a:2", "b:2"], 5, None, ["--ranks=5", "more ranks than slots", "2 hosts x 2 slots"]),
         ({}, ["a:2", "b:2"], 4, 1, ["--ranks=4", "more ranks than slots", "--ranks_per_node=1"]),
+        ({}, ["a", "b"], 9, None, ["--ranks=9", "2 hosts x 4 slots (--ranks_per_node=auto)"]),
         ({}, ["a:2", "b:2"], None, 3, ["--ranks_per_node=3", "more ranks than slots", "2 slots"]),
         ({}, ["a:2", "b:3"], None, None, ["unequal"]),
         ({}, ["a", "a"], None, None, ["twice"]),

@@ -268,7 +268,9 @@ def distribute(
         return Distribution(count, count, (), False, decided_by)
     if ranks_per_node:
         asked = asked._replace(per_host=ranks_per_node, decided_by=flag)
-    room += f" x {_plural(asked.per_host, unit)}" + (f" ({flag})" if ranks_per_node else "")
+    room += f" x {_plural(asked.per_host, unit)}"
+    if ranks_per_node or asked.decided_by == "auto":
+        room += f" ({flag if ranks_per_node else '--ranks_per_node=auto'})"
     return _shared_out(ranks, asked, count, room)
 
 
