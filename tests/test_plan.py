@@ -86,7 +86,7 @@ def test_table_shows_images_and_time_of_every_phase(capsys, tmp_path):
 def test_the_speed_of_a_past_run_is_only_taken_for_the_same_network(tmp_path, capsys):
     write_run(tmp_path)
     plan.main([*ASKED, f"--speed={tmp_path}", "--padding=caffe", "--seed=3"])  # both take no time
-    with pytest.raises(UserError, match="another network .*width: default recorded, 0.5 now") as caught:
+    with pytest.raises(UserError, match="another network .*model.width: 1.0 recorded, 0.5 now") as caught:
         plan.main([*ASKED, f"--speed={tmp_path}", "--width=0.5"])
     assert caught.value.exit_code == 66
     with pytest.raises(UserError, match=r"another network .*pixels: \[160, 224\] recorded, \[160, 192\] now"):

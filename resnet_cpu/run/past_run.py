@@ -43,8 +43,8 @@ def result(run_dir: str, model: Model, pixels: List[int]) -> Dict[str, Any]:
     recorded = signature.normalised({"data": {}, "recipe": {}, "phases": {}, **recorded})
     seen = sorted({phase["image_size"] for phase in recorded["phases"].values()})
     other = signature.differences(
-        {**_of_speed(recorded["model"]), "pixels": seen or pixels},
-        {**_of_speed(signature.deciding(model)), "pixels": pixels},
+        {"model": _of_speed(recorded["model"]), "pixels": seen or pixels},
+        {"model": _of_speed(signature.deciding(model)), "pixels": pixels},
     )
     if other:
         raise CheckpointError(

@@ -93,7 +93,10 @@ def _from_version_0_1(found: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> List[str]:
-    """Return `name: A recorded, B now` for every leaf in which two nested dictionaries differ."""
+    """Return `name: A recorded, B now` for every leaf in which two nested dictionaries differ.
+
+    A setting that is left out is shown with its default; names of settings begin with their group, as in model.width.
+    """
     found = []
     for key in sorted({*recorded, *now}):
         name = f"{prefix}{key}"
@@ -103,12 +106,15 @@ def differences(recorded: Mapping[str, Any], now: Mapping[str, Any], prefix: str
         elif isinstance(one, Mapping) or isinstance(other, Mapping):
             found.append(f"{name}: only {'recorded' if other is None else 'now'}")
         elif one != other:
-            one, other = (
-                "default" if value is None and key not in row else value
-                for value, row in ((one, recorded), (other, now))
-            )
+            one, other = (row[key] if key in row else _default_of(prefix, key) for row in (recorded, now))
             found.append(f"{name}: {one} recorded, {other} now")
     return found
+
+
+def _default_of(prefix: str, name: str) -> Any:
+    """Return the default of a setting of the group or phase that `prefix` names, None if it has none."""
+    kind = Phase if prefix.startswith("phases.") else {"model.": Model, "data.": Data, "recipe.": Recipe}.get(prefix)
+    return next((field.default for field in dataclasses.fields(kind) if field.name == name), None) if kind else None
 
 
 def check(path: str, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
