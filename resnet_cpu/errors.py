@@ -1,17 +1,17 @@
-"""What can go wrong for a user, one class an exit code.
+"""Define the errors that a user can meet, one class per exit code.
 
-Each message is one line: what is wrong, where, and the remedy. The codes follow BSD's sysexits where one fits, so that
-batch scripts can decide what to submit again (75 always, 76 with a cap, the others never).
+Each message is one line: what happened, where, and the remedy. The codes follow BSD's sysexits if one fits, so that
+batch scripts can decide what to submit again: 75 always, 74 and 76 with a cap, the others never.
 """
 
 
 class UserError(Exception):
-    """An error that is told in one line, without a traceback; `exit_code` becomes the exit code of the process."""
+    """An error that is reported in one line, without a traceback; the process ends with its `exit_code`."""
 
     exit_code = 70
 
     def __init__(self, message: str, collective: bool = False) -> None:
-        """`collective`: raised on every rank alike, so the ranks can meet once more before they exit."""
+        """Set the message; `collective`: all ranks raise this error, so they can synchronise before they exit."""
         super().__init__(message)
         self.collective = collective
 
