@@ -48,7 +48,7 @@ def test_absolute_lr_is_not_scaled():
     assert phase.lr == 0.1
 
 
-def test_a_later_phase_of_the_same_name_replaces_the_earlier_at_its_place():
+def test_a_later_phase_of_the_same_name_replaces_the_earlier_in_its_place():
     resolved = resolve("a:steps=1,lr=1", "b:steps=2,lr=1", "a:steps=7,lr=2")
     assert [(phase.name, phase.steps) for phase in resolved] == [("a", 7), ("b", 2)]
 

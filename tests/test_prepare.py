@@ -115,6 +115,6 @@ def test_two_prepares_at_a_time_leave_a_data_set_that_verifies(run, tmp_path):
         subprocess.Popen(command, cwd=ROOT, env=OUTSIDE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         for _ in range(2)
     ]
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert any("1000" in text for text in said)
+    output = [process.communicate(timeout=300)[0] for process in processes]
+    assert any("1000" in text for text in output)
     assert run("verify", f"--data_dir={tmp_path}") == {"train": 1000, "validation": 21}

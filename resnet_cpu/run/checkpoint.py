@@ -157,7 +157,7 @@ def load(path: str, group: str) -> Arrays:
 def find_weights(path: str) -> str:
     """Return the file of weights at `path`: an .npz file, or that of a checkpoint folder or a run's newest checkpoint.
 
-    Raises CheckpointError if there is none.
+    Raises CheckpointError if no weights are found.
     """
     if os.path.isfile(path):
         return path
