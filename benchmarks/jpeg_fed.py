@@ -1,9 +1,9 @@
-"""Training fed from JPEG records against training on synthetic images: what reading and decoding cost.
+"""Training on JPEG records against training on synthetic images: the cost of reading and decoding.
 
     python benchmarks/jpeg_fed.py --rounds 7 --out benchmarks/results/jpeg_fed.csv
 
-ResNet-50 at 224x224 on two ranks of a core each, batch 32 each; the records are photographs of 110 kB (photos.py), each
-read with its checksum, cropped at random, resized bicubically and flipped.
+ResNet-50 at 224x224 on two ranks with one core and batch 32 each. The records are photographs of 110 kB (photos.py);
+each is read with its checksum, cropped at random, resized bicubically and flipped.
 """
 
 import os
@@ -17,7 +17,7 @@ import photos
 
 def main() -> None:
     parser = paired.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=8, help="of a run; all but the first are timed")
+    parser.add_argument("--steps", type=int, default=8, help="steps per run; all but the first are timed")
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--examples", type=int, default=1024)
     arguments = parser.parse_args()

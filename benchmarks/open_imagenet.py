@@ -1,8 +1,8 @@
-"""Seconds and memory that a rank spends on opening a set of ImageNet's size: 1,281,167 records in 1,024 shards.
+"""Time and memory that a rank needs to open a data set of the size of ImageNet: 1,281,167 records in 1,024 shards.
 
     python benchmarks/open_imagenet.py --rounds 7 --out benchmarks/results/open_imagenet.csv
 
-The shards are files with holes where records would be: nothing is read of them but their size and their indexes.
+The shards are sparse files without records, since opening reads only their sizes and indexes.
 """
 
 import pathlib
@@ -16,13 +16,15 @@ import paired
 EXAMPLES = {"train": (1_281_167, 1024), "validation": (50_000, 128)}
 MEAN_BYTES = 110_000
 
-# A process of its own for each measurement: seconds to open, MiB for that, MiB for an epoch's permutation.
+# Each measurement is a process of its own: seconds and MiB to open the set, MiB for the permutation of an epoch.
 OPENER = """
-import sys, time, psutil
-from resnet_cpu.data import folders as layouts, order
-memory = lambda: psutil.Process().memory_info().rss / 2**20
+import resource, sys, time
+from resnet_cpu.data import folders, order
+def memory():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 before, started = memory(), time.perf_counter()
-data = layouts.open_data(sys.argv[1], "imagenet")
+data = folders.open_data(sys.argv[1], "imagenet")
 opened, seconds = memory(), time.perf_counter() - started
 order.permutation(0, 0, data.train.examples)
 print(seconds, opened - before, memory() - opened)
@@ -30,6 +32,7 @@ print(seconds, opened - before, memory() - opened)
 
 
 def make(folder: pathlib.Path) -> None:
+    """Write the sparse shards with their indexes."""
     from resnet_cpu.data import shards
 
     generator = np.random.Generator(np.random.Philox(0))

@@ -1,10 +1,10 @@
-"""Photographs in ImageNet's TF-slim layout, for benchmarks of reading: real pixels, since noise decodes otherwise.
+"""Photographs in ImageNet's TF-slim layout, for benchmarks of reading: noise would not decode at the usual speed.
 
     python benchmarks/photos.py FOLDER [--examples 2048]
 
-They are windows of scikit-learn's two sample photographs at random places, scales and flips, 500 x 375 pixels, JPEG at
-a quality that makes them 110 kB on average, as ImageNet's are. Written with TensorFlow's own TFRecordWriter, so
-nothing of this package has a hand in them.
+They are crops of scikit-learn's two sample photographs at random positions and scales, some flipped, of 500 x 375
+pixels, as JPEG of a quality that gives 110 kB on average, the mean of ImageNet. They are written with TensorFlow's
+TFRecordWriter, without any code of this package.
 """
 
 import argparse
@@ -36,13 +36,13 @@ def windows(count: int, seed: int) -> Iterator[np.ndarray]:
         if generator.random() < 0.5:
             window = window[:, ::-1]
         resized = tf.image.resize(window, [HEIGHT, WIDTH], method="bicubic").numpy()
-        # Sensor noise: enlarging smooths, and a photograph that was never enlarged has fine grain for the decoder.
+        # Add sensor noise: resizing smooths the image, while a real photograph has fine grain.
         noisy = resized + generator.normal(0, 6, resized.shape)
         yield np.clip(np.round(noisy), 0, 255).astype(np.uint8)
 
 
 def quality_for(images: list, mean_bytes: int) -> int:
-    """Return the JPEG quality at which the images take `mean_bytes` on average, as nearly as a whole number can."""
+    """Return the JPEG quality at which the mean size of the images is nearest to `mean_bytes`."""
     import tensorflow as tf
 
     sizes = {
@@ -53,7 +53,7 @@ def quality_for(images: list, mean_bytes: int) -> int:
 
 
 def write(folder: pathlib.Path, examples: int, shards: int = 8, validation: int = 64, seed: int = 0) -> dict:
-    """Write the data set; return its JPEG quality and mean bytes a record."""
+    """Write the data set; return its JPEG quality and the mean size of a record, bytes."""
     import tensorflow as tf
 
     folder.mkdir(parents=True, exist_ok=True)

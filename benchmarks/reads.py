@@ -1,8 +1,8 @@
-"""Random reads through the index, with checksums, against TensorFlow's sequential TFRecordDataset, which checks too.
+"""Random reads through the index, with checksums, against TensorFlow's TFRecordDataset, sequential and with checksums.
 
     taskset -c 0 python benchmarks/reads.py --rounds 7 --out benchmarks/results/reads.csv
 
-Records of 110 kB (photos.py) from the page cache, one core, batches of 32: what the reader itself costs.
+Records of 110 kB (photos.py) from the page cache, one core, batches of 32: the cost of the reader itself.
 """
 
 import os
@@ -24,13 +24,13 @@ def main() -> None:
     arguments = parser.parse_args()
     import tensorflow as tf
 
-    from resnet_cpu.data import folders as layouts
+    from resnet_cpu.data import folders
 
     with tempfile.TemporaryDirectory() as folder:
         data_dir = pathlib.Path(folder)
         print(f"records: {photos.write(data_dir, arguments.examples)}", flush=True)
-        layouts.make_indexes(layouts.describe(str(data_dir), "imagenet"), str(data_dir))
-        split = layouts.open_data(str(data_dir), "imagenet").train
+        folders.make_indexes(folders.describe(str(data_dir), "imagenet"), str(data_dir))
+        split = folders.open_data(str(data_dir), "imagenet").train
         shards = sorted(str(path) for path in data_dir.glob("train-*-of-*") if path.suffix != ".npy")
         generator = np.random.Generator(np.random.Philox(0))
 
