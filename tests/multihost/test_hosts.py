@@ -143,7 +143,7 @@ def test_missing_or_different_data_on_one_host_is_reported_with_its_name(lab, tm
     lab("run", lab.second, "mv", lab.own / "aside", folder)
     assert (missing.returncode, other.returncode) == (65, 65), missing.stderr + other.stderr
     (line,) = told(missing)
-    assert f"rank 1 on {lab.second}: --data_dir={folder}: no such folder" in line
+    assert f"rank 1 on {lab.second}: --data_dir={folder}: the folder does not exist" in line
     (line,) = told(other)
     assert f"rank 1 on {lab.second} finds other data there than rank 0 on {lab.first}" in line
     assert "Traceback" not in missing.stderr + other.stderr and not (tmp_path / "run").exists()

@@ -302,7 +302,7 @@ def test_train_finishes_on_two_tasks_whatever_the_names_of_job_and_folder(lab, j
 
 @pytest.mark.parametrize("name, code, printed", [
     ("damaged", 65, "the copy of"),
-    ("missing", 65, "no such folder"),
+    ("missing", 65, "the folder does not exist"),
     ("newline", 64, "contains a newline"),
 ])  # fmt: skip
 def test_a_failing_job_reports_why_and_is_not_requeued(lab, jobs, name, code, printed):
