@@ -91,7 +91,7 @@ class World:
     def collect(self, rows: np.ndarray) -> Optional[np.ndarray]:
         """Return the concatenated rows of all ranks' arrays, in the order of the ranks, on rank 0; None on the others.
 
-        The arrays have the same dtype and the same shape but for the first dimension.
+        The arrays have the same dtype and the same shape except in the first dimension.
         """
         if self.comm is None:
             return rows
