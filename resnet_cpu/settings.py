@@ -56,6 +56,7 @@ class Recipe:
     momentum_correction: bool = setting(
         False, "Rescale the velocity when the learning rate changes (Goyal et al., 1706.02677).", decides=True
     )
+    nesterov: bool = setting(False, "Use Nesterov momentum.", decides=True)
     label_smoothing: float = setting(
         0.0,
         "Share of the label spread evenly over all classes in training. Logged losses exclude it.",

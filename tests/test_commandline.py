@@ -115,6 +115,7 @@ CHANGES = {
     "optimizer": "lars",
     "momentum_correction": "true",
     "label_smoothing": "0.1",
+    "nesterov": "true",
     "bn_stats_batch": "4",
     "phase": "x:steps=2,lr=1",
     "batch_size": "5",

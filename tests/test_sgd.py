@@ -9,13 +9,14 @@ from resnet_cpu.optim.lars import LARS
 from resnet_cpu.optim.sgd import SGD, without_decay
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype, rtol", [(np.float64, 1e-14), (np.float32, 1e-6)])
-def test_steps_equal_caffe(dtype, rtol):
+def test_steps_equal_caffe(dtype, rtol, nesterov):
     generator = np.random.Generator(np.random.Philox(0))
     w, b = generator.standard_normal([4, 3]).astype(dtype), generator.standard_normal([3]).astype(dtype)
     decayed, free = tf.Variable(w, name="w"), tf.Variable(b, name="b")
     scalars = [tf.Variable(0.0, dtype=dtype, trainable=False) for _ in range(3)]
-    optimizer = SGD(*scalars, exclude=[free.name])
+    optimizer = SGD(*scalars, exclude=[free.name], nesterov=nesterov)
     optimizer.build([decayed, free])
     vw, vb = np.zeros_like(w), np.zeros_like(b)
     for lr, wd, momentum in [(0.1, 1e-2, 0.9), (0.5, 1e-2, 0.9), (0.01, 3e-2, 0.5)]:
@@ -23,18 +24,21 @@ def test_steps_equal_caffe(dtype, rtol):
         for scalar, value in zip(scalars, (lr, wd, momentum)):
             scalar.assign(value)
         optimizer.apply_gradients([(tf.constant(gw), decayed), (tf.constant(gb), free)])
-        vw = momentum * vw + lr * (gw + wd * w)
-        vb = momentum * vb + lr * gb
-        w, b = w - vw, b - vb
+        step_w, step_b = lr * (gw + wd * w), lr * gb
+        vw, vb = momentum * vw + step_w, momentum * vb + step_b
+        if nesterov:
+            w, b = w - (momentum * vw + step_w), b - (momentum * vb + step_b)
+        else:
+            w, b = w - vw, b - vb
         np.testing.assert_allclose(decayed.numpy(), w, rtol=rtol)
         np.testing.assert_allclose(free.numpy(), b, rtol=rtol)
 
 
 def test_the_config_holds_the_variables_themselves_and_the_exclusions():
     scalars = [tf.Variable(value, trainable=False) for value in (0.1, 0.2, 0.3)]
-    again = SGD.from_config(SGD(*scalars, exclude=["x:0"]).get_config())
+    again = SGD.from_config(SGD(*scalars, exclude=["x:0"], nesterov=True).get_config())
     assert again.learning_rate is scalars[0] and again.decay is scalars[1] and again.momentum is scalars[2]
-    assert again.exclude == ["x:0"]
+    assert again.exclude == ["x:0"] and again.nesterov
 
 
 @pytest.mark.parametrize("optimizer", [SGD, LARS])

@@ -1,7 +1,8 @@
 """Momentum SGD with coupled weight decay, as the authors' Caffe does it:
 
     v <- momentum * v + lr * (gradient + wd * w)
-    w <- w - v
+    w <- w - v                                                 with Nesterov momentum:
+    w <- w - (momentum * v + lr * (gradient + wd * w))
 
 The LR is inside the velocity, so lowering it does not rescale the velocity of earlier steps. Keras' own
 `weight_decay` is decoupled (w -= lr * wd * w outside the velocity) and would train another model.
@@ -27,6 +28,7 @@ class SGD(tf.keras.optimizers.Optimizer):
         weight_decay: Scalar = 0.0,
         momentum: Scalar = 0.0,
         exclude: Sequence[str] = (),
+        nesterov: bool = False,
         name: Optional[str] = None,
     ) -> None:
         """Args: `exclude` lists the names of variables without weight decay; `name` is by default that of the class."""
@@ -34,7 +36,7 @@ class SGD(tf.keras.optimizers.Optimizer):
         self._learning_rate = _variable(learning_rate, "learning_rate")
         self.decay = _variable(weight_decay, "weight_decay")
         self.momentum = _variable(momentum, "momentum")
-        self.exclude = list(exclude)
+        self.exclude, self.nesterov = list(exclude), nesterov
 
     def build(self, var_list: Iterable[tf.Variable]) -> None:
         super().build(var_list)
@@ -52,7 +54,8 @@ class SGD(tf.keras.optimizers.Optimizer):
         rate = self.rate(gradient, variable)
         if variable.name not in self.exclude:
             gradient = gradient + tf.cast(self.decay, dtype) * variable
-        # One fused kernel: accum <- momentum * accum - lr * gradient; var <- var + accum. So accum is -v.
+        # One fused kernel: accum <- momentum * accum - lr * gradient; var <- var + accum, with Nesterov momentum
+        # var + momentum * accum - lr * gradient. So accum is -v.
         tf.raw_ops.ResourceApplyKerasMomentum(
             var=variable.handle,
             accum=velocity.handle,
@@ -60,7 +63,7 @@ class SGD(tf.keras.optimizers.Optimizer):
             grad=gradient,
             momentum=tf.cast(self.momentum, dtype),
             use_locking=False,
-            use_nesterov=False,
+            use_nesterov=self.nesterov,
         )
 
     def rate(self, gradient: tf.Tensor, variable: tf.Variable) -> tf.Tensor:
@@ -74,6 +77,7 @@ class SGD(tf.keras.optimizers.Optimizer):
             "weight_decay": self.decay,
             "momentum": self.momentum,
             "exclude": self.exclude,
+            "nesterov": self.nesterov,
         }
 
 

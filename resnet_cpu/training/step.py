@@ -37,9 +37,9 @@ def _make_knobs() -> _Knobs:
 def _make_optimizer(model: tf.keras.Model, knobs: _Knobs, recipe: Recipe) -> tf.keras.optimizers.Optimizer:
     scalars = knobs.learning_rate, knobs.weight_decay, knobs.momentum
     if recipe.optimizer == "lars":
-        chosen = lars.LARS(*scalars, lars.skip_list(model))
+        chosen = lars.LARS(*scalars, lars.skip_list(model), recipe.nesterov)
     else:
-        chosen = sgd.SGD(*scalars, sgd.without_decay(model, recipe.wd_on_bn))
+        chosen = sgd.SGD(*scalars, sgd.without_decay(model, recipe.wd_on_bn), recipe.nesterov)
     optimizer = horovod.distributed(chosen)
     optimizer.build(model.trainable_variables)
     return optimizer
