@@ -1,0 +1,41 @@
+"""Files that are never half-written."""
+
+import os
+
+import pytest
+
+from resnet_cpu.run import atomic
+
+
+def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
+    path = str(tmp_path / "file")
+    for content in (b"old", b"new"):
+        atomic.write_atomically(path, content)
+        with open(path, "rb") as file:
+            assert file.read() == content
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failure_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeypatch, call):
+    path = str(tmp_path / "file")
+    atomic.write_atomically(path, b"old")
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match="No space left"):
+        atomic.write_atomically(path, b"new")
+    assert os.listdir(tmp_path) == ["file"]
+    with open(path, "rb") as file:
+        assert file.read() == b"old"
+
+
+def test_the_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    real_sync, real_replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (calls.append("fsync"), real_sync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), real_replace(a, b)))
+    atomic.write_atomically(str(tmp_path / "file"), b"content")
+    assert calls == ["fsync", "replace"]
