@@ -11,14 +11,14 @@ import pytest
 from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, told
 
 from resnet_cpu.bench import messages
-from resnet_cpu.bench.steps import Timed
+from resnet_cpu.bench.steps import StepTimings
 
 TOTAL = re.compile(r"total images/sec: (\d+\.\d+)")
 QUICK = ["--warmup_steps=1", "--timed_steps=4", "--global_batch_size=8"]
 
 
 def test_the_rate_is_that_of_the_slowest_rank():
-    timed = Timed("synthetic", np.array([[1.0, 1.0], [2.0, 2.0]]), 8, 2)
+    timed = StepTimings("synthetic", np.array([[1.0, 1.0], [2.0, 2.0]]), 8, 2)
     assert timed.images_per_second == 2 * 2 * 8 / 4.0
     assert "slowest rank 2.000 times the fastest" in timed.lines()[1]
 
@@ -31,10 +31,10 @@ def test_bandwidths_of_messages_are_those_of_nccl_tests(tmp_path):
         for size in (1024, 2_000_000)
     ]
     assert sent[1].algorithm_bandwidth == pytest.approx(2e9) and sent[1].bus_bandwidth == pytest.approx(3e9)
-    timed = messages.Timed(sent, 2_000_000, 64)
+    timed = messages.MessageTimings(sent, 2_000_000, 64)
     assert timed.images_per_second == pytest.approx(64 / 1e-3)
     assert "nothing was trained" in timed.lines()[-1] and "2,000,000 bytes" in timed.lines()[-1]
-    assert timed.network() is None  # ranks of a host share its link
+    assert timed.network() is None  # ranks on one host share its link
     network = dataclasses.replace(timed, hosts=4).network()
     assert network == {
         "latency_s": pytest.approx(1024 / 2e9 / 2),
@@ -45,8 +45,8 @@ def test_bandwidths_of_messages_are_those_of_nccl_tests(tmp_path):
     assert "network.json" in dataclasses.replace(timed, hosts=4).write(str(tmp_path / "b"))
     assert json.loads((tmp_path / "b" / "network.json").read_text()) == network
     assert (tmp_path / "a" / "allreduce.csv").exists() and not (tmp_path / "a" / "network.json").exists()
-    assert messages.sizes(5000, 100) == [100, 1024, 4096]
-    assert messages.sizes(2**28, 4096)[-1] == 2**28 and len(messages.sizes(2**28, 4096)) == 10
+    assert messages.sizes(100, 5000) == [100, 1024, 4096]
+    assert messages.sizes(4096)[-1] == 2**28 and len(messages.sizes(4096)) == 10
 
 
 def test_one_rank_has_no_messages(run_command):

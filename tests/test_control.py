@@ -1,4 +1,4 @@
-"""Who I am and how many cores are mine, from what launchers and the kernel say."""
+"""Rank and number of cores of a process, from what launchers and the kernel report; messages between ranks."""
 
 import pytest
 
@@ -13,7 +13,7 @@ from resnet_cpu.errors import DataError, FlagError, OutputError
         ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, (4, 3)),
         ({"PMI_SIZE": "8", "PMI_RANK": "0"}, (8, 0)),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, (2, 1)),
-        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, (1, 0)),  # a batch script is no rank
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, (1, 0)),  # a batch script is not a rank
     ],
 )
 def test_launchers(environment, expected):
@@ -23,7 +23,7 @@ def test_launchers(environment, expected):
 @pytest.mark.parametrize(
     "mask, masks, cores",
     [
-        ([0, 1, 2, 3], [[0, 1, 2, 3], [4, 5, 6, 7]], 4),  # bound apart
+        ([0, 1, 2, 3], [[0, 1, 2, 3], [4, 5, 6, 7]], 4),  # bound to disjoint cores
         ([0, 1, 2, 3], [[0, 1, 2, 3]] * 2, 2),  # unbound: shared evenly
         ([0, 1], [[0, 1]] * 3, 1),  # more ranks than cores
     ],
@@ -51,12 +51,12 @@ def test_hyper_threads_of_a_core_count_once(monkeypatch, tmp_path):
     assert control.physical_cores([0, 1]) == 2
 
 
-def test_rank_0_alone_answers_for_itself():
+def test_a_single_rank_exchanges_messages_with_itself():
     world = control.World(1, 0)
     assert world.on_rank0(lambda: {"a": 1}) == {"a": 1}
     assert world.gather([2]) == [[2]] and world.broadcast("x") == "x"
-    with pytest.raises(DataError, match="told") as caught:
-        world.on_rank0(lambda: (_ for _ in ()).throw(DataError("told")))
+    with pytest.raises(DataError, match="a bad record") as caught:
+        world.on_rank0(lambda: (_ for _ in ()).throw(DataError("a bad record")))
     assert caught.value.collective
 
     def full():
@@ -66,14 +66,14 @@ def test_rank_0_alone_answers_for_itself():
         world.on_rank0(full)
 
 
-def test_what_all_ranks_do_fails_on_all_with_the_first_ones_error(monkeypatch):
+def test_on_all_raises_the_first_error_on_all_ranks(monkeypatch):
     world = control.World(1, 0)
     assert world.on_all(lambda: 3) == 3
     with pytest.raises(OutputError, match="^/data: No such") as caught:
         world.on_all(lambda: (_ for _ in ()).throw(FileNotFoundError(2, "No such file", "/data")))
     assert caught.value.collective
-    told = {"code": 65, "message": "torn"}
-    rows = [["one", None], ["two", told], ["three", told], ["four", told]]
+    failure = {"code": 65, "message": "torn"}
+    rows = [["one", None], ["two", failure], ["three", failure], ["four", failure]]
     monkeypatch.setattr(control.World, "gather", lambda self, message: rows)
     with pytest.raises(DataError, match=r"^rank 1 on two: torn \(and 2 more ranks\)$"):
         control.World(4, 0).on_all(lambda: None)
@@ -91,8 +91,8 @@ def test_another_world_than_expected_is_refused():
         control.connect(3)
 
 
-def test_errors_of_what_all_ranks_share_are_collective():
-    with pytest.raises(FlagError) as caught, control.everyone_alike():
+def test_errors_that_all_ranks_raise_are_collective():
+    with pytest.raises(FlagError) as caught, control.same_on_all_ranks():
         raise FlagError("the same everywhere")
     assert caught.value.collective
 
@@ -107,3 +107,10 @@ def test_a_world_of_another_size_than_was_asked_for_is_refused(asked, announced,
         control.connect(None)
     monkeypatch.setenv("RESNET_CPU_RANKS", "1")
     assert control.connect(None).size == 1
+
+
+def test_work_on_rank_0_beats_on_all_ranks():
+    """So that no watchdog ends the job while the others wait for rank 0; two ranks are in tests/mpi."""
+    beats = []
+    assert control.World(1, 0).on_rank0_with_beats(lambda beat: [beat(), beat(), 7][-1], lambda: beats.append(1)) == 7
+    assert len(beats) == 2

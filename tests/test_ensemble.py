@@ -1,4 +1,4 @@
-"""The ensemble's arithmetic against plain numpy, and what must not matter to it."""
+"""The ensemble's arithmetic against plain numpy, and its invariances."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,9 @@ import whole_runs as runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_cpu import flags
+from resnet_cpu import commandline
 from resnet_cpu.cluster.control import World
-from resnet_cpu.data import folders as layouts
+from resnet_cpu.data import folders
 from resnet_cpu.errors import CheckpointError
 from resnet_cpu.training import ensemble, evaluation
 from resnet_cpu.training.ensemble import Predictions
@@ -71,7 +71,7 @@ def test_scores_equal_numpy():
 
 
 def test_the_mean_is_of_probabilities_not_of_logits():
-    """A member that is sure outvotes one that is not: control against averaging logits of other scales."""
+    """A confident member outvotes an unsure one: control against averaging logits of different scales."""
     labels = np.array([0])
     sure, unsure = np.array([[0.9, 0.1]], np.float32), np.array([[0.3, 0.7]], np.float32)
     assert ensemble.score([sure, unsure], labels)["loss"] == pytest.approx(-np.log(0.6), rel=1e-6)
@@ -96,7 +96,7 @@ def test_the_best_subset_is_found():
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 9000), st.integers(0, 5))
-def test_chunks_do_not_show(examples, seed):
+def test_scores_do_not_depend_on_chunks(examples, seed):
     one = some(seed, labels_seed=seed, examples=examples)
     scores = ensemble.score([one.probabilities, some(seed + 1, seed, examples).probabilities], one.labels)
     mean = (one.probabilities.astype(np.float64) + some(seed + 1, seed, examples).probabilities) / 2
@@ -114,15 +114,15 @@ def test_chunks_do_not_show(examples, seed):
         ),
     ],
 )
-def test_a_foreign_member_is_named(foreign, part):
+def test_a_member_that_cannot_be_combined_is_named(foreign, part):
     with pytest.raises(CheckpointError, match=part) as caught:
         ensemble.report({"a": some(1), "stranger": foreign})
-    assert "member stranger is foreign" in str(caught.value) and caught.value.exit_code == 66
+    assert "member stranger cannot be combined" in str(caught.value) and caught.value.exit_code == 66
 
 
 def test_predictions_are_those_of_the_network_in_the_order_of_the_examples(tiny_data):
-    config = flags.parse([*runs.TINY_FLAGS, "--seed=5", "--eval_batch_size=8"])
-    model, data = build_model(config), layouts.open_data(tiny_data, "digits")
+    config = commandline.parse([*runs.TINY_FLAGS, "--seed=5", "--eval_batch_size=8"])
+    model, data = build_model(config), folders.open_data(tiny_data, "digits")
     step = evaluation.make_evaluate_step(model)
     score, found = evaluation.predict(step, config, World(1, 0), data, 8, lambda: None)
     assert found.ids.tolist() == list(range(21)) and found.probabilities.shape == (21, 10)

@@ -1,15 +1,13 @@
-"""Scores against numpy, and what a network that knows nothing scores."""
+"""Scores against numpy, and the scores of a network that has learned nothing."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
 import whole_runs as runs
 
-from resnet_cpu import flags
+from resnet_cpu import commandline
 from resnet_cpu.cluster.control import World
-from resnet_cpu.data import batches as pipeline
-from resnet_cpu.data import folders as layouts
-from resnet_cpu.data import order
+from resnet_cpu.data import batches, folders, order
 from resnet_cpu.training import evaluation
 from resnet_cpu.training.state import build_model
 
@@ -24,14 +22,12 @@ def numpy_scores(logits, labels):
 
 
 def test_a_whole_evaluation_equals_numpy(tiny_data):
-    settings = flags.parse([*runs.TINY_FLAGS, "--seed=5", "--eval_batch_size=8"])
-    model, data = build_model(settings), layouts.open_data(tiny_data, "digits")
+    settings = commandline.parse([*runs.TINY_FLAGS, "--seed=5", "--eval_batch_size=8"])
+    model, data = build_model(settings), folders.open_data(tiny_data, "digits")
     score = evaluation.evaluate(evaluation.make_evaluate_step(model), settings, World(1, 0), data, 8)
-    view = pipeline.make_view(settings.data, data, settings.data.image_size)
     logits, labels = [], []
-    for step, (_, images, batch_labels) in enumerate(
-        pipeline.evaluation_batches(data, view, rank=0, ranks=1, batch_size=8, num_classes=10, threads=1)
-    ):
+    found = batches.evaluation_batches(settings, World(1, 0), data, batch_size=8)
+    for step, (_, images, batch_labels) in enumerate(found):
         keep = order.evaluation_batch(step, 0, 1, 8, 21)[1] > 0
         logits.append(model(images, training=False).numpy()[keep])
         labels.append(batch_labels.numpy()[keep])

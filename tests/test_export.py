@@ -1,4 +1,4 @@
-"""Exports hold what was scored: as arrays, and as a SavedModel that other programs load."""
+"""Exports hold the scored weights: as arrays, and as a SavedModel that other programs load."""
 
 import json
 import subprocess
@@ -12,12 +12,12 @@ from conftest import last_line
 
 from resnet_cpu import evaluate
 from resnet_cpu.cluster import control
-from resnet_cpu.data import folders as layouts
+from resnet_cpu.data import folders
 from resnet_cpu.errors import FlagError
 from resnet_cpu.run import checkpoint
 
 SHORT = ["--phase=main:steps=2,lr=0.05", "--phase=tail:steps=1,lr=0.01"]
-# A program of someone else's: nothing of this package is imported.
+# A foreign program: it imports nothing of this package.
 CONSUMER = """
 import sys
 import numpy as np, tensorflow as tf
@@ -48,7 +48,7 @@ def test_arrays_are_those_of_the_checkpoint(run_dir, run_command, tmp_path):
 def test_a_saved_model_scores_raw_pixels_as_evaluate_does(run_dir, tiny_data, tmp_path, capsys):
     evaluate.main([f"--run_dir={run_dir}", f"--export={tmp_path}/model"])
     scores = json.loads(last_line(capsys.readouterr().out))
-    split = layouts.open_data(tiny_data, "digits").validation
+    split = folders.open_data(tiny_data, "digits").validation
     examples = [tf.train.Example.FromString(record) for record in split.read(np.arange(split.examples))]
     pixels = [
         tf.io.decode_jpeg(example.features.feature["image/encoded"].bytes_list.value[0], channels=3)

@@ -1,4 +1,4 @@
-"""`--init_from`: weights by name from a run, a checkpoint or an export; what is left, what is refused."""
+"""`--init_from`: weights by name from a run, a checkpoint or an export; which are left, and which are refused."""
 
 import json
 import pathlib
@@ -9,7 +9,7 @@ import pytest
 import whole_runs as runs
 from conftest import TINY_FLAGS
 
-from resnet_cpu import flags
+from resnet_cpu import commandline
 from resnet_cpu.cluster import control
 from resnet_cpu.errors import CheckpointError
 from resnet_cpu.run import checkpoint
@@ -28,14 +28,14 @@ def source(tiny_data, tmp_path_factory):
 
 
 def model(*more):
-    return state.build_model(flags.parse([*TINY_FLAGS, "--seed=5", *more]))
+    return state.build_model(commandline.parse([*TINY_FLAGS, "--seed=5", *more]))
 
 
 def test_every_array_is_taken_by_name(source):
     fresh = model()
-    taken, left, lines = state.take_over(fresh, source)
+    taken, initial, lines = state.take_over(fresh, source)
     arrays = checkpoint.load(checkpoint.folder(source, 3), "weights")
-    assert taken == len(fresh.variables) == len(arrays) == len(lines) and not left
+    assert taken == len(fresh.variables) == len(arrays) == len(lines) and not initial
     assert all(line.startswith("taken   ") for line in lines)
     for variable in fresh.variables:
         np.testing.assert_array_equal(variable.numpy(), arrays[variable.name])
@@ -49,18 +49,23 @@ def test_a_folder_of_a_run_a_checkpoint_and_a_file_name_the_same_weights(source,
         assert not runs.differing(arrays, checkpoint.read_weights(source))
 
 
-def test_a_classifier_for_other_classes_is_left_and_said(source):
+def test_a_classifier_for_other_classes_keeps_its_initial_values_and_is_listed(source):
     fresh = model("--num_classes=12")
     before = fresh.get_layer("logits").get_weights()
-    taken, left, lines = state.take_over(fresh, source)
+    taken, initial, lines = state.take_over(fresh, source)
     assert taken == len(fresh.variables) - 2
-    assert left == ["logits/kernel:0 ((32, 12) here, (32, 10) there)", "logits/bias:0 ((12,) here, (10,) there)"]
-    assert "left    logits/bias:0 (12,) here, (10,) there" in lines
+    assert initial == [
+        "logits/kernel:0 ((32, 12) in this network, (32, 10) in the file)",
+        "logits/bias:0 ((12,) in this network, (10,) in the file)",
+    ]
+    assert "initial logits/bias:0 ((12,) in this network, (10,) in the file)" in lines
     for old, new in zip(before, fresh.get_layer("logits").get_weights()):
         np.testing.assert_array_equal(old, new)
 
 
-@pytest.mark.parametrize("flag, part", [("--width=0.125", "conv1_conv/kernel:0"), ("--model=resnet50", "not there")])
+@pytest.mark.parametrize(
+    "flag, part", [("--width=0.125", "conv1_conv/kernel:0"), ("--model=resnet50", "missing in the file")]
+)
 def test_another_network_is_refused_and_nothing_taken(source, flag, part):
     fresh = model(flag)
     before = [variable.numpy() for variable in fresh.variables]
@@ -72,11 +77,11 @@ def test_another_network_is_refused_and_nothing_taken(source, flag, part):
 
 
 def test_weights_of_a_deeper_network_are_refused(source, tmp_path):
-    """Every name of ours is there, and so is one more: taken over, half of a network would be left behind."""
+    """All our names exist in the file, and one more: half of a network must not be taken."""
     exported = str(tmp_path / "deeper.npz")
     more = {"conv5_block3_1_conv/kernel:0": np.zeros([1, 1, 4, 4], np.float32)}
     checkpoint.write_weights(exported, {**checkpoint.read_weights(source), **more})
-    with pytest.raises(CheckpointError, match=r"conv5_block3_1_conv/kernel:0 \(not here\)"):
+    with pytest.raises(CheckpointError, match=r"conv5_block3_1_conv/kernel:0 \(only in the file\)"):
         state.take_over(model(), exported)
 
 
@@ -91,13 +96,13 @@ def test_weights_that_changed_before_the_first_step_are_refused(tiny_data, sourc
         return original(opened)
 
     monkeypatch.setattr(runs.loop, "run", change_then_run)
-    with pytest.raises(CheckpointError, match="not what this run began with"):
+    with pytest.raises(CheckpointError, match="has changed since this run started with it"):
         runs.train(ALONE, tiny_data, str(tmp_path / "run"), *SHORT, f"--init_from={exported}")
-    monkeypatch.undo()  # nothing was trained, so the same folder may be used with what is there now
+    monkeypatch.undo()  # no step was done, so the same folder may be used with the new file
     assert runs.train(ALONE, tiny_data, str(tmp_path / "run"), *SHORT, f"--init_from={exported}")["complete"]
 
 
-def test_what_holds_no_weights_is_told(tmp_path, source):
+def test_a_path_without_weights_is_refused(tmp_path, source):
     with pytest.raises(CheckpointError, match="no weights; name"):
         checkpoint.read_weights(str(tmp_path))
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 no zip")
@@ -111,8 +116,8 @@ def test_what_holds_no_weights_is_told(tmp_path, source):
         checkpoint.read_weights(checkpoint.folder(str(damaged), 3))
 
 
-def test_a_run_starts_from_them_and_goes_on_without_them(tiny_data, source, tmp_path, capsys):
-    """Step 0, weights alone: the first loss is that of the source's weights, and a resumed run is the same bits."""
+def test_a_run_starts_from_them_and_resumes_without_them(tiny_data, source, tmp_path, capsys):
+    """Weights only, from step 0: the first loss is that of the source's weights; a resumed run gives the same bits."""
     origin, run, whole = (str(tmp_path / name) for name in ("origin", "run", "whole"))
     shutil.copytree(source, origin)
     for folder in (run, whole):

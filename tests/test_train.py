@@ -11,19 +11,30 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
 import whole_runs as runs
 from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, told, write_tiny_data
 
-from resnet_cpu import evaluate, plan
+from resnet_cpu import commandline, evaluate, plan
 from resnet_cpu.cluster import control
 from resnet_cpu.data import order
-from resnet_cpu.errors import CheckpointError, DataError, FlagError, NotFinite, RunFolderError, UserError
+from resnet_cpu.errors import (
+    CheckpointError,
+    DataError,
+    FlagError,
+    NotFinite,
+    RunFolderError,
+    StopRequested,
+    UserError,
+)
+from resnet_cpu.report import run_plots
 from resnet_cpu.run import checkpoint
-from resnet_cpu.run.folder import RunFolder, read_rows
-from resnet_cpu.training import batches, loop
+from resnet_cpu.run.folder import RunFolder, read_json, read_rows
+from resnet_cpu.training import loop, opening
+from resnet_cpu.training import report as reports
 
 ALONE = control.World(1, 0)
 
@@ -34,9 +45,17 @@ def train(tiny_data, run_dir, *more):
 
 @pytest.fixture(scope="module")
 def finished(tiny_data, tmp_path_factory):
-    """The folder of a finished run, not to be changed."""
+    """The folder of a finished run, not to be changed, which also checks what is drawn when."""
     folder = str(tmp_path_factory.mktemp("finished") / "run")
-    runs.train(ALONE, tiny_data, folder, "--eval_every_epochs=1", draw=True)
+    original, drawn = run_plots.draw_curves, []
+
+    def draw(*arguments):
+        drawn.append(os.path.exists(os.path.join(folder, "result.json")))
+        original(*arguments)
+
+    with mock.patch.object(run_plots, "draw_curves", draw):
+        runs.train(ALONE, tiny_data, folder, "--eval_every_epochs=1", draw=True)
+    assert drawn == [True]  # once, after the clock has stopped: not at each evaluation, while all ranks wait
     return folder
 
 
@@ -117,7 +136,7 @@ def tree(folder):
     }
 
 
-def test_a_finished_run_does_nothing_and_says_its_result(tiny_data, finished, run_command):
+def test_a_finished_run_changes_nothing_and_prints_its_result(tiny_data, finished, run_command):
     before = tree(finished)
     process = run_command(
         "train", *TINY_FLAGS, f"--data_dir={tiny_data}", f"--run_dir={finished}", "--eval_every_epochs=1"
@@ -139,7 +158,7 @@ def test_evaluate_gives_the_score_of_the_run(finished, run_command, tmp_path):
     ]
     assert scores["loss"] == pytest.approx(result["loss"], rel=1e-5)
     refused = run_command("evaluate", f"--run_dir={finished}", "--num_classes=12")
-    assert refused.returncode == 66 and "num_classes 10 there, 12 here" in told(refused)[0]
+    assert refused.returncode == 66 and "num_classes: 10 recorded, 12 now" in told(refused)[0]
     assert run_command("evaluate", f"--run_dir={tmp_path}").returncode == 66
 
 
@@ -167,21 +186,21 @@ def test_other_data_is_scored_with_the_pixel_mean_of_the_training(finished, tmp_
     assert refused.returncode == 66 and "data.pixels.mean" in told(refused)[0]
 
 
-def test_flags_of_a_run_that_never_did_a_step_bind_nobody(tiny_data, tmp_path, monkeypatch):
-    def fail(self):
+def test_the_flags_of_a_run_without_a_step_do_not_bind_the_next_attempt(tiny_data, tmp_path, monkeypatch):
+    def fail(*arguments):
         raise CheckpointError("before the first step")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Training, "run", fail)
+        patch.setattr(loop, "train", fail)
         with pytest.raises(CheckpointError, match="before the first step"):
             train(tiny_data, tmp_path / "run", *runs.SYNTHETIC)
     assert train(tiny_data, tmp_path / "run", *runs.SYNTHETIC, "--seed=7")["complete"]
-    with pytest.raises(CheckpointError, match="seed 7 there, 8 here"):
+    with pytest.raises(CheckpointError, match="seed: 7 recorded, 8 now"):
         train(tiny_data, tmp_path / "run", *runs.SYNTHETIC, "--seed=8")
 
 
 def test_labels_are_learned(tiny_data, tmp_path):
-    """The tiny images' brightness is their label: the loss falls well under that of guessing, ln 10 = 2.3."""
+    """The brightness of the tiny images is their label: the loss falls well below that of guessing, ln 10 = 2.3."""
     train(tiny_data, tmp_path / "run", "--phase=main:steps=60,lr=0.1,warmup_steps=3,augment=none")
     assert np.mean([loss for _, loss, _ in runs.losses(str(tmp_path / "run"))[-8:]]) < 1.8
 
@@ -192,22 +211,21 @@ def test_every_step_runs_with_the_rate_decay_and_momentum_that_plan_shows(tiny_d
         "--phase=tail:epochs=1,lr=0.01,momentum=0.5,augment=light,image_size=24",
     ]
     seen, views = [], []
-    original_batches = batches.pipeline.training_batches
+    original_batches = loop.training_batches
 
     class Spied(loop.TrainStep):
-        def __call__(self, images, labels, rate, stop):
-            report = super().__call__(images, labels, rate, stop)
-            knobs = self._knobs
-            in_force = [float(knob) for knob in (knobs.learning_rate, knobs.weight_decay, knobs.momentum)]
-            seen.append([*in_force, images.shape[1]])
-            return report
+        def update(self, images, *arguments):
+            found = super().update(images, *arguments)
+            in_force = (self.optimizer.learning_rate, self.optimizer.decay, self.optimizer.momentum)
+            seen.append([*map(float, in_force), images.shape[1]])
+            return found
 
-    def spy_on_batches(data, view, augment, share, **rest):
-        views.append((augment, view.image_size, share.first_step, share.last_step))
-        return original_batches(data, view, augment, share, **rest)
+    def spy_on_batches(*arguments, **more):
+        views.append(tuple(more[key] for key in ("augment", "image_size", "first_step", "last_step")))
+        return original_batches(*arguments, **more)
 
     monkeypatch.setattr(loop, "TrainStep", Spied)
-    monkeypatch.setattr(batches.pipeline, "training_batches", spy_on_batches)
+    monkeypatch.setattr(loop, "training_batches", spy_on_batches)
     train(tiny_data, tmp_path / "run", *recipe)
     plan.main([*TINY_FLAGS, *recipe, "--train_examples=50", "--format=csv"])
     planned = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
@@ -252,24 +270,25 @@ def test_modes_record_what_they_are_for(tiny_data, tmp_path):
     peak = 2 * (12 / 256) ** 0.5
     assert found["peak_lr"] == pytest.approx(peak) and found["peak_lr_per_256"] == pytest.approx(peak * 256 / 12)
     assert (found["rule"], found["optimizer"], found["warmup_epochs"]) == ("sqrt", "lars", 2 * 12 / 50)
-    more = ["--experiment=scaling", "--untimed_steps=1", "--phase=tail:steps=3,lr=0.01", "--eval_every_epochs=0"]
-    scaling = train(tiny_data, tmp_path / "scaling", *SHORT, *more)["scaling"]
+    more = ["--experiment=scaling", "--phase=main:steps=13,lr=0.05", "--phase=tail:steps=3,lr=0.01"]
+    scaling = train(tiny_data, tmp_path / "scaling", *more)["scaling"]
     with np.load(tmp_path / "scaling" / "step_times.npz") as times:
-        assert times["steps"].tolist() == [1, 2, 4, 5]  # neither the first of a phase, which traces, nor untimed ones
-        assert times["seconds"].shape == (1, 4, 4) and (times["seconds"] >= 0).all()
+        # Neither the first steps, nor the first one of a phase.
+        assert times["steps"].tolist() == [10, 11, 12, 14, 15]
+        assert times["seconds"].shape == (1, 5, 4) and (times["seconds"] >= 0).all()
         step_s = times["seconds"].sum(-1).mean()
     assert scaling["images_per_second"] == scaling["images_per_second_per_rank"] == pytest.approx(12 / step_s)
-    assert (scaling["timed_steps"], scaling["split_s"]["peers"]) == (4, 0)
+    assert (scaling["timed_steps"], scaling["split_s"]["peers"]) == (5, 0)
     assert sum(scaling["split_s"].values()) == pytest.approx(step_s)
 
 
 def test_a_scaling_run_that_is_too_short_to_be_timed_is_refused(tiny_data, tmp_path):
-    with pytest.raises(FlagError, match="only 4 in all"):
-        train(tiny_data, tmp_path / "run", *SHORT, "--experiment=scaling", "--untimed_steps=3")
+    with pytest.raises(FlagError, match="the run has only 4"):
+        train(tiny_data, tmp_path / "run", *SHORT, "--experiment=scaling")
 
 
 def test_accumulated_batches_train_like_ghost_batches_of_their_size(tiny_data, short, tmp_path):
-    """12 images as 3 x 4, or at once with statistics of 4: the same up to rounding, and not what 12 at once give."""
+    """12 images as 3 x 4, or at once with statistics over 4: equal up to rounding, and different from 12 at once."""
     summed = weights_after(tiny_data, tmp_path / "summed", "--accumulate_steps=3")
     ghosts = weights_after(tiny_data, tmp_path / "ghosts", "--bn_stats_batch=4")
     for name, array in ghosts.items():
@@ -277,11 +296,13 @@ def test_accumulated_batches_train_like_ghost_batches_of_their_size(tiny_data, s
     assert max(np.abs(ghosts[name] - array).max() for name, array in short.items()) > 0.01
 
 
-def test_a_resumed_run_may_cut_its_batch_up_otherwise_and_says_so(tiny_data, tmp_path, capfd):
+def test_a_resumed_run_may_group_its_batch_differently_and_prints_it(tiny_data, tmp_path, capfd):
     run_dir = tmp_path / "run"
     train(tiny_data, run_dir, *SHORT, *runs.SYNTHETIC, "--max_steps=2")
     train(tiny_data, run_dir, *SHORT, *runs.SYNTHETIC, "--accumulate_steps=3")
-    assert "ran on 1 ranks x 12 images x 1, these on 1 ranks x 4 images x 3" in capfd.readouterr().err
+    assert (
+        "earlier steps used 1 ranks x 12 images x 1; this attempt uses 1 ranks x 4 images x 3" in capfd.readouterr().err
+    )
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(tiny_data, tmp_path):
@@ -320,13 +341,13 @@ def test_resume_choices(tiny_data, tmp_path):
 @pytest.mark.parametrize(
     "flag, part",
     [
-        ("--num_classes=12", "model.num_classes 10 there, 12 here"),
-        ("--width=0.125", "model.width 0.0625 there, 0.125 here"),
-        ("--model=resnet34", "model.model resnet18 there, resnet34 here"),
-        ("--global_batch_size=10", "global_batch_size 12 there, 10 here"),
-        ("--seed=7", "seed 0 there, 7 here"),
-        ("--phase=more:steps=1,lr=1", "phases.more only here"),
-        ("--phase=main:steps=12,lr=0.05,warmup_steps=3", "phases.main.steps 10 there, 12 here"),
+        ("--num_classes=12", "model.num_classes: 10 recorded, 12 now"),
+        ("--width=0.125", "model.width: 0.0625 recorded, 0.125 now"),
+        ("--model=resnet34", "model.model: resnet18 recorded, resnet34 now"),
+        ("--global_batch_size=10", "global_batch_size: 12 recorded, 10 now"),
+        ("--seed=7", "seed: default recorded, 7 now"),
+        ("--phase=more:steps=1,lr=1", "phases.more: only now"),
+        ("--phase=main:steps=12,lr=0.05,warmup_steps=3", "phases.main.steps: 10 recorded, 12 now"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tiny_data, finished, tmp_path, flag, part):
@@ -344,14 +365,14 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tiny_data, f
     "flags, error, part",
     [
         (["--phase=main:steps=1,lr=1,branch=1"], FlagError, "branch=1"),
-        (["--experiment=collapsed_ensemble"], FlagError, "needs two members at least, the recipe has 0"),
+        (["--experiment=collapsed_ensemble"], FlagError, "needs at least two members, the recipe has 0"),
         (["--experiment=lr_scaling"], FlagError, "eval_every_epochs"),
         (["--bn_stats_batch=5"], FlagError, "does not divide the 12 images"),
         (["--accumulate_steps=5"], FlagError, "not divisible by 1 ranks x 5 accumulated batches"),
         (["--global_batch_size=51"], DataError, "50 training examples are fewer than one global batch of 51"),
         (["--train_examples=51"], DataError, "holds 50"),
         (["--num_classes=9"], DataError, "10 classes"),
-        (["--dataset=fashion_mnist"], DataError, "holds digits"),
+        (["--dataset=fashion_mnist"], DataError, "contains digits"),
         (["--data_dir=/no/such/folder"], DataError, "/no/such/folder"),
         (["--data_dir="], FlagError, "--data_dir is missing"),
         (["--run_dir="], FlagError, "--run_dir is missing"),
@@ -364,7 +385,7 @@ def test_what_cannot_run_is_refused_and_nothing_is_saved(tiny_data, tmp_path, fl
     assert not os.path.exists(tmp_path / "run" / "checkpoints")
 
 
-def test_early_errors_come_without_loading_tensorflow(tiny_data, tmp_path):
+def test_early_errors_do_not_load_tensorflow(tiny_data, tmp_path):
     code = """
 import sys
 from resnet_cpu import train
@@ -393,6 +414,157 @@ def test_negative_control_without_the_padding_mask_evaluation_is_refused(tiny_da
         train(tiny_data, tmp_path / "run", "--max_steps=1")
 
 
+# --- what is done after a step, and in which order ------------------------------------------------------------------
+
+
+EVERY_EPOCH = "--eval_every_epochs=1"  # after steps 5, 9, 13 and 16
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing in the package handles it."""
+
+
+def scores(run_dir):
+    """Return (step, phase, top-1, loss) of every evaluation, and the scores of the result."""
+    rows = read_rows(os.path.join(run_dir, "eval.jsonl"))
+    result = read_json(os.path.join(run_dir, "result.json"))
+    found = [(row["step"], row["end_of"], row["top1"], row["loss"]) for row in rows]
+    return found, [result[key] for key in ("top1", "top5", "loss", "examples", "steps", "complete")]
+
+
+def kill_in_step(monkeypatch, number, sleep=0.0):
+    """Make the step with this number fail, after `sleep` seconds, until monkeypatch is undone."""
+    original = loop.TrainStep.take
+    done = iter(range(10**6))
+
+    def take(self, *arguments):
+        if next(done) == number:
+            time.sleep(sleep)
+            raise Killed
+        return original(self, *arguments)
+
+    monkeypatch.setattr(loop.TrainStep, "take", take)
+
+
+def test_a_stop_saves_before_the_evaluation_that_is_due_and_the_next_attempt_evaluates(
+    tiny_data, finished, tmp_path, monkeypatch
+):
+    """Evaluating first may take longer than the batch system's grace period, and then cost the steps since a save."""
+    run_dir, steps = str(tmp_path / "run"), iter(range(9))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", lambda *arguments: pytest.fail("evaluated before the stop"))
+        patch.setattr(loop.guard, "stop_requested", lambda: next(steps) == 4)
+        with pytest.raises(StopRequested, match="stopped on request after step 5"):
+            train(tiny_data, run_dir, EVERY_EPOCH)
+    assert checkpoint.steps(run_dir) == [5] and not read_rows(f"{run_dir}/eval.jsonl")
+    assert train(tiny_data, run_dir, EVERY_EPOCH)["complete"]
+    assert scores(run_dir) == scores(finished)
+    assert runs.losses(run_dir) == runs.losses(finished)
+
+
+def test_a_run_killed_in_its_last_evaluation_has_its_checkpoint_and_is_finished_without_a_step(
+    tiny_data, finished, tmp_path, monkeypatch
+):
+    run_dir, evaluate_once = str(tmp_path / "run"), loop.evaluate
+    monkeypatch.setattr(loop, "check_label_base", lambda *arguments: labels.append("checked"))
+    labels = []
+
+    def evaluate(job, state, *more):
+        if state.step == 16 and job.attempt == 1:
+            raise Killed
+        evaluate_once(job, state, *more)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    with pytest.raises(Killed):
+        train(tiny_data, run_dir, EVERY_EPOCH)
+    assert checkpoint.steps(run_dir) == [10, 16] and labels == ["checked"]
+    kill_in_step(monkeypatch, 0)
+    result = train(tiny_data, run_dir, EVERY_EPOCH)
+    assert scores(run_dir) == scores(finished)
+    assert result["images_per_second"] > 0  # from the rows of the first attempt
+    assert labels == ["checked"]  # random reads of a resumed run would let all ranks wait
+
+
+def test_time_counts_what_a_killed_attempt_did_after_its_last_checkpoint(tiny_data, tmp_path, monkeypatch):
+    run_dir = str(tmp_path / "run")
+    monkeypatch.setattr(reports, "TOP1_MARKS", (0.0,))  # reached by the first evaluation, after step 5
+    spent = 0.0
+    for attempt in (1, 2):  # killed with no checkpoint at all, then two steps after one
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_in_step(patch, 7, sleep=0.5)
+            started = time.monotonic()
+            train(tiny_data, run_dir, EVERY_EPOCH, *(["--checkpoint_every_steps=5"] if attempt == 2 else []))
+        spent += time.monotonic() - started - 0.5  # the step that never ended is not counted
+        first = read_json(f"{run_dir}/clock.json")["seconds_to_top1"]["0.0"]
+        marks = locals().get("marks", first)
+        assert first == marks  # neither lost nor improved by the kill
+    started = time.monotonic()
+    result = train(tiny_data, run_dir, EVERY_EPOCH)
+    assert result["wall_seconds"] == pytest.approx(spent + time.monotonic() - started, abs=0.4)
+    assert result["seconds_to_top1"] == {"0.0": marks}
+    walls = [row["wall_seconds"] for row in read_rows(f"{run_dir}/eval.jsonl")]
+    assert walls == sorted(walls) and walls[-1] < result["wall_seconds"]
+
+
+def test_a_run_without_a_clock_continues_from_the_checkpoints_time(tiny_data, tmp_path):
+    run_dir = str(tmp_path / "run")
+    train(tiny_data, run_dir, *runs.SYNTHETIC, *SHORT, "--max_steps=2")
+    os.remove(f"{run_dir}/clock.json")
+    path, manifest = checkpoint.newest(run_dir)
+    info = {key: value for key, value in manifest.items() if key not in ("files", "attempt")}
+    groups = {group: checkpoint.load(path, group) for group in ("weights", "optimizer")}
+    checkpoint.save(path, groups, {**info, "wall_seconds": 1000.0, "seconds_to_top1": {"0.5": 900.0}})
+    result = train(tiny_data, run_dir, *runs.SYNTHETIC, *SHORT)
+    assert 1000 < result["wall_seconds"] < 1100 and result["seconds_to_top1"] == {"0.5": 900.0}
+
+
+def test_the_lock_is_taken_before_the_folder_is_read(tiny_data, finished, tmp_path, monkeypatch):
+    """A job that starts while another one ends waits for the lock, and must see the folder that the other one left."""
+    run_dir = str(tmp_path / "run")
+    shutil.copytree(finished, run_dir)
+    result = pathlib.Path(run_dir, "result.json")
+    complete = result.read_bytes()
+    result.unlink()
+
+    class Held(RunFolder):
+        def __init__(self, path):
+            result.write_bytes(complete)  # the other job ends
+            super().__init__(path)
+
+    monkeypatch.setattr(opening, "RunFolder", Held)
+    kill_in_step(monkeypatch, 0)
+    assert train(tiny_data, run_dir, EVERY_EPOCH) == json.loads(complete)
+    RunFolder(run_dir).close()  # released
+
+
+class Twin(control.World):
+    """Two ranks in one process: the other one answers what this one says, but for its threads."""
+
+    def broadcast(self, message):
+        return message
+
+    def gather(self, message):
+        other = message
+        if isinstance(message, dict) and "environment" in message:
+            threads = {name: "3" for name in ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")}
+            other = {**message, "host": "elsewhere", "environment": {**message["environment"], **threads}}
+        return [message, other]
+
+
+def test_lars_on_unequal_threads_is_refused(tiny_data, tmp_path):
+    """Norms of layers differ in their last bits with the threads, so the ranks would drift apart."""
+
+    def open_job(*more):
+        settings = commandline.parse([*TINY_FLAGS, f"--data_dir={tiny_data}", f"--run_dir={tmp_path}/run", *more])
+        threads = {"TF_NUM_INTRAOP_THREADS": "2", "OMP_NUM_THREADS": "2"}
+        return opening.open_job(settings, Twin(2, 0), threads)
+
+    with pytest.raises(FlagError, match=r"rank 0 on .*: 2; rank 1 on elsewhere: 3. .*--threads=2") as caught:
+        open_job("--optimizer=lars")
+    assert caught.value.collective and not (tmp_path / "run").exists()
+    open_job("--optimizer=sgd").folder.close()  # negative control
+
+
 # --- as commands: exit codes and what a user sees ------------------------------------------------------------------
 
 
@@ -404,7 +576,7 @@ def command(tiny_data, run_dir, *more):
     "flags, code, part",
     [
         (["--learning_rate=1"], 64, "--learning_rate=1: unknown flag"),
-        (["left over"], 64, "'left over' is no flag"),
+        (["left over"], 64, "'left over' is not a flag"),
         (["--batch_size=5"], 64, "contradicts --global_batch_size=12"),
         (["--ranks=2"], 64, "--ranks=2: the launcher started 1"),
         (["--data_dir=/no/such"], 65, "/no/such"),
@@ -442,7 +614,7 @@ def test_a_damaged_shard_is_65_and_names_the_record(tmp_path, run_command):
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_stops_cleanly_with_75_and_the_rest_is_bit_identical(tiny_data, tmp_path, signum, run_command):
-    """Stopped at whatever step it has come to; then the same command goes on, for 20 steps. On two threads."""
+    """Stopped at an arbitrary step; then the same command continues for 20 steps. On two threads."""
     run_dir, whole = tmp_path / "run", tmp_path / "whole"
     long = ["--phase=main:steps=400,lr=0.05,warmup_steps=3", "--threads=2"]
     process = subprocess.Popen(

@@ -1,14 +1,15 @@
-"""Runs with branches and members: the tree is walked as planned, and survives being cut off anywhere."""
+"""Runs with branches and members: phases start where the recipe says, and runs survive being cut off anywhere."""
 
 import json
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
 import whole_runs as runs
 from conftest import last_line
 
-from resnet_cpu.cluster import control
+from resnet_cpu.cluster import control, horovod
 from resnet_cpu.errors import CheckpointError
 from resnet_cpu.run import checkpoint
 from resnet_cpu.run.folder import read_rows
@@ -18,18 +19,23 @@ ALONE = control.World(1, 0)
 
 @pytest.fixture(scope="module")
 def tree(tiny_data, tmp_path_factory):
-    """The folder of a finished ensemble's run, not to be changed."""
+    """The folder of a finished ensemble's run, not to be changed, which also counts how often states are hashed."""
     folder = tmp_path_factory.mktemp("tree") / "run"
-    runs.train(ALONE, tiny_data, str(folder), *runs.TREE, draw=True)
+    hashed = []
+    with mock.patch.object(horovod, "check_replicas", lambda world, variables, when: hashed.append(when)):
+        runs.train(ALONE, tiny_data, str(folder), *runs.TREE, draw=True)
+    # A member, its checkpoint and its evaluation share one hash.
+    ends = ["after step 6", "at the end of tail", "after step 15", "at the end of collapse"]
+    assert hashed == ["before step 0", *ends]
     return folder
 
 
-def test_cut_off_anywhere_members_come_out_the_same_bits(tiny_data, tree, tmp_path):
+def test_members_of_a_run_that_was_cut_off_are_the_same_bits(tiny_data, tree, tmp_path):
     runs.check_tree(ALONE, tiny_data, str(tmp_path), whole=str(tree))
 
 
 def test_a_branch_leaves_no_trace_on_the_main_line(tiny_data, tree, tmp_path):
-    """`cycle` starts from `main`, not from the branch that ran in between: so the first branch may do as it likes."""
+    """`cycle` starts from `main`, not from the branch that ran in between, whatever that branch did."""
     run_dir = str(tmp_path / "run")
     wild = "--phase=tail:steps=3,lr=0.5,momentum=0.5,wd=0,branch=1,member=1"
     runs.train(ALONE, tiny_data, run_dir, *runs.TREE, wild)
@@ -37,7 +43,7 @@ def test_a_branch_leaves_no_trace_on_the_main_line(tiny_data, tree, tmp_path):
     assert differing and all(name.startswith("tail/") for name in differing)
 
 
-def test_negative_control_on_the_main_line_it_leaves_one(tiny_data, tree, tmp_path):
+def test_negative_control_on_the_main_line_it_leaves_a_trace(tiny_data, tree, tmp_path):
     run_dir = str(tmp_path / "run")
     runs.train(
         ALONE, tiny_data, run_dir, *runs.TREE, "--phase=tail:steps=3,lr=0.02,power=2,wd=2e-4,augment=light,member=1"
@@ -46,14 +52,14 @@ def test_negative_control_on_the_main_line_it_leaves_one(tiny_data, tree, tmp_pa
 
 
 def test_from_names_the_phase_to_start_from(tiny_data, tmp_path):
-    """A phase that starts over another: its weights are those of a main line that stood still meanwhile."""
+    """A phase that skips another: its weights are those of a main line that stood still meanwhile."""
     main, late = "--phase=main:steps=3,lr=0.05", "--phase=late:steps=2,lr=0.01,from=main,velocity=reset"
     found = []
     for name, between in (("over", "lr=0.05"), ("still", "lr=0,wd=0,momentum=0")):
         run_dir = str(tmp_path / name)
         runs.train(ALONE, tiny_data, run_dir, *runs.SYNTHETIC, main, f"--phase=tail:steps=2,{between}", late)
         found.append(checkpoint.load(checkpoint.folder(run_dir, 7), "weights"))
-    trained = [name for name in found[0] if "moving" not in name]  # statistics move even where weights stand still
+    trained = [name for name in found[0] if "moving" not in name]  # statistics move even if weights stand still
     assert all(found[0][name].tobytes() == found[1][name].tobytes() for name in trained)
 
 
@@ -75,9 +81,7 @@ def test_end_states_are_kept_until_no_later_phase_needs_them(tiny_data, after_th
     assert checkpoint.steps(run_dir) == [10, 11]
 
 
-def test_predictions_that_are_gone_or_of_another_view_are_made_again_at_the_end(
-    tiny_data, tree, after_the_branch, tmp_path
-):
+def test_predictions_made_with_other_flags_are_made_again_at_the_end(tiny_data, tree, after_the_branch, tmp_path):
     run_dir = str(shutil.copytree(after_the_branch, tmp_path / "run"))
     path = str(tmp_path / "run" / "members" / "tail" / "predictions")
     kept = checkpoint.load(path, "predictions")
@@ -90,14 +94,14 @@ def test_predictions_that_are_gone_or_of_another_view_are_made_again_at_the_end(
     assert result["ensemble"]["top1"] == expected["ensemble"]["top1"]
 
 
-def test_a_missing_end_state_is_told(tiny_data, after_the_branch, tmp_path):
+def test_a_missing_end_state_is_named(tiny_data, after_the_branch, tmp_path):
     run_dir = str(shutil.copytree(after_the_branch, tmp_path / "run"))
     shutil.rmtree(checkpoint.folder(run_dir, 6))
     with pytest.raises(CheckpointError, match="step-00000006"):
         runs.train(ALONE, tiny_data, run_dir, *runs.TREE)
 
 
-def test_result_and_rows_tell_members_ensemble_and_phases(tree):
+def test_result_and_rows_hold_members_ensemble_and_phases(tree):
     result = json.loads((tree / "result.json").read_text())
     assert (tree / "plots" / "ensemble.png").read_bytes().startswith(b"\x89PNG")
     assert result["experiment"] == "collapsed_ensemble" and result["ensemble"]["members"] == ["tail", "collapse"]
@@ -110,25 +114,25 @@ def test_result_and_rows_tell_members_ensemble_and_phases(tree):
     assert result["members"]["collapse"]["loss"] == pytest.approx(result["loss"], rel=1e-5)
 
 
-def test_ensemble_is_scored_from_what_was_kept_without_tensorflow(tree, run_command):
+def test_an_ensemble_is_scored_from_saved_predictions(tree, run_command):
     result = json.loads((tree / "result.json").read_text())
     process = run_command("evaluate", "--ensemble", f"--run_dir={tree}")
-    told = json.loads(last_line(process.stdout))
-    assert told["ensemble"] == result["ensemble"] and told["members"] == result["members"]
-    assert told["top1"] == result["ensemble"]["top1"] and told["examples"] == 21
+    scores = json.loads(last_line(process.stdout))
+    assert scores["ensemble"] == result["ensemble"] and scores["members"] == result["members"]
+    assert scores["top1"] == result["ensemble"]["top1"] and scores["examples"] == 21
 
 
-def test_members_are_scored_again_where_nothing_was_kept(tree, tmp_path, run_command):
+def test_members_without_predictions_are_evaluated_again(tree, tmp_path, run_command):
     copy = tmp_path / "copy"
     shutil.copytree(tree, copy)
     (copy / "members" / "tail" / "predictions" / "predictions.npz").write_bytes(b"damaged")
     more = [f"--members={copy},{tree}/members/collapse", f"--export={tmp_path}/mean.npz"]
     process = run_command("evaluate", "--ensemble", *more)
     assert process.returncode == 0, process.stderr
-    told = json.loads(last_line(process.stdout))
-    assert list(told["members"]) == ["copy/tail", "copy/collapse", "run/collapse"]
+    scores = json.loads(last_line(process.stdout))
+    assert list(scores["members"]) == ["copy/tail", "copy/collapse", "run/collapse"]
     kept = json.loads((tree / "result.json").read_text())["members"]
-    assert told["members"]["copy/tail"] == pytest.approx(kept["tail"], rel=1e-6)
+    assert scores["members"]["copy/tail"] == pytest.approx(kept["tail"], rel=1e-6)
     with np.load(tmp_path / "mean.npz") as mean:
         tail = checkpoint.load(str(tree / "members" / "tail"), "weights")["logits/kernel:0"].astype(np.float64)
         last = checkpoint.load(str(tree / "members" / "collapse"), "weights")["logits/kernel:0"]
@@ -141,8 +145,8 @@ def test_members_are_scored_again_where_nothing_was_kept(tree, tmp_path, run_com
         (["--run_dir={gone}"], 66, "member tail is missing"),
         (["--members={tree}/members/nobody"], 66, "neither a member nor a run"),
         (["--members={tree},{tree}/members/tail"], 64, "named twice"),
-        (["--members={tree},{foreign}"], 66, "foreign/tail is foreign"),
-        (["--run_dir={tree}", "--padding=same"], 66, "padding symmetric there, same here"),
+        (["--members={tree},{foreign}"], 66, "foreign/tail cannot be combined"),
+        (["--run_dir={tree}", "--padding=same"], 66, "padding: default recorded, same now"),
         (["--run_dir={tree}", "--members={tree}"], 64, "contradicts --members"),
         (["--run_dir={tree}", "--export=/no/such/x.npz"], 64, "no folder /no/such"),
         (["--run_dir={tree}", "--checkpoint=x"], 64, "contradicts --ensemble"),
@@ -150,7 +154,7 @@ def test_members_are_scored_again_where_nothing_was_kept(tree, tmp_path, run_com
         ([], 64, "--run_dir is missing"),
     ],
 )
-def test_a_missing_or_foreign_member_is_named(tree, tmp_path, capsys, arguments, code, part):
+def test_a_missing_or_different_member_is_named(tree, tmp_path, capsys, arguments, code, part):
     from resnet_cpu import evaluate
     from resnet_cpu.errors import UserError
 

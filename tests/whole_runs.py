@@ -1,4 +1,4 @@
-"""Whole runs inside this process, and what they leave: shared by the tests of one rank and of several."""
+"""Whole runs inside this process, and the files that they leave: shared by the tests of one rank and of several."""
 
 import os
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -7,33 +7,31 @@ from unittest import mock
 import numpy as np
 from conftest import TINY_FLAGS
 
-from resnet_cpu import flags
-from resnet_cpu.cluster import control
-from resnet_cpu.cluster import placement as layout
+from resnet_cpu import commandline
+from resnet_cpu.cluster import control, placement
 from resnet_cpu.report import plotting
 from resnet_cpu.run import checkpoint
 from resnet_cpu.run.folder import read_json, read_rows
-from resnet_cpu.training import loop
-from resnet_cpu.training import opening as job
+from resnet_cpu.training import loop, opening
 
-# Where neither reading images nor scoring is the subject: as many examples and classes, a second less of each run.
+# For tests about neither reading images nor scores: as many examples and classes, and each run takes a second less.
 SYNTHETIC = ["--dataset=synthetic", "--data_dir=", "--train_examples=50", "--num_classes=10"]
 
 
 def train(world: control.World, data_dir: str, run_dir: str, *more: str, draw: bool = False) -> Dict[str, Any]:
-    """Train as `python -m resnet_cpu.train` does after MPI is up, drawing only if asked to; return the result."""
-    settings = flags.parse([*TINY_FLAGS, f"--data_dir={data_dir}", f"--run_dir={run_dir}", *more])
-    opened = job.open_job(settings, world, layout.apply(0, world.cores))
+    """Train as `python -m resnet_cpu.train` does after MPI has started; draw only if `draw`. Return the result."""
+    settings = commandline.parse([*TINY_FLAGS, f"--data_dir={data_dir}", f"--run_dir={run_dir}", *more])
+    job = opening.open_job(settings, world, placement.apply(0, world.cores))
     try:
-        with mock.patch.object(plotting, "available", lambda: draw):  # drawing takes a second a run
-            return opened.finished or loop.run(opened)
+        with mock.patch.object(plotting, "available", lambda: draw):  # drawing takes a second per run
+            return job.finished or loop.run(job)
     finally:
-        if opened.folder is not None:
-            opened.folder.close()
+        if job.folder is not None:
+            job.folder.close()
 
 
 def final_state(run_dir: str) -> Dict[str, np.ndarray]:
-    """Return every array of the newest checkpoint: weights, statistics, velocity."""
+    """Return every array of the newest checkpoint (weights, statistics, velocity) and its step."""
     path, manifest = checkpoint.newest(run_dir)
     state = {
         f"{group}/{name}": array
@@ -49,12 +47,12 @@ def losses(run_dir: str) -> List[Tuple[int, float, float]]:
 
 
 def differing(one: Dict[str, np.ndarray], other: Dict[str, np.ndarray]) -> List[str]:
-    """Return the names of the arrays that are not the same bits."""
+    """Return the names of the arrays whose bits differ."""
     assert set(one) == set(other)
     return [name for name in one if one[name].tobytes() != other[name].tobytes()]
 
 
-# A small collapsed ensemble: two cycles, each collapsed in a branch; 6 + 3 + 6 + 3 steps.
+# A small collapsed ensemble: two cycles, each followed by a collapse in a branch; 6 + 3 + 6 + 3 steps.
 TREE = [
     "--experiment=collapsed_ensemble",
     "--phase=main:steps=6,lr=0.05,warmup_steps=2,decay_steps=8",
@@ -62,7 +60,7 @@ TREE = [
     "--phase=cycle:steps=6,lr=0.04,warmup_steps=2,warmup_lr=0.01,velocity=reset",
     "--phase=collapse:steps=3,lr=0.01,power=2,wd=2e-4,augment=light,branch=1,member=1",
 ]
-TREE_STOPS = (8,)  # in a branch; on two ranks: in the phase that starts elsewhere
+TREE_STOPS = (8,)  # in a branch; on two ranks: in the phase that starts from the end of another one
 
 
 def members(run_dir: str) -> Dict[str, np.ndarray]:
@@ -79,9 +77,9 @@ def members(run_dir: str) -> Dict[str, np.ndarray]:
 def check_tree(
     world: control.World, data_dir: str, folder: str, stops: Sequence[int] = TREE_STOPS, whole: Optional[str] = None
 ) -> None:
-    """Stop and resume an ensemble's run at each of `stops`, each in a folder of its own; members are the same bits.
+    """Check that an ensemble's run that is stopped at one of `stops` and resumed gives the same bits.
 
-    `whole` names the uninterrupted run's folder, where there is one already.
+    Each stop has its own folder. `whole` is the folder of the uninterrupted run, if there is one already.
     """
     if whole is None:
         whole = f"{folder}/whole"
@@ -101,7 +99,7 @@ def check_tree(
         assert (rest["members"], rest["ensemble"]) == (expected["members"], expected["ensemble"])
 
 
-# Where a run of 10 + 6 steps is stopped before it is resumed: in the first phase, at the border, in the second.
+# Steps after which a run of 10 + 6 steps is stopped: in the first phase, between the phases, in the second.
 STOPS = (4, 10, 13)
 
 
@@ -113,10 +111,10 @@ def check_resume(
     stops: Sequence[int] = STOPS,
     whole: Optional[str] = None,
 ) -> None:
-    """Stop and resume one run at each of `stops`; it equals the uninterrupted one, in each step and at its end.
+    """Check that a run that is stopped and resumed at each of `stops` equals an uninterrupted one, bit for bit.
 
-    So do weights, velocity, statistics and scores at the end: a bit that one of the resumptions lost shows in the loss
-    of the steps after it. `whole` names the uninterrupted run's folder, where there is one already.
+    Compared are the loss of each step and, at the end, weights, statistics, velocity and scores: a bit that was lost in
+    one of the stops shows in the losses after it. `whole` is the folder of the uninterrupted run, if there is one.
     """
     if whole is None:
         whole = f"{folder}/whole"
@@ -138,7 +136,7 @@ def check_resume(
 
 
 def _result(run_dir: str) -> Dict[str, Any]:
-    """Return what a finished run wrote."""
+    """Return the result.json of a finished run."""
     found = read_json(os.path.join(run_dir, "result.json"))
     assert found is not None
     return found

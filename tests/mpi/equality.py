@@ -1,17 +1,19 @@
-"""Five steps on fixed examples: what N ranks compute together, and the same on one rank by other means."""
+"""Five steps on fixed examples, computed by N ranks together, and on one rank by other means."""
 
 import contextlib
 
 import numpy as np
 import tensorflow as tf
 
-from resnet_cpu import flags
+from resnet_cpu import commandline
 from resnet_cpu.optim.sgd import SGD
-from resnet_cpu.training import step as training_step
+from resnet_cpu.recipe.schedule import Rates
+from resnet_cpu.training.step import TrainStep
 
 BATCH, STEPS = 24, 5
+RECIPE = commandline.parse([]).recipe
 CASES = ("float64", "float32", "batch_norm")
-LR, WD, MOMENTUM = 0.05, 1e-3, 0.9
+RATES = Rates(lr=0.05, momentum=0.9, wd=1e-3)
 
 
 @contextlib.contextmanager
@@ -25,14 +27,14 @@ def floatx(name):
 
 
 def network(batch_norm, norm_layer=tf.keras.layers.BatchNormalization):
-    """Three small layers with biases, so that decay and its exclusions have something to act on."""
+    """Return three small layers with biases, so that decay and its exclusions have an effect."""
     layers, seeds = tf.keras.layers, iter(range(10))
 
     def init():
         return tf.keras.initializers.GlorotUniform(next(seeds))
 
     x = inputs = layers.Input([8, 8, 3])
-    # A bias in front of batch norm has no gradient but rounding.
+    # A bias before batch norm has a gradient of rounding errors only.
     x = layers.Conv2D(6, 3, 2, "same", use_bias=not batch_norm, kernel_initializer=init(), name="c1")(x)
     if batch_norm:
         x = norm_layer(momentum=0.8, name="bn1")(x)
@@ -54,31 +56,27 @@ def train(case, part, as_variables=False, micro_batches=1, norm_layer=tf.keras.l
     dtype = "float64" if case == "float64" else "float32"
     with floatx(dtype):
         model = network(case == "batch_norm", norm_layer)
-        knobs = training_step.make_knobs()
-        optimizer = training_step.make_optimizer(model, knobs, flags.parse([]).recipe)
-        knobs.weight_decay.assign(WD)
-        knobs.momentum.assign(MOMENTUM)
-        one_step = training_step.TrainStep(model, optimizer, knobs, micro_batches)
+        train_step = TrainStep(model, RECIPE, micro_batches)
         for step in range(STEPS):
             images, labels = (np.split(array[part], micro_batches) for array in examples(step, dtype))
-            batches = ((None, tf.constant(x), tf.constant(y)) for x, y in zip(images, labels))
-            one_step.take(batches, tf.constant(LR), tf.constant(0.0))
-    variables = [*model.variables, *optimizer.velocities]
+            batches = ((tf.constant(x), tf.constant(y)) for x, y in zip(images, labels))
+            train_step.take(batches, RATES)
+    variables = [*model.variables, *train_step.optimizer.velocities]
     if as_variables:
         return variables
     return named(variables)
 
 
 def named(variables):
-    # Velocities come after the weights in the order of the trainable ones; numbers keep the names apart.
+    # Velocities follow the weights, in the order of the trainable ones; the numbers make the names unique.
     return {f"{number:02d} {variable.name}": variable.numpy() for number, variable in enumerate(variables)}
 
 
 def ghost_batches(ranks):
-    """The batch-norm case on one process: a micro-batch a rank; gradients and statistics averaged."""
+    """Return the arrays of the batch-norm case computed by one process: one micro-batch per rank, averaged by numpy."""
     model = network(True)
     exclude = [v.name for layer in model.layers if "bn" in layer.name for v in layer.trainable_variables]
-    optimizer = SGD(LR, WD, MOMENTUM, exclude)
+    optimizer = SGD(RATES.lr, RATES.wd, RATES.momentum, exclude)
     optimizer.build(model.trainable_variables)
     per_rank = BATCH // ranks
     for step in range(STEPS):
