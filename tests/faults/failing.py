@@ -11,7 +11,7 @@ import time
 from resnet_cpu.cluster import control, guard
 from resnet_cpu.errors import CheckpointError, DataError
 
-FOREVER_S = 600  # longer than any test waits: who comes back from it was not ended
+FOREVER_S = 600  # longer than any test waits
 
 
 def main(argv):

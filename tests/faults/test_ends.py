@@ -1,4 +1,4 @@
-"""How jobs of two ranks end: at once, with the right code, told once; and what plain Python does instead."""
+"""How jobs of two ranks end: at once, with the right code, reported once; and the behaviour of plain Python."""
 
 import concurrent.futures
 import json
@@ -15,7 +15,7 @@ from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, told
 from resnet_cpu.run import checkpoint
 
 pytestmark = pytest.mark.mpi
-WAIT_S = 300  # half of what the other rank sleeps
+WAIT_S = 300  # half as long as the other rank sleeps
 
 
 def start(*command, timeout=WAIT_S):
@@ -31,7 +31,7 @@ MODES = {
     "full": (74, "a file: No space left on device"),
     "watchdog": (76, "no step finished for 1 s"),
 }
-# Flags that are refused before TensorFlow is loaded: by which code, and what is said.
+# Flags that are refused before TensorFlow is loaded: exit code and part of the message.
 REFUSED = {
     "--learning_rate=1": (64, "unknown flag"),
     "--ranks=3": (64, "--ranks=3: the launcher started 2"),
@@ -45,7 +45,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def ended(tiny_data, tmp_path_factory):
-    """Start what must end badly, three at a time: most of it is waiting, for a rank that is gone or for Python."""
+    """The ended processes, started three at a time: most of their time is spent waiting."""
     commands = {mode: (sys.executable, "tests/faults/failing.py", mode) for mode in [*MODES, "kill", "exit", "fine"]}
     for flag in REFUSED:
         commands[flag] = tuple(tiny(tiny_data, tmp_path_factory.mktemp("ended") / "run", flag))
@@ -54,10 +54,10 @@ def ended(tiny_data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_one_failing_rank_ends_the_job_with_its_code_and_is_told_once(ended, mode):
+def test_one_failing_rank_ends_the_job_with_its_code_and_is_reported_once(ended, mode):
     process, (code, part) = ended[mode], MODES[mode]
     assert process.returncode == code, process.stderr
-    # A stopped rank may be woken on its way out and tell the same.
+    # A stopped rank may be woken as the job ends and report the same.
     assert (len(told(process)) == 1 or mode == "watchdog") and part in told(process)[0], process.stderr
     assert process.stderr.count("Traceback") == (mode == "exception")
     if mode == "exception":
@@ -76,7 +76,7 @@ def test_negative_control_a_good_end_is_0(ended):
 
 
 def test_negative_control_without_the_guard_the_other_rank_lives_on():
-    """Plain Python: rank 1's exception leaves rank 0 running; it is ended here, by its own clock, after 6 s."""
+    """Plain Python: after an exception of rank 1, rank 0 runs on; here it ends itself after 6 s."""
     code = (
         "import time, sys; from mpi4py import MPI; r = MPI.COMM_WORLD.Get_rank();"
         "time.sleep(6 * (1 - r)); print('alive', r, flush=True); 1 / (1 - r)"
@@ -96,20 +96,20 @@ def tiny(tiny_data, run_dir, *more):
     ]
 
 
-def told_once(process, code, part):
+def reported_once(process, code, part):
     assert process.returncode == code, process.stderr
     assert len(told(process)) == 1 and part in told(process)[0], process.stderr
     assert "Traceback" not in process.stderr and process.stdout == ""
 
 
 @pytest.mark.parametrize("flag", REFUSED)
-def test_user_errors_are_told_once_by_all_ranks_together(ended, flag):
-    told_once(ended[flag], *REFUSED[flag])
+def test_user_errors_are_reported_once_by_all_ranks_together(ended, flag):
+    reported_once(ended[flag], *REFUSED[flag])
 
 
-def test_a_loss_that_is_not_finite_is_told_once_by_all_ranks_together(tiny_data, tmp_path):
+def test_a_loss_that_is_not_finite_is_reported_once_by_all_ranks_together(tiny_data, tmp_path):
     process = start(*tiny(tiny_data, tmp_path / "run", "--phase=main:steps=10,lr=1e30,decay=constant"))
-    told_once(process, 77, "no checkpoint yet; start again")
+    reported_once(process, 77, "no checkpoint yet; start again")
 
 
 def test_ranks_with_other_flags_are_refused(tiny_data, tmp_path):
@@ -119,7 +119,7 @@ def test_ranks_with_other_flags_are_refused(tiny_data, tmp_path):
 
 
 def test_usr1_stops_both_ranks_at_one_step_and_the_rest_is_bit_identical(tiny_data, tmp_path):
-    """The signal goes to mpirun, as a batch system sends it; then the same command goes on, in a new process."""
+    """The signal is sent to mpirun, as a batch system does; then the same command continues, in a new process."""
     long = ["--phase=main:steps=400,lr=0.05,warmup_steps=3"]
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     process = subprocess.Popen(
@@ -140,7 +140,7 @@ def test_usr1_stops_both_ranks_at_one_step_and_the_rest_is_bit_identical(tiny_da
     assert process.returncode == 75 and out == "", err
     (step,) = checkpoint.steps(str(stopped))
     assert f"stopped on request after step {step}" in err and 5 < step < 406
-    long.append(f"--max_steps={step + 20}")  # what is bit-identical until then is so after it
+    long.append(f"--max_steps={step + 20}")  # bits that are equal then stay equal
     again = start(*tiny(tiny_data, stopped, *long))
     assert again.returncode == 0, again.stderr
     assert json.loads(last_line(again.stdout))["ranks"] == 2

@@ -1,8 +1,8 @@
-"""What is checked inside one mpirun session: many cases a session, since starting one takes ten seconds.
+"""The checks inside one mpirun session: many cases per session, since starting one takes ten seconds.
 
     launch/local.sh RANKS python tests/mpi/worker.py OUT_DIR DATA_DIR
 
-Each case writes what it found to OUT_DIR/CASE.json or .npz on rank 0; the tests beside this file judge it.
+Each case writes its findings to OUT_DIR/CASE.json or .npz on rank 0; the tests beside this file judge them.
 """
 
 import dataclasses
@@ -18,23 +18,22 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from resnet_cpu.cluster import control, placement
 
 world = control.connect(None)
-placement.apply(1, world.cores)
+THREADS = placement.apply(1, world.cores)
 
 import equality  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 import whole_runs as runs  # noqa: E402
 
-from resnet_cpu import flags  # noqa: E402
+from resnet_cpu import commandline  # noqa: E402
 from resnet_cpu.bench import messages  # noqa: E402
 from resnet_cpu.cluster import horovod  # noqa: E402
-from resnet_cpu.data import folders as layouts  # noqa: E402
+from resnet_cpu.data import folders  # noqa: E402
 from resnet_cpu.errors import UserError  # noqa: E402
 from resnet_cpu.model.resnet import resnet  # noqa: E402
 from resnet_cpu.recipe.batch import resolve_batch  # noqa: E402
-from resnet_cpu.scaling import steptimes as throughput  # noqa: E402
-from resnet_cpu.training import evaluation, loop  # noqa: E402
-from resnet_cpu.training import opening as job  # noqa: E402
+from resnet_cpu.scaling import steptimes  # noqa: E402
+from resnet_cpu.training import evaluation, loop, opening, selection  # noqa: E402
 from resnet_cpu.training.state import build_model  # noqa: E402
 
 OUT, DATA = sys.argv[1:3]
@@ -52,25 +51,28 @@ def write_arrays(name, arrays):
 
 
 def case_control_plane():
-    """Messages arrive as they were sent, in the order of the ranks; rank 0's errors are everyone's."""
-    everyone = world.gather({"rank": world.rank, "text": "ä" * world.rank})
-    assert everyone == [{"rank": r, "text": "ä" * r} for r in range(world.size)]
+    """Messages arrive as they were sent, in the order of the ranks; errors of rank 0 are raised by all."""
+    gathered = world.gather({"rank": world.rank, "text": "ä" * world.rank})
+    assert gathered == [{"rank": r, "text": "ä" * r} for r in range(world.size)]
     assert world.broadcast([1, {"a": None}] if world.rank == 0 else "other") == [1, {"a": None}]
 
     def fail():
-        raise UserError("as told")
+        raise UserError("an error of rank 0")
 
     try:
         world.on_rank0(fail)
     except UserError as error:
-        assert str(error) == "as told" and error.collective
+        assert str(error) == "an error of rank 0" and error.collective
     else:
         raise AssertionError("rank 0's error was lost")
+    beats = []  # of this rank's watchdog, while rank 0 works
+    long_work = [lambda beat: [beat(), beat(), 7][-1], lambda: beats.append(1)]
+    assert world.on_rank0_with_beats(*long_work) == 7 and len(beats) == 2
     write("control_plane", {"ok": True})
 
 
 def case_allreduce():
-    """Rank r gives r: the mean is (N-1)/2, the sum N(N-1)/2, exactly."""
+    """Rank r contributes r: the mean is (N-1)/2, the sum N(N-1)/2, exactly."""
     mean = horovod.mean(tf.constant(float(world.rank)), "test_mean").numpy()
     total = horovod.total(tf.constant(world.rank, tf.int64), "test_total").numpy()
     write("allreduce", {"mean": float(mean), "total": int(total)})
@@ -85,7 +87,7 @@ def case_equality():
 
 
 def case_without_averaging():
-    """Negative control: an optimizer that is not wrapped trains another model on each rank, and that is seen."""
+    """Negative control: an optimizer that is not wrapped trains a different model on each rank, which is detected."""
     original = horovod.distributed
     horovod.distributed = lambda optimizer: optimizer
     try:
@@ -107,7 +109,7 @@ def replicas_error(variables):
 
 
 def case_broadcast():
-    """Ranks that start from other seeds are equal after the broadcast; the control without it is caught."""
+    """Ranks that start from different seeds are equal after the broadcast; without it they are detected."""
     model = resnet("resnet18", 10, width=0.0625, stem="small", seed=world.rank)
     before = replicas_error(model.variables)
     horovod.broadcast(model.variables)
@@ -115,28 +117,28 @@ def case_broadcast():
 
 
 def case_run_without_broadcast():
-    """The same inside a run: it must not come to step 0."""
+    """The same inside a run, which must not reach step 0."""
     originals = horovod.broadcast, loop.build_model
     horovod.broadcast = lambda variables: None
     loop.build_model = lambda settings: resnet("resnet18", 10, width=0.0625, stem="small", seed=world.rank)
-    told = None
+    message = None
     try:
         runs.train(world, f"{DATA}/train", f"{OUT}/without_broadcast")
     except UserError as error:
-        told = str(error)
+        message = str(error)
     finally:
         horovod.broadcast, loop.build_model = originals
-    write("run_without_broadcast", {"error": told, "rows": runs.losses(f"{OUT}/without_broadcast")})
+    write("run_without_broadcast", {"error": message, "rows": runs.losses(f"{OUT}/without_broadcast")})
 
 
 def case_evaluation():
-    """Counts over (examples, batch) on this many ranks, from real shards."""
+    """Counts for each pair of examples and batch size on these ranks, from real shards."""
     found = {}
-    settings = flags.parse([*runs.TINY_FLAGS, "--seed=3"])
+    settings = commandline.parse([*runs.TINY_FLAGS, "--seed=3"])
     model = build_model(settings)
     step = evaluation.make_evaluate_step(model)
     for examples in (1, 7, 50, 101):
-        data = layouts.open_data(f"{DATA}/{examples}", "digits")
+        data = folders.open_data(f"{DATA}/{examples}", "digits")
         for batch in (1, 8, 64):
             score = evaluation.evaluate(step, settings, world, data, batch)
             found[f"{examples}/{batch}"] = [score.examples, score.correct1, score.correct5, score.loss]
@@ -152,59 +154,66 @@ def case_resume():
 
 
 def case_tree():
-    """A collapsed ensemble cut off in the phase that starts elsewhere than the one before it ended."""
+    """A collapsed ensemble that is cut off in a phase which does not start from the end of the one before it."""
     runs.check_tree(world, f"{DATA}/train", f"{OUT}/tree", stops=(11,))
     write("tree", {"ok": True})
 
 
 def case_run_state():
-    """One run of the tiny recipe, to be compared between sessions of other rank counts."""
+    """A run of the tiny recipe, to be compared between sessions with different numbers of ranks."""
     runs.train(world, f"{DATA}/train", f"{OUT}/run")
     result = resolve_batch(None, 12, world.size)
     write("run_state", {"batch": [result.per_rank, result.total]})
 
 
 def case_what_rank_0_does_alone():
-    """Weights taken over, a profile, an export, in bfloat16: the other ranks wait where rank 0 works."""
+    """Initial weights, a profile and an export, in bfloat16: the other ranks wait while rank 0 works."""
     more = [f"--init_from={OUT}/run", "--profile_steps=1,2", "--precision=bfloat16", "--phase=tail:steps=1,lr=0.01"]
     result = runs.train(world, f"{DATA}/train", f"{OUT}/alone", *more)
-    settings = flags.parse([*runs.TINY_FLAGS, f"--run_dir={OUT}/alone"])
-    data = layouts.open_data(f"{DATA}/train", "digits")
-    path, step, data = job.find_checkpoint(settings, world, data, None)
+    settings = commandline.parse([*runs.TINY_FLAGS, f"--data_dir={DATA}/train", f"--run_dir={OUT}/alone"])
+    path, step, data = selection.find_checkpoint(settings, world, None)
     scores = evaluation.evaluate_checkpoint(settings, world, data, path, f"{OUT}/alone.npz")
-    told = None
+    refused = None
     try:
         evaluation.evaluate_checkpoint(settings, world, data, path, f"{OUT}/alone.npz")
     except UserError as error:
-        told = [str(error), error.collective]
-    write("what_rank_0_does_alone", {"result": result, "scores": scores, "step": step, "told": told})
+        refused = [str(error), error.collective]
+    found = {"result": result, "scores": scores, "step": step, "refused": refused}
+    write("what_rank_0_does_alone", found)
+
+
+def case_opening():
+    """All ranks agree on the job, the digest of the initial weights included; rank 0 alone holds the folder."""
+    flags = [f"--data_dir={DATA}/train", f"--run_dir={OUT}/opened", f"--init_from={OUT}/run"]
+    job = opening.open_job(commandline.parse([*runs.TINY_FLAGS, *flags]), world, THREADS)
+    held = world.gather(job.folder is not None)
+    if job.folder is not None:
+        job.folder.close()
+    write("opening", {"signatures": world.gather(job.signature), "held": held})
 
 
 def case_scaling():
-    """Step times of a run in which rank 1 is held up before each step, and one in which nobody is."""
+    """Step times of a run in which rank 1 is delayed before each step."""
 
-    class Held(throughput.StepTimes):
+    class Delayed(steptimes.StepTimes):
         def add(self, *arguments, **keywords):
             super().add(*arguments, **keywords)
             if world.rank == 1:
-                time.sleep(HELD_S)
+                time.sleep(DELAY_S)
 
-    more = ["--experiment=scaling", "--untimed_steps=2"]
-    with mock.patch.object(throughput, "StepTimes", Held):
-        held = runs.train(world, f"{DATA}/train", f"{OUT}/scaling", *more)
-    write("scaling", held["scaling"])
+    with mock.patch.object(loop, "StepTimes", Delayed):
+        result = runs.train(world, f"{DATA}/train", f"{OUT}/scaling", "--experiment=scaling")
+    write("scaling", result["scaling"])
 
 
 def case_messages():
-    settings = flags.parse([*runs.TINY_FLAGS])
-    timed = messages.run(settings, world, 4096, 0.05, 1, 5)
-    if world.rank == 0:
-        timed.write(f"{OUT}/messages")
-    world.barrier()
-    write("messages", {"gradients": timed.gradient_bytes, "rate": timed.images_per_second, "told": timed.lines()})
+    flags = [*runs.TINY_FLAGS, "--warmup_steps=1", "--timed_steps=5", f"--run_dir={OUT}/messages"]
+    timings = messages.run(commandline.parse(flags, "benchmark"), world, most_bytes=4096, seconds_per_size=0.05)
+    rate, lines = timings.images_per_second, timings.lines()
+    write("messages", {"gradients": timings.gradient_bytes, "rate": rate, "lines": lines})
 
 
-HELD_S = 0.1  # a tiny step takes a fifth of that
+DELAY_S = 0.1  # a tiny step takes a fifth of that
 ALL = ["control_plane", "allreduce", "equality", "evaluation"]
 CASES = {
     2: [
@@ -216,6 +225,7 @@ CASES = {
         "resume",
         "tree",
         "what_rank_0_does_alone",
+        "opening",
         "scaling",
         "messages",
     ],
