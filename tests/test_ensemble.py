@@ -104,7 +104,7 @@ def test_scores_do_not_depend_on_chunks(examples, seed):
 
 
 @pytest.mark.parametrize(
-    "foreign, part",
+    "other, part",
     [
         (some(1, examples=299), "299 evaluation examples, not the 300 of a"),
         (some(1, labels_seed=9), "other labels than a"),
@@ -114,9 +114,9 @@ def test_scores_do_not_depend_on_chunks(examples, seed):
         ),
     ],
 )
-def test_a_member_that_cannot_be_combined_is_named(foreign, part):
+def test_a_member_that_cannot_be_combined_is_named(other, part):
     with pytest.raises(CheckpointError, match=part) as caught:
-        ensemble.report({"a": some(1), "stranger": foreign})
+        ensemble.report({"a": some(1), "stranger": other})
     assert "member stranger cannot be combined" in str(caught.value) and caught.value.exit_code == 66
 
 

@@ -17,7 +17,7 @@ from resnet_cpu.errors import FlagError
 from resnet_cpu.run import checkpoint
 
 SHORT = ["--phase=main:steps=2,lr=0.05", "--phase=tail:steps=1,lr=0.01"]
-# A foreign program: it imports nothing of this package.
+# A third-party program: it imports nothing of this package.
 CONSUMER = """
 import sys
 import numpy as np, tensorflow as tf

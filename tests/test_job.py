@@ -1,4 +1,4 @@
-"""What falls due after each step, and the silent twin of the report. Nothing is trained."""
+"""Check what falls due after each step, and the silent twin of the report. Nothing is trained."""
 
 import inspect
 
@@ -12,7 +12,11 @@ from resnet_cpu.run.folder import Stopwatch
 from resnet_cpu.training.job import Job
 from resnet_cpu.training.report import Report, Silent
 
-TREE = ["--phase=main:steps=10,lr=1", "--phase=one:steps=4,lr=1,branch=1,member=1,from=main", "--phase=tail:steps=6,lr=1"]
+TREE = [
+    "--phase=main:steps=10,lr=1",
+    "--phase=one:steps=4,lr=1,branch=1,member=1,from=main",
+    "--phase=tail:steps=6,lr=1",
+]
 
 
 def job(*more, data=True):

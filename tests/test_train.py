@@ -16,7 +16,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import whole_runs as runs
-from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, told, write_tiny_data
+from conftest import OUTSIDE, ROOT, TINY_FLAGS, error_lines, last_line, write_tiny_data
 
 from resnet_cpu import commandline, evaluate, plan
 from resnet_cpu.cluster import control
@@ -158,7 +158,7 @@ def test_evaluate_gives_the_score_of_the_run(finished, run_command, tmp_path):
     ]
     assert scores["loss"] == pytest.approx(result["loss"], rel=1e-5)
     refused = run_command("evaluate", f"--run_dir={finished}", "--num_classes=12")
-    assert refused.returncode == 66 and "num_classes: 10 recorded, 12 now" in told(refused)[0]
+    assert refused.returncode == 66 and "num_classes: 10 recorded, 12 now" in error_lines(refused)[0]
     assert run_command("evaluate", f"--run_dir={tmp_path}").returncode == 66
 
 
@@ -183,7 +183,7 @@ def test_other_data_is_scored_with_the_pixel_mean_of_the_training(finished, tmp_
     refused = run_command(
         "train", *TINY_FLAGS, f"--data_dir={data_dir}", f"--run_dir={finished}", "--eval_every_epochs=1"
     )
-    assert refused.returncode == 66 and "data.pixels.mean" in told(refused)[0]
+    assert refused.returncode == 66 and "data.pixels.mean" in error_lines(refused)[0]
 
 
 def test_the_flags_of_a_run_without_a_step_do_not_bind_the_next_attempt(tiny_data, tmp_path, monkeypatch):
@@ -538,7 +538,7 @@ def test_the_lock_is_taken_before_the_folder_is_read(tiny_data, finished, tmp_pa
 
 
 class Twin(control.World):
-    """Two ranks in one process: the other one answers what this one says, but for its threads."""
+    """Two ranks in one process: the other one repeats the messages of this one, except for its threads."""
 
     def broadcast(self, message):
         return message
@@ -588,7 +588,7 @@ def command(tiny_data, run_dir, *more):
 def test_exit_codes(tiny_data, tmp_path, run_command, flags, code, part):
     process = run_command("train", *command(tiny_data, tmp_path / "run", *flags))
     assert process.returncode == code, process.stderr
-    assert len(told(process)) == 1 and part in told(process)[0]
+    assert len(error_lines(process)) == 1 and part in error_lines(process)[0]
     assert "Traceback" not in process.stderr and process.stdout == ""
 
 
@@ -596,7 +596,7 @@ def test_a_folder_in_use_is_73(tiny_data, tmp_path, run_command):
     holder = RunFolder(str(tmp_path / "run"))
     process = run_command("train", *command(tiny_data, tmp_path / "run"))
     holder.close()
-    assert process.returncode == 73 and f"pid {os.getpid()}" in told(process)[0]
+    assert process.returncode == 73 and f"pid {os.getpid()}" in error_lines(process)[0]
 
 
 def test_a_damaged_shard_is_65_and_names_the_record(tmp_path, run_command):
@@ -608,7 +608,11 @@ def test_a_damaged_shard_is_65_and_names_the_record(tmp_path, run_command):
     shard.write_bytes(content)
     process = run_command("train", *command(folder, tmp_path / "run"))
     assert process.returncode == 65, process.stderr
-    assert len(told(process)) == 1 and f"{shard}: record " in told(process)[0] and "Traceback" not in process.stderr
+    assert (
+        len(error_lines(process)) == 1
+        and f"{shard}: record " in error_lines(process)[0]
+        and "Traceback" not in process.stderr
+    )
     assert run_command("prepare", "verify", f"--data_dir={folder}").returncode == 65
 
 

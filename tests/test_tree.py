@@ -145,7 +145,7 @@ def test_members_without_predictions_are_evaluated_again(tree, tmp_path, run_com
         (["--run_dir={gone}"], 66, "member tail is missing"),
         (["--members={tree}/members/nobody"], 66, "neither a member nor a run"),
         (["--members={tree},{tree}/members/tail"], 64, "named twice"),
-        (["--members={tree},{foreign}"], 66, "foreign/tail cannot be combined"),
+        (["--members={tree},{mixed}"], 66, "mixed/tail cannot be combined"),
         (["--run_dir={tree}", "--padding=same"], 66, "padding: default recorded, same now"),
         (["--run_dir={tree}", "--members={tree}"], 64, "contradicts --members"),
         (["--run_dir={tree}", "--export=/no/such/x.npz"], 64, "no folder /no/such"),
@@ -158,11 +158,11 @@ def test_a_missing_or_different_member_is_named(tree, tmp_path, capsys, argument
     from resnet_cpu import evaluate
     from resnet_cpu.errors import UserError
 
-    places = {"tree": tree, "gone": tmp_path / "gone", "foreign": tmp_path / "foreign"}
-    for name in ("gone", "foreign"):
+    places = {"tree": tree, "gone": tmp_path / "gone", "mixed": tmp_path / "mixed"}
+    for name in ("gone", "mixed"):
         shutil.copytree(tree, places[name])
     shutil.rmtree(places["gone"] / "members" / "tail")
-    path = str(places["foreign"] / "members" / "tail" / "predictions")
+    path = str(places["mixed"] / "members" / "tail" / "predictions")
     kept = checkpoint.load(path, "predictions")
     info = {key: value for key, value in checkpoint.read_manifest(path).items() if key != "files"}
     checkpoint.save(path, {"predictions": {**kept, "labels": kept["labels"] ^ 1}}, info)

@@ -123,7 +123,7 @@ def predict(
     return score, Predictions(ids[places], labels[places], probabilities[places])
 
 
-def load_model(settings: Settings, world: World, data: ShardedData, path: str) -> tf.keras.Model:
+def restored_model(settings: Settings, world: World, data: ShardedData, path: str) -> tf.keras.Model:
     """Return the network of the settings with the weights of the checkpoint `path`, on every rank."""
     model = state.build_model(settings)
     world.on_rank0(lambda: check_label_base(data, settings.model.num_classes))
@@ -143,7 +143,7 @@ def evaluate_checkpoint(
         horovod.start(world)
         if export_to is not None:
             world.on_rank0(lambda: checkpoint.check_export(export_to))
-        model = load_model(settings, world, data, path)
+        model = restored_model(settings, world, data, path)
         step = make_evaluate_step(model)
         score = evaluate(step, settings, world, data, DEFAULT_BATCH_PER_RANK, watchdog.beat)
         if export_to is not None:

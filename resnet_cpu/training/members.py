@@ -37,22 +37,31 @@ def scores(job: Job, step: int, beat: Callable[[], None]) -> Dict[str, Any]:
         return {}
     paths = dict(zip(complete, job.world.on_rank0(lambda: ensemble.find(job.run_dir, complete))))
 
-    def without_predictions() -> List[str]:
-        return [path for path in paths.values() if not ensemble.has_predictions(path, job.settings)]
+    def without_predictions(beat_all: Callable[[], None]) -> List[str]:
+        missing = []
+        for path in paths.values():
+            if not ensemble.has_predictions(path, job.settings):
+                missing.append(path)
+            beat_all()
+        return missing
 
     # Predictions may have been removed, or made with other evaluation flags, since the member was evaluated.
-    for path in job.world.on_rank0(without_predictions):
+    for path in job.world.on_rank0_with_beats(without_predictions, beat):
         make_predictions(path, job.settings, job.world, job.data, beat)
 
     def report(beat_all: Callable[[], None]) -> Dict[str, Any]:
-        return ensemble.report({name: ensemble.load(path) for name, path in paths.items()}, beat_all)
+        predictions = {}
+        for name, path in paths.items():
+            predictions[name] = ensemble.load(path)
+            beat_all()
+        return ensemble.report(predictions, beat_all)
 
     return job.world.on_rank0_with_beats(report, beat)
 
 
 def make_predictions(path: str, settings: Settings, world: World, data: ShardedData, beat: Callable[[], None]) -> None:
     """Evaluate the member at `path` and save its predictions beside its weights."""
-    step = evaluation.make_evaluate_step(evaluation.load_model(settings, world, data, path))
+    step = evaluation.make_evaluate_step(evaluation.restored_model(settings, world, data, path))
     _, predictions = evaluation.predict(step, settings, world, data, DEFAULT_BATCH_PER_RANK, beat)
     world.on_rank0(lambda: ensemble.save(path, predictions, settings))
 

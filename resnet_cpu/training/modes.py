@@ -1,4 +1,4 @@
-"""What the modes of --experiment add to the result of a run. Training itself is the same in every mode."""
+"""Return what each mode of --experiment adds to the result of a run. Training itself is the same in every mode."""
 
 import socket
 from typing import Any, Dict

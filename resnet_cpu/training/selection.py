@@ -1,4 +1,4 @@
-"""What `evaluate` scores: a checkpoint, or the members of an ensemble, as they were trained. No TensorFlow."""
+"""Select the checkpoint, or the members of an ensemble, that `evaluate` scores, as they were trained. No TensorFlow."""
 
 import dataclasses
 import os
@@ -111,7 +111,7 @@ def choose_members(named: Sequence[str], asked: Settings, argv: Sequence[str], w
 
 
 def members_without_predictions(members: Mapping[str, Member], asked: Settings, world: World) -> List[Member]:
-    """Return the members whose predictions have to be made, because there are none of these weights on this data."""
+    """Return the members whose predictions have to be made, because no saved ones belong to these weights and this data."""
     same_folder = "data_dir" in asked.given
 
     def find() -> List[str]:
