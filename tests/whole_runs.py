@@ -5,11 +5,12 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from unittest import mock
 
 import numpy as np
+import pytest
 from conftest import TINY_FLAGS
 
 from resnet_cpu import commandline
 from resnet_cpu.cluster import control, placement
-from resnet_cpu.report import plotting
+from resnet_cpu.report import plotting, run_plots
 from resnet_cpu.run import checkpoint
 from resnet_cpu.run.folder import read_json, read_rows
 from resnet_cpu.training import loop, opening
@@ -28,6 +29,26 @@ def train(world: control.World, data_dir: str, run_dir: str, *more: str, draw: b
     finally:
         if job.folder is not None:
             job.folder.close()
+
+
+_finished: List[str] = []  # folder of the finished run of this process
+
+
+def finished(data_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of a finished run with evaluations and plots, trained once per process; not to be changed."""
+    if not _finished:
+        folder = str(tmp_path_factory.mktemp("finished") / "run")
+        original, drawn = run_plots.draw_curves, []
+
+        def draw(*arguments: Any) -> None:
+            drawn.append(os.path.exists(os.path.join(folder, "result.json")))
+            original(*arguments)
+
+        with mock.patch.object(run_plots, "draw_curves", draw):
+            train(control.World(1, 0), data_dir, folder, "--eval_every_epochs=1", draw=True)
+        assert drawn == [True]  # once, after the clock has stopped: not in evaluations, while all ranks wait
+        _finished.append(folder)
+    return _finished[0]
 
 
 def final_state(run_dir: str) -> Dict[str, np.ndarray]:

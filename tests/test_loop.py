@@ -1,0 +1,256 @@
+"""Train whole runs on one rank: every step, every bit, and the cost of a stop or a kill."""
+
+import csv
+import io
+import os
+import time
+
+import numpy as np
+import pytest
+import whole_runs as runs
+from conftest import TINY_FLAGS
+
+from resnet_cpu import plan
+from resnet_cpu.cluster import control
+from resnet_cpu.data import order
+from resnet_cpu.errors import (
+    NotFinite,
+    StopRequested,
+    UserError,
+)
+from resnet_cpu.run import checkpoint
+from resnet_cpu.run.folder import read_json, read_rows
+from resnet_cpu.training import loop
+from resnet_cpu.training import report as reports
+
+ALONE = control.World(1, 0)
+SHORT = ["--phase=main:steps=3,lr_per_256=2,warmup_steps=2,warmup_lr=0.01", "--phase=tail:steps=1,lr=0.01"]
+EVERY_EPOCH = "--eval_every_epochs=1"  # after steps 5, 9, 13 and 16
+
+
+def train(tiny_data, run_dir, *more):
+    return runs.train(ALONE, tiny_data, str(run_dir), *more)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data, tmp_path_factory):
+    """The folder of a finished run, not to be changed."""
+    return runs.finished(tiny_data, tmp_path_factory)
+
+
+def test_resume_is_bit_identical(tiny_data, finished, tmp_path):
+    runs.check_resume(ALONE, tiny_data, str(tmp_path), whole=finished)
+
+
+def test_negative_control_another_seed_is_another_run(tiny_data, finished, tmp_path):
+    train(tiny_data, tmp_path / "other", "--seed=1")
+    assert runs.differing(runs.final_state(str(tmp_path / "other")), runs.final_state(finished))
+
+
+def test_evaluation_logging_and_checkpoints_do_not_change_training(tiny_data, finished, tmp_path):
+    other = str(tmp_path / "run")
+    train(tiny_data, other, "--log_every_steps=7", "--checkpoint_every_steps=3", "--eval_batch_size=5")
+    assert not runs.differing(runs.final_state(other), runs.final_state(finished))
+
+
+def test_labels_are_learned(tiny_data, tmp_path):
+    """The brightness of the tiny images is their label: the loss falls well below that of guessing, ln 10 = 2.3."""
+    train(tiny_data, tmp_path / "run", "--phase=main:steps=60,lr=0.1,warmup_steps=3,augment=none")
+    assert np.mean([loss for _, loss, _ in runs.losses(str(tmp_path / "run"))[-8:]]) < 1.8
+
+
+def test_every_step_runs_with_the_rate_decay_and_momentum_that_plan_shows(tiny_data, tmp_path, monkeypatch, capsys):
+    recipe = [
+        "--phase=main:steps=5,lr=0.05,warmup_steps=3,wd=3e-4",
+        "--phase=tail:epochs=1,lr=0.01,momentum=0.5,augment=light,image_size=24",
+    ]
+    seen, views = [], []
+    original_batches = loop.training_batches
+
+    class Spied(loop.TrainStep):
+        def update(self, images, *arguments):
+            found = super().update(images, *arguments)
+            in_force = (self.optimizer.learning_rate, self.optimizer.decay, self.optimizer.momentum)
+            seen.append([*map(float, in_force), images.shape[1]])
+            return found
+
+    def spy_on_batches(*arguments, **more):
+        views.append(tuple(more[key] for key in ("augment", "image_size", "first_step", "last_step")))
+        return original_batches(*arguments, **more)
+
+    monkeypatch.setattr(loop, "TrainStep", Spied)
+    monkeypatch.setattr(loop, "training_batches", spy_on_batches)
+    train(tiny_data, tmp_path / "run", *recipe)
+    plan.main([*TINY_FLAGS, *recipe, "--train_examples=50", "--format=csv"])
+    planned = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    keys = ("lr", "weight_decay", "momentum", "image_size")
+    np.testing.assert_allclose(seen, [[float(row[key]) for key in keys] for row in planned], rtol=1e-6)
+    assert views == [("full", 16, 0, 5), ("light", 24, 5, 9)]
+    rows = read_rows(str(tmp_path / "run" / "metrics.jsonl"))
+    assert [(str(r["step"]), r["phase"], repr(r["lr"]), repr(r["epoch"])) for r in rows] == [
+        (p["step"], p["phase"], p["lr"], p["epoch"]) for p in planned
+    ]
+
+
+def weights_after(tiny_data, folder, *more):
+    train(tiny_data, folder, *SHORT, *runs.SYNTHETIC, *more)
+    return {name: array for name, array in runs.final_state(str(folder)).items() if name.startswith("weights/")}
+
+
+@pytest.fixture(scope="module")
+def short(tiny_data, tmp_path_factory):
+    return weights_after(tiny_data, tmp_path_factory.mktemp("short") / "run")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--optimizer=lars"],
+        ["--momentum_correction"],
+        ["--label_smoothing=0.3"],
+        ["--lr_scaling=sqrt"],
+    ],
+)
+def test_flags_of_the_recipe_reach_the_weights(tiny_data, short, tmp_path, more):
+    assert runs.differing(weights_after(tiny_data, tmp_path / "run", *more), short)
+
+
+def test_accumulated_batches_train_like_ghost_batches_of_their_size(tiny_data, short, tmp_path):
+    """12 images as 3 x 4, or at once with statistics over 4: equal up to rounding, and different from 12 at once."""
+    summed = weights_after(tiny_data, tmp_path / "summed", "--accumulate_steps=3")
+    ghosts = weights_after(tiny_data, tmp_path / "ghosts", "--bn_stats_batch=4")
+    for name, array in ghosts.items():
+        np.testing.assert_allclose(summed[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
+    assert max(np.abs(ghosts[name] - array).max() for name, array in short.items()) > 0.01
+
+
+def test_a_resumed_run_may_group_its_batch_differently_and_prints_it(tiny_data, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    train(tiny_data, run_dir, *SHORT, *runs.SYNTHETIC, "--max_steps=2")
+    train(tiny_data, run_dir, *SHORT, *runs.SYNTHETIC, "--accumulate_steps=3")
+    assert (
+        "earlier steps used 1 ranks x 12 images x 1; this attempt uses 1 ranks x 4 images x 3" in capfd.readouterr().err
+    )
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(tiny_data, tmp_path):
+    run_dir = str(tmp_path / "run")
+    with pytest.raises(NotFinite, match="step 1[0-5] .phase tail") as caught:
+        train(tiny_data, run_dir, "--phase=tail:steps=6,lr=1e30,decay=constant")
+    assert caught.value.exit_code == 77
+    path, manifest = checkpoint.newest(run_dir)
+    assert manifest["step"] == 10 and all(
+        np.isfinite(array).all() for array in checkpoint.load(path, "weights").values()
+    )
+    assert not os.path.exists(os.path.join(run_dir, "result.json"))
+
+
+def test_negative_control_without_the_padding_mask_evaluation_is_refused(tiny_data, tmp_path, monkeypatch):
+    """21 examples in batches of 12: a weight of one on the padding counts 24."""
+    original = order.evaluation_batch
+
+    def unmasked(*arguments):
+        ids, weights = original(*arguments)
+        return ids, np.ones_like(weights)
+
+    monkeypatch.setattr(order, "evaluation_batch", unmasked)
+    with pytest.raises(UserError, match="counted 24 examples of 21"):
+        train(tiny_data, tmp_path / "run", "--max_steps=1")
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing in the package handles it."""
+
+
+def scores(run_dir):
+    """Return (step, phase, top-1, loss) of every evaluation, and the scores of the result."""
+    rows = read_rows(os.path.join(run_dir, "eval.jsonl"))
+    result = read_json(os.path.join(run_dir, "result.json"))
+    found = [(row["step"], row["end_of"], row["top1"], row["loss"]) for row in rows]
+    return found, [result[key] for key in ("top1", "top5", "loss", "examples", "steps", "complete")]
+
+
+def kill_in_step(monkeypatch, number, sleep=0.0):
+    """Make the step with this number fail, after `sleep` seconds, until monkeypatch is undone."""
+    original = loop.TrainStep.take
+    done = iter(range(10**6))
+
+    def take(self, *arguments):
+        if next(done) == number:
+            time.sleep(sleep)
+            raise Killed
+        return original(self, *arguments)
+
+    monkeypatch.setattr(loop.TrainStep, "take", take)
+
+
+def test_a_stop_saves_before_the_evaluation_that_is_due_and_the_next_attempt_evaluates(
+    tiny_data, finished, tmp_path, monkeypatch
+):
+    """Evaluating first may take longer than the batch system's grace period, and then cost the steps since a save."""
+    run_dir, steps = str(tmp_path / "run"), iter(range(9))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", lambda *arguments: pytest.fail("evaluated before the stop"))
+        patch.setattr(loop.guard, "stop_requested", lambda: next(steps) == 4)
+        with pytest.raises(StopRequested, match="stopped on request after step 5"):
+            train(tiny_data, run_dir, EVERY_EPOCH)
+    assert checkpoint.steps(run_dir) == [5] and not read_rows(f"{run_dir}/eval.jsonl")
+    assert train(tiny_data, run_dir, EVERY_EPOCH)["complete"]
+    assert scores(run_dir) == scores(finished)
+    assert runs.losses(run_dir) == runs.losses(finished)
+
+
+def test_a_run_killed_in_its_last_evaluation_has_its_checkpoint_and_is_finished_without_a_step(
+    tiny_data, finished, tmp_path, monkeypatch
+):
+    run_dir, evaluate_once = str(tmp_path / "run"), loop.evaluate
+    monkeypatch.setattr(loop, "check_label_base", lambda *arguments: labels.append("checked"))
+    labels = []
+
+    def evaluate(job, state, *more):
+        if state.step == 16 and job.attempt == 1:
+            raise Killed
+        evaluate_once(job, state, *more)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    with pytest.raises(Killed):
+        train(tiny_data, run_dir, EVERY_EPOCH)
+    assert checkpoint.steps(run_dir) == [10, 16] and labels == ["checked"]
+    kill_in_step(monkeypatch, 0)
+    result = train(tiny_data, run_dir, EVERY_EPOCH)
+    assert scores(run_dir) == scores(finished)
+    assert result["images_per_second"] > 0  # from the rows of the first attempt
+    assert labels == ["checked"]  # random reads of a resumed run would let all ranks wait
+
+
+def test_time_counts_what_a_killed_attempt_did_after_its_last_checkpoint(tiny_data, tmp_path, monkeypatch):
+    run_dir = str(tmp_path / "run")
+    monkeypatch.setattr(reports, "TOP1_MARKS", (0.0,))  # reached by the first evaluation, after step 5
+    spent = 0.0
+    for attempt in (1, 2):  # killed with no checkpoint at all, then two steps after one
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_in_step(patch, 7, sleep=0.5)
+            started = time.monotonic()
+            train(tiny_data, run_dir, EVERY_EPOCH, *(["--checkpoint_every_steps=5"] if attempt == 2 else []))
+        spent += time.monotonic() - started - 0.5  # the step that never ended is not counted
+        first = read_json(f"{run_dir}/clock.json")["seconds_to_top1"]["0.0"]
+        marks = locals().get("marks", first)
+        assert first == marks  # neither lost nor improved by the kill
+    started = time.monotonic()
+    result = train(tiny_data, run_dir, EVERY_EPOCH)
+    assert result["wall_seconds"] == pytest.approx(spent + time.monotonic() - started, abs=0.4)
+    assert result["seconds_to_top1"] == {"0.0": marks}
+    walls = [row["wall_seconds"] for row in read_rows(f"{run_dir}/eval.jsonl")]
+    assert walls == sorted(walls) and walls[-1] < result["wall_seconds"]
+
+
+def test_a_run_without_a_clock_continues_from_the_checkpoints_time(tiny_data, tmp_path):
+    run_dir = str(tmp_path / "run")
+    train(tiny_data, run_dir, *runs.SYNTHETIC, *SHORT, "--max_steps=2")
+    os.remove(f"{run_dir}/clock.json")
+    path, manifest = checkpoint.newest(run_dir)
+    info = {key: value for key, value in manifest.items() if key not in ("files", "attempt")}
+    groups = {group: checkpoint.load(path, group) for group in ("weights", "optimizer")}
+    checkpoint.save(path, groups, {**info, "wall_seconds": 1000.0, "seconds_to_top1": {"0.5": 900.0}})
+    result = train(tiny_data, run_dir, *runs.SYNTHETIC, *SHORT)
+    assert 1000 < result["wall_seconds"] < 1100 and result["seconds_to_top1"] == {"0.5": 900.0}
