@@ -106,7 +106,7 @@ def run_command() -> Callable[..., subprocess.CompletedProcess]:
 
 
 def lacking(what: str) -> None:
-    """Skip a test for want of something that only root can install; in continuous integration it has to be there."""
+    """Skip a test that needs something only root can install; in continuous integration, as root, fail instead."""
     if os.environ.get("CI") and os.geteuid() == 0:
         pytest.fail(f"in continuous integration this may not be skipped: {what}")
     pytest.skip(what)
@@ -117,6 +117,6 @@ def last_line(text: str) -> str:
     return [line for line in text.splitlines() if line.strip()][-1]
 
 
-def told(process: subprocess.CompletedProcess) -> List[str]:
-    """Return the lines in which the package told an error."""
+def error_lines(process: subprocess.CompletedProcess) -> List[str]:
+    """Return the lines on standard error in which the package reported an error."""
     return [line for line in process.stderr.splitlines() if line.startswith("resnet_cpu")]

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY_FLAGS, last_line, told
+from conftest import ROOT, TINY_FLAGS, error_lines, last_line
 from packaging.requirements import Requirement
 
 ABSENT = ["mpi4py", "horovod", "intel_extension_for_tensorflow", "tensorflow_datasets", "matplotlib", "sklearn"]
@@ -82,7 +82,7 @@ def test_one_process_trains_evaluates_and_plans(bare, tmp_path, tiny_data):
     assert planned.returncode == 0 and "16 steps" in planned.stdout, planned.stderr
 
 
-def test_two_ranks_without_mpi_are_told_what_is_missing(bare, tmp_path):
+def test_two_ranks_without_mpi_report_what_is_missing(bare, tmp_path):
     announced = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
     process = run(bare, tmp_path, "-m", "resnet_cpu.train", "--dataset=synthetic", "--run_dir=run", **announced)
-    assert process.returncode == 64 and "mpi4py" in told(process)[0], process.stderr
+    assert process.returncode == 64 and "mpi4py" in error_lines(process)[0], process.stderr

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, told
+from conftest import OUTSIDE, ROOT, TINY_FLAGS, error_lines, last_line
 
 from resnet_cpu.bench import messages
 from resnet_cpu.bench.steps import StepTimings
@@ -51,7 +51,7 @@ def test_bandwidths_of_messages_are_those_of_nccl_tests(tmp_path):
 
 def test_one_rank_has_no_messages(run_command):
     process = run_command("benchmark", *TINY_FLAGS, *QUICK, "--benchmark=allreduce")
-    assert process.returncode == 64 and "nothing to measure" in told(process)[0]
+    assert process.returncode == 64 and "nothing to measure" in error_lines(process)[0]
 
 
 @pytest.mark.parametrize("what", ["synthetic", "evaluation", "pipeline"])
@@ -81,9 +81,9 @@ def test_more_examples_than_there_are_is_refused(run_command, tiny_data):
     process = run_command(
         "benchmark", *TINY_FLAGS, f"--data_dir={tiny_data}", *QUICK, "--benchmark=pipeline", "--train_examples=51"
     )
-    assert process.returncode == 65 and "--train_examples=51" in told(process)[0]
+    assert process.returncode == 65 and "--train_examples=51" in error_lines(process)[0]
 
 
 def test_synthetic_images_have_no_pipeline(run_command):
     process = run_command("benchmark", "--dataset=synthetic", "--benchmark=pipeline", "--image_size=32")
-    assert process.returncode == 64 and "reads nothing" in told(process)[0]
+    assert process.returncode == 64 and "reads nothing" in error_lines(process)[0]

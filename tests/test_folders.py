@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import whole_runs as runs
-from conftest import last_line, told
+from conftest import error_lines, last_line
 
 from resnet_cpu import commandline
 from resnet_cpu.cluster.control import World
@@ -199,7 +199,7 @@ def test_verify_reads_shards_written_by_others(slim, run_command, tmp_path):
         file.seek(200)
         file.write(b"\x00\x01")
     process = run_command("prepare", "verify", f"--data_dir={folder}")
-    assert process.returncode == 65 and "validation-00001-of-00002: record 0" in told(process)[0]
+    assert process.returncode == 65 and "validation-00001-of-00002: record 0" in error_lines(process)[0]
 
 
 def test_opening_needs_no_run(slim):

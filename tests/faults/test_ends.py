@@ -10,7 +10,7 @@ import time
 
 import pytest
 import whole_runs as runs
-from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, told
+from conftest import OUTSIDE, ROOT, TINY_FLAGS, error_lines, last_line
 
 from resnet_cpu.run import checkpoint
 
@@ -58,7 +58,7 @@ def test_one_failing_rank_ends_the_job_with_its_code_and_is_reported_once(ended,
     process, (code, part) = ended[mode], MODES[mode]
     assert process.returncode == code, process.stderr
     # A stopped rank may be woken as the job ends and report the same.
-    assert (len(told(process)) == 1 or mode == "watchdog") and part in told(process)[0], process.stderr
+    assert (len(error_lines(process)) == 1 or mode == "watchdog") and part in error_lines(process)[0], process.stderr
     assert process.stderr.count("Traceback") == (mode == "exception")
     if mode == "exception":
         assert "RuntimeError: the first to fail" in process.stderr
@@ -72,7 +72,7 @@ def test_a_rank_that_is_gone_takes_the_job_with_it(ended, mode):
 
 
 def test_negative_control_a_good_end_is_0(ended):
-    assert ended["fine"].returncode == 0 and not told(ended["fine"])
+    assert ended["fine"].returncode == 0 and not error_lines(ended["fine"])
 
 
 def test_negative_control_without_the_guard_the_other_rank_lives_on():
@@ -98,7 +98,7 @@ def tiny(tiny_data, run_dir, *more):
 
 def reported_once(process, code, part):
     assert process.returncode == code, process.stderr
-    assert len(told(process)) == 1 and part in told(process)[0], process.stderr
+    assert len(error_lines(process)) == 1 and part in error_lines(process)[0], process.stderr
     assert "Traceback" not in process.stderr and process.stdout == ""
 
 
@@ -115,7 +115,10 @@ def test_a_loss_that_is_not_finite_is_reported_once_by_all_ranks_together(tiny_d
 def test_ranks_with_other_flags_are_refused(tiny_data, tmp_path):
     command = " ".join(tiny(tiny_data, tmp_path / "run", "--seed=$OMPI_COMM_WORLD_RANK"))
     process = start("bash", "-c", command)
-    assert process.returncode == 64 and f"rank 1 on {socket.gethostname()} runs with other flags" in told(process)[0]
+    assert (
+        process.returncode == 64
+        and f"rank 1 on {socket.gethostname()} runs with other flags" in error_lines(process)[0]
+    )
 
 
 def test_usr1_stops_both_ranks_at_one_step_and_the_rest_is_bit_identical(tiny_data, tmp_path):

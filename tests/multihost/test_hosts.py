@@ -13,7 +13,7 @@ from typing import IO, NamedTuple
 
 import pytest
 import whole_runs as runs
-from conftest import OUTSIDE, ROOT, TINY_FLAGS, lacking, last_line, told
+from conftest import OUTSIDE, ROOT, TINY_FLAGS, error_lines, lacking, last_line
 
 from resnet_cpu.run import checkpoint
 
@@ -142,9 +142,9 @@ def test_missing_or_different_data_on_one_host_is_reported_with_its_name(lab, tm
     lab("run", lab.second, "rm", "-r", folder)
     lab("run", lab.second, "mv", lab.own / "aside", folder)
     assert (missing.returncode, other.returncode) == (65, 65), missing.stderr + other.stderr
-    (line,) = told(missing)
+    (line,) = error_lines(missing)
     assert f"rank 1 on {lab.second}: --data_dir={folder}: the folder does not exist" in line
-    (line,) = told(other)
+    (line,) = error_lines(other)
     assert f"rank 1 on {lab.second} finds other data there than rank 0 on {lab.first}" in line
     assert "Traceback" not in missing.stderr + other.stderr and not (tmp_path / "run").exists()
 
@@ -165,7 +165,7 @@ def test_another_version_of_the_code_on_one_host_is_refused(lab, tmp_path):
     (changed / "errors.py").write_text((package / "errors.py").read_text() + "# newer\n")
     process = with_another(lab, changed, package, tmp_path / "run")
     assert process.returncode == 64, process.stderr
-    (line,) = told(process)
+    (line,) = error_lines(process)
     assert f"rank 1 on {lab.second} runs with other code" in line and f"rank 0 on {lab.first}" in line
 
 
@@ -176,7 +176,7 @@ def test_another_version_of_a_package_on_one_host_is_refused(lab, tmp_path):
     changed.write_text(record.read_text().replace(f"\nVersion: {installed.version}\n", "\nVersion: 0.27.0\n"))
     process = with_another(lab, changed, record, tmp_path / "run")
     assert process.returncode == 64, process.stderr
-    (line,) = told(process)
+    (line,) = error_lines(process)
     assert f"rank 1 on {lab.second} runs with other horovod (0.27.0) than rank 0 on {lab.first}" in line
     assert not (tmp_path / "run").exists()
 
@@ -194,7 +194,7 @@ def test_a_disconnected_host_ends_the_job_and_the_other_continues_alone_from_the
         lab("restore", lab.second)
         lab("kill", lab.second)
     assert lost.returncode == 76, lost.stderr
-    assert "no step finished for 4 s" in told(lost)[0]
+    assert "no step finished for 4 s" in error_lines(lost)[0]
     reached = max(checkpoint.steps(str(run_dir)))
     alone = subprocess.run(
         [LAB, "run", lab.first, *command, "--resume=must", f"--max_steps={reached + 3}"],
@@ -230,9 +230,9 @@ def test_unusable_interfaces_are_excluded_or_reported(lab, tmp_path):
     lost = lab.run(*command)
     named = lab.run(*command, launch=["--interface=lan0"])
     assert (left_out.returncode, lost.returncode, named.returncode) == (65, 76, 65), lost.stderr
-    (line,) = told(lost)
+    (line,) = error_lines(lost)
     assert "the ranks did not reach each other in 10 s" in line and "--interface=NAME" in line
-    assert all("/no/such" in told(reached)[0] for reached in (left_out, named))
+    assert all("/no/such" in error_lines(reached)[0] for reached in (left_out, named))
 
 
 def test_negative_control_open_mpi_alone_uses_the_unusable_interface(lab, tmp_path):
@@ -247,6 +247,6 @@ def test_negative_control_open_mpi_alone_uses_the_unusable_interface(lab, tmp_pa
 def test_all_hosts_that_do_not_answer_are_named_before_the_start(lab, unanswered):
     process = ended(unanswered)
     assert process.returncode == 76 and process.stdout == "", process.stderr
-    (line,) = told(process)
+    (line,) = error_lines(process)
     assert f"missing (network-lab: no host missing in lab {lab.name}" in line and "silent (no answer in 20 s)" in line
     assert f"{lab.first} (" not in line
