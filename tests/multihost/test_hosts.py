@@ -145,7 +145,7 @@ def test_missing_or_different_data_on_one_host_is_reported_with_its_name(lab, tm
     (line,) = error_lines(missing)
     assert f"rank 1 on {lab.second}: --data_dir={folder}: the folder does not exist" in line
     (line,) = error_lines(other)
-    assert f"rank 1 on {lab.second} finds other data there than rank 0 on {lab.first}" in line
+    assert f"the data on host {lab.second} (rank 1) differ from those on host {lab.first} (rank 0)" in line
     assert "Traceback" not in missing.stderr + other.stderr and not (tmp_path / "run").exists()
 
 
