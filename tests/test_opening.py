@@ -80,7 +80,7 @@ def test_resume_choices(tiny_data, tmp_path):
     "flag, part",
     [
         ("--num_classes=12", "model.num_classes: 10 recorded, 12 now"),
-        ("--width=0.125", "model.width: 0.0625 recorded, 0.125 now"),
+        ("--width=0.25", "model.width: 0.125 recorded, 0.25 now"),
         ("--model=resnet34", "model.model: resnet18 recorded, resnet34 now"),
         ("--global_batch_size=10", "global_batch_size: 12 recorded, 10 now"),
         ("--seed=7", "seed: default recorded, 7 now"),

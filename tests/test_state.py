@@ -55,7 +55,7 @@ def test_a_classifier_for_other_classes_keeps_its_initial_values_and_is_listed(s
     taken, initial, lines = state.take_over(fresh, source)
     assert taken == len(fresh.variables) - 2
     assert initial == [
-        "logits/kernel:0 ((32, 12) in this network, (32, 10) in the file)",
+        "logits/kernel:0 ((64, 12) in this network, (64, 10) in the file)",
         "logits/bias:0 ((12,) in this network, (10,) in the file)",
     ]
     assert "initial logits/bias:0 ((12,) in this network, (10,) in the file)" in lines
@@ -64,7 +64,7 @@ def test_a_classifier_for_other_classes_keeps_its_initial_values_and_is_listed(s
 
 
 @pytest.mark.parametrize(
-    "flag, part", [("--width=0.125", "conv1_conv/kernel:0"), ("--model=resnet50", "missing in the file")]
+    "flag, part", [("--width=0.25", "conv1_conv/kernel:0"), ("--model=resnet50", "missing in the file")]
 )
 def test_another_network_is_refused_and_nothing_taken(source, flag, part):
     fresh = model(flag)

@@ -111,7 +111,7 @@ def choose_members(named: Sequence[str], asked: Settings, argv: Sequence[str], w
 
 
 def members_without_predictions(members: Mapping[str, Member], asked: Settings, world: World) -> List[Member]:
-    """Return the members whose predictions have to be made, because no saved ones belong to these weights and this data."""
+    """Return the members that have no saved predictions of their weights on the data to evaluate."""
     same_folder = "data_dir" in asked.given
 
     def find() -> List[str]:

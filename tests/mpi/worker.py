@@ -110,7 +110,7 @@ def replicas_error(variables):
 
 def case_broadcast():
     """Ranks that start from different seeds are equal after the broadcast; without it they are detected."""
-    model = resnet("resnet18", 10, width=0.0625, stem="small", seed=world.rank)
+    model = resnet("resnet18", 10, width=0.125, stem="small", seed=world.rank)
     before = replicas_error(model.variables)
     horovod.broadcast(model.variables)
     write("broadcast", {"before": before, "after": replicas_error(model.variables)})
@@ -120,7 +120,7 @@ def case_run_without_broadcast():
     """The same inside a run, which must not reach step 0."""
     originals = horovod.broadcast, loop.build_model
     horovod.broadcast = lambda variables: None
-    loop.build_model = lambda settings: resnet("resnet18", 10, width=0.0625, stem="small", seed=world.rank)
+    loop.build_model = lambda settings: resnet("resnet18", 10, width=0.125, stem="small", seed=world.rank)
     message = None
     try:
         runs.train(world, f"{DATA}/train", f"{OUT}/without_broadcast")
