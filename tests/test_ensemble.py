@@ -92,6 +92,8 @@ def test_the_best_subset_is_found():
     found = ensemble.report({"good": good[0], "spoilt": spoilt, "fine": good[1]})["ensemble"]
     assert "spoilt" not in found["best_subset"]["members"]
     assert found["best_subset"]["top1"] >= max(found["top1"], *(p["top1"] for p in found["prefixes"]))
+    assert [row["members"] for row in found["last_m"]] == [["fine"], ["spoilt", "fine"], ["good", "spoilt", "fine"]]
+    assert found["last_m"][-1]["top1"] == found["top1"]
 
 
 @settings(max_examples=20, deadline=None)

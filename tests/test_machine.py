@@ -190,3 +190,12 @@ def test_bfloat16_without_amx_is_warned_of(tmp_path):
     assert machine.precision_warning("bfloat16", found["new"]) is None
     assert "no AMX" in machine.precision_warning("bfloat16", found["old"])
     assert machine.precision_warning("float32", found["old"]) is None
+
+
+def test_layers_that_corrupt_memory_on_this_processor_are_refused():
+    """Held against version 0.1, which trained them, with other losses in each run and crashes."""
+    without, with_avx512 = ["avx2"], ["avx2", "avx512f", "avx512bw"]
+    assert "4 channels" in machine.narrow_layers_problem(4, without, intel_extension=True)
+    assert machine.narrow_layers_problem(8, without, intel_extension=True) is None  # negative controls
+    assert machine.narrow_layers_problem(4, with_avx512, intel_extension=True) is None
+    assert machine.narrow_layers_problem(4, without, intel_extension=False) is None

@@ -21,6 +21,7 @@ _INSTRUCTION_SETS = (
     "amx_int8",
     "amx_bf16",
 )
+_LEAST_CHANNELS = 8  # of a layer that the Intel extension's AVX2 kernels can train
 _CPUS = "sys/devices/system/cpu"
 _NODES = "sys/devices/system/node"
 _MAX_CPUS = 2**16  # above the kernel's own limit of 8,192; a damaged list must not fill the memory
@@ -145,6 +146,20 @@ def precision_warning(precision: str, instruction_sets: Sequence[str]) -> Option
             "(BUILD_NOTES.md). Compare the two with python -m resnet_cpu.benchmark"
         )
     return None
+
+
+def narrow_layers_problem(channels: int, instruction_sets: Sequence[str], intel_extension: bool) -> Optional[str]:
+    """Return why layers of `channels` channels cannot be trained on this processor, None if they can.
+
+    Seen with intel-extension-for-tensorflow 2.15.0.0 on a processor without AVX-512: networks with layers of 4 and 6
+    channels gave other losses in each run and crashed in some; with 8 and more each run gave the same bits.
+    """
+    if channels >= _LEAST_CHANNELS or not intel_extension or "avx512bw" in instruction_sets:
+        return None
+    return (
+        f"layers of {channels} channels: with fewer than {_LEAST_CHANNELS}, the Intel extension corrupts memory on "
+        "processors without AVX-512 (BUILD_NOTES.md)"
+    )
 
 
 def cpu_list(text: str) -> Set[int]:

@@ -115,6 +115,7 @@ def report(members: Mapping[str, Predictions], beat: Callable[[], None] = lambda
             **row(prefixes[-1]),
             "examples": len(labels),
             "prefixes": [row(prefix) for prefix in prefixes],
+            "last_m": [row(tuple(names[-count:])) for count in range(1, len(names) + 1)],
             "best_subset": row(best),
             "disagreement": {
                 f"{one} vs {other}": float(np.mean(predicted[one] != predicted[other]))
