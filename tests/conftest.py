@@ -21,8 +21,8 @@ placement.apply(0, THREADS)  # before any test module imports TensorFlow
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-# A network and a recipe small enough that a whole run takes seconds. Not narrower: with 4 channels, the backward pass of
-# oneDNN's 1x1 convolution for AVX2 writes past its buffers, and runs crash or hang now and then.
+# A network and a recipe small enough that a whole run takes seconds. Not narrower: with 4 channels, the backward pass
+# of oneDNN's 1x1 convolution for AVX2 writes past its buffers, and runs crash or hang now and then.
 TINY_FLAGS = [
     "--dataset=digits",
     "--model=resnet18",

@@ -83,7 +83,7 @@ def test_resume_choices(tiny_data, tmp_path):
         ("--width=0.25", "model.width: 0.125 recorded, 0.25 now"),
         ("--model=resnet34", "model.model: resnet18 recorded, resnet34 now"),
         ("--global_batch_size=10", "global_batch_size: 12 recorded, 10 now"),
-        ("--seed=7", "seed: default recorded, 7 now"),
+        ("--seed=7", "seed: 0 recorded, 7 now"),
         ("--phase=more:steps=1,lr=1", "phases.more: only now"),
         ("--phase=main:steps=12,lr=0.05,warmup_steps=3", "phases.main.steps: 10 recorded, 12 now"),
     ],

@@ -103,7 +103,7 @@ def test_weights_that_changed_before_the_first_step_are_refused(tiny_data, sourc
 
 
 def test_a_path_without_weights_is_refused(tmp_path, source):
-    with pytest.raises(CheckpointError, match="no weights; name"):
+    with pytest.raises(CheckpointError, match="no weights found; name"):
         checkpoint.read_weights(str(tmp_path))
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 no zip")
     with pytest.raises(CheckpointError, match=r"broken\.npz: unreadable"):

@@ -117,7 +117,7 @@ def test_evaluate_gives_the_score_of_the_run(finished, run_command, tmp_path):
     ]
     assert scores["loss"] == pytest.approx(result["loss"], rel=1e-5)
     refused = run_command("evaluate", f"--run_dir={finished}", "--num_classes=12")
-    assert refused.returncode == 66 and "num_classes: 10 recorded, 12 now" in error_lines(refused)[0]
+    assert refused.returncode == 66 and "model.num_classes: 10 recorded, 12 now" in error_lines(refused)[0]
     assert run_command("evaluate", f"--run_dir={tmp_path}").returncode == 66
 
 

@@ -69,7 +69,7 @@ def check_model(settings: Settings, path: str, signature: Mapping[str, Any]) -> 
     """Raise CheckpointError if the checkpoint at `path` with this signature holds another model than the settings."""
     # Weights are float32 in either precision, so a run may be scored in the other one.
     recorded, now = (
-        {**model, "precision": None} for model in (signature["model"], signatures.deciding(settings.model))
+        {"model": {**model, "precision": None}} for model in (signature["model"], signatures.deciding(settings.model))
     )
     signatures.check(path, recorded, now)
 
