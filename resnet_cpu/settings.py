@@ -262,7 +262,7 @@ class Prediction:
 
     format: str = setting(
         "table",
-        "Output format; png writes plan.png or simulate.png to the current folder.",
+        "Output format; png draws to COMMAND.png (plan.png, simulate.png) in the current folder.",
         choices=("table", "csv", "png"),
     )
     speed: Optional[str] = setting(

@@ -212,6 +212,9 @@ def test_plain_english_is_not_taken_for_an_idiom():
 
 
 if __name__ == "__main__":
-    lines = listing(files([pathlib.Path(name).resolve() for name in sys.argv[1:]]))
-    print("\n".join(lines))
+    asked = [pathlib.Path(name).resolve() for name in sys.argv[1:]]
+    known = files(asked)
+    ignored = [one for one in asked if not any(path == one or one in path.parents for path in known)]
+    lines = [*listing(known), *(f"{path}: not a file of the project that is checked" for path in ignored)]
+    print("\n".join(lines) or f"{len(known)} files: no idioms found")
     sys.exit(bool(lines))

@@ -1,6 +1,7 @@
 """The phase grammar: what it accepts, what it refuses, and its error messages."""
 
 import pytest
+from conftest import ROOT
 
 from resnet_cpu.errors import FlagError
 from resnet_cpu.recipe import phases
@@ -78,7 +79,7 @@ def test_negative_control_boundaries_on_the_first_and_the_last_step_are_accepted
 @pytest.mark.parametrize(
     "text, parts",
     [
-        ("main:steps=1,lr=1,colour=red", ["main", "colour", "known keys are"]),
+        ("main:steps=1,lr=1,colour=red", ["main", "colour", "docs/phases.md"]),
         ("main:steps=1,epochs=1,lr=1", ["main", "steps", "epochs", "keep one"]),
         ("main:lr=1", ["main", "steps", "epochs", "add one"]),
         ("main:steps=1", ["main", "lr", "lr_per_256", "add one"]),
@@ -92,7 +93,7 @@ def test_negative_control_boundaries_on_the_first_and_the_last_step_are_accepted
         ("main:steps=1,lr=1,momentum=1", ["main", "momentum=1", "below 1"]),
         ("main:steps=1,lr=1,decay=linear", ["main", "decay=linear", "poly"]),
         ("main:steps=1,lr=1,decay=step", ["main", "boundaries", "boundary_epochs"]),
-        ("main:steps=9,lr=1,decay=step,boundary_steps=5/3", ["main", "boundary_steps=5/3", "rising"]),
+        ("main:steps=9,lr=1,decay=step,boundary_steps=5/3", ["main", "boundary_steps=5/3", "ascending"]),
         ("main:steps=1,lr=1,decay=cosine,power=2", ["main", "power", "cosine"]),
         ("main:steps=1,lr=1,gamma=0.1", ["main", "gamma", "poly"]),
         ("main:steps=1,lr=1,warmup_lr=1", ["main", "warmup_lr", "warmup_steps"]),
@@ -200,3 +201,11 @@ def test_every_key_changes_what_plan_shows(key, capsys):
     (csv_without, table_without), (csv_with, table_with) = shown
     assert table_without != table_with or csv_without != csv_with
     assert (csv_without != csv_with) == (key not in ("branch", "from", "velocity", "member"))
+
+
+def test_the_page_on_phases_lists_every_key_and_every_decay():
+    page = (ROOT / "docs" / "phases.md").read_text()
+    for key in phases._KEYS:
+        assert f"`{key}`" in page or f"`{key}=" in page, key
+    for decay in phases.DECAYS:
+        assert f"| `{decay}` |" in page, decay  # its formula

@@ -55,7 +55,7 @@ def test_table_shows_phases_and_sums(capsys):
     text = capsys.readouterr().out
     assert "main" in text and "poly^1" in text and "cosine" in text and "160" in text
     assert "70 steps" in text  # 20 + round(0.01 * 1281167 / 256)
-    assert last_line(text) == "global batch 256 = 8 ranks x 32; 1,281,167 training examples = 5004.56 steps an epoch"
+    assert last_line(text) == "global batch 256 = 8 ranks x 32; 1,281,167 training examples = 5,004.56 steps per epoch"
 
 
 ASKED = [*RECIPE, "--global_batch_size=256", "--ranks=8"]

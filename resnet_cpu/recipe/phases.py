@@ -24,7 +24,7 @@ class Phase:
     name: str
     steps: int
     lr: float  # peak
-    decay_steps: int  # horizon of poly and cosine
+    decay_steps: int  # horizon of the decays that have one
     image_size: int  # pixels
     decay: str = "poly"
     power: float = 1.0
@@ -84,7 +84,7 @@ def _list_of(convert_one: Callable[[str], float]) -> Callable[[str], Tuple[float
     def convert(text: str) -> Tuple[float, ...]:
         values = tuple(convert_one(part) for part in text.split("/"))
         if list(values) != sorted(set(values)):
-            raise ValueError("must be rising, separated by /, as in 30/60/80")
+            raise ValueError("must be ascending, separated by /, as in 30/60/80")
         return values
 
     return convert
@@ -176,7 +176,7 @@ def _parse_one(text: str) -> PhaseText:
             raise FlagError(f"--phase={name}: '{item}' is not key=value; separate keys by a comma, without spaces")
         if key not in _KEYS:
             close = difflib.get_close_matches(key.strip(), list(_KEYS), n=2)
-            remedy = f"did you mean {' or '.join(close)}?" if close else f"known keys are {', '.join(_KEYS)}"
+            remedy = f"did you mean {' or '.join(close)}?" if close else "docs/phases.md lists the keys"
             if key != key.strip():
                 remedy = "write no spaces between keys"
             raise FlagError(f"--phase={name}: unknown key '{key}'; {remedy}")
@@ -200,7 +200,9 @@ def _check_together(name: str, values: Mapping[str, Any]) -> None:
     decay = values.get("decay", Phase.decay)
     for key, decays in _ONLY_FOR.items():
         if key in values and decay not in decays:
-            raise FlagError(f"--phase={name}: '{key}' has no meaning for decay={decay}; leave it out")
+            raise FlagError(
+                f"--phase={name}: '{key}' has no meaning for decay={decay}, only for {' and '.join(decays)}; remove it"
+            )
     if decay == "step" and "boundary_steps" not in values and "boundary_epochs" not in values:
         raise FlagError(
             f"--phase={name}: decay=step without boundaries; add boundary_epochs=30/60/80 or boundary_steps"

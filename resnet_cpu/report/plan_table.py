@@ -6,7 +6,7 @@ from resnet_cpu.data.datasets import facts_of
 from resnet_cpu.errors import DataError, FlagError
 from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.phases import Phase
-from resnet_cpu.report.text import aligned, duration
+from resnet_cpu.report.text import aligned, count, duration
 from resnet_cpu.resolve import Resolved, resolve_recipe
 from resnet_cpu.run import past_run
 from resnet_cpu.settings import Settings
@@ -80,8 +80,8 @@ def table_lines(resolved: Resolved, ranks: int, examples: int, rate: Optional[fl
         *aligned(rows, str.ljust),
         "",
         f"{steps:,} steps, {images / examples:.2f} epochs, {images:,} images",
-        f"global batch {batch.total:,} = {ranks} ranks x {batch.per_rank}{micro_batches}; {examples:,} training "
-        f"examples = {examples / batch.total:.2f} steps an epoch",
+        f"global batch {batch.total:,} = {count(ranks, 'rank')} x {batch.per_rank}{micro_batches}; {examples:,} training "
+        f"examples = {examples / batch.total:,.2f} steps per epoch",
     ]
     if rate is not None:
         lines.append(
