@@ -80,8 +80,8 @@ def table_lines(resolved: Resolved, ranks: int, examples: int, rate: Optional[fl
         *aligned(rows, str.ljust),
         "",
         f"{steps:,} steps, {images / examples:.2f} epochs, {images:,} images",
-        f"global batch {batch.total:,} = {count(ranks, 'rank')} x {batch.per_rank}{micro_batches}; {examples:,} training "
-        f"examples = {examples / batch.total:,.2f} steps per epoch",
+        f"global batch {batch.total:,} = {count(ranks, 'rank')} x {batch.per_rank}{micro_batches}; {examples:,} "
+        f"training examples = {examples / batch.total:,.2f} steps per epoch",
     ]
     if rate is not None:
         lines.append(

@@ -183,8 +183,10 @@ class Report:
         """Write result.json of a run that ended after `step` steps, with `additions` at its end; return it."""
         job, score = self._job, self._evaluations.get(step - 1, {})
         rate = self._timed_steps * job.batch.total / self._timed_s if self._timed_steps else None
-        if rate is None:  # this attempt only finished the run: keep the speed of an earlier one
-            rate = (read_json(self._folder.file("result.json")) or {}).get("images_per_second")
+        if rate is None:  # this attempt only finished the run: the speed of the steps that earlier ones logged
+            rows = read_rows(self._folder.file("metrics.jsonl"))
+            speeds = [row["images_per_second"] for row in rows if row["images_per_second"]]
+            rate = len(speeds) / sum(1 / speed for speed in speeds) if speeds else None
         result = finite(
             {
                 "experiment": job.settings.run.experiment,
