@@ -199,3 +199,12 @@ def test_layers_that_corrupt_memory_on_this_processor_are_refused():
     assert machine.narrow_layers_problem(8, without, intel_extension=True) is None  # negative controls
     assert machine.narrow_layers_problem(4, with_avx512, intel_extension=True) is None
     assert machine.narrow_layers_problem(4, without, intel_extension=False) is None
+
+
+def test_bfloat16_that_aborts_on_this_processor_is_refused():
+    """Held against version 0.1, whose process aborted in the first step."""
+    without, with_avx512 = ["avx2"], ["avx2", "avx512f", "avx512bw"]
+    assert "AVX-512" in machine.precision_problem("bfloat16", without, intel_extension=True)
+    assert machine.precision_problem("float32", without, intel_extension=True) is None  # negative controls
+    assert machine.precision_problem("bfloat16", with_avx512, intel_extension=True) is None
+    assert machine.precision_problem("bfloat16", without, intel_extension=False) is None

@@ -10,11 +10,16 @@ from conftest import TINY_FLAGS
 
 from resnet_cpu import commandline
 from resnet_cpu.cluster import control, placement
+from resnet_cpu.cluster.machine import precision_problem
+from resnet_cpu.cluster.placement import has_intel_openmp
 from resnet_cpu.report import plotting, run_plots
 from resnet_cpu.run import checkpoint
 from resnet_cpu.run.folder import read_json, read_rows
+from resnet_cpu.run.provenance import instruction_sets
 from resnet_cpu.training import loop, opening
 
+# bfloat16 where this processor can compute in it.
+PRECISION = "float32" if precision_problem("bfloat16", instruction_sets(), has_intel_openmp()) else "bfloat16"
 # For tests about neither reading images nor scores: as many examples and classes, and each run takes a second less.
 SYNTHETIC = ["--dataset=synthetic", "--data_dir=", "--train_examples=50", "--num_classes=10"]
 

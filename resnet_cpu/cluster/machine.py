@@ -148,6 +148,17 @@ def precision_warning(precision: str, instruction_sets: Sequence[str]) -> Option
     return None
 
 
+def precision_problem(precision: str, instruction_sets: Sequence[str], intel_extension: bool) -> Optional[str]:
+    """Return why a network of this precision cannot be computed on this processor, None if it can.
+
+    Seen with intel-extension-for-tensorflow 2.15.0.0 on a processor without AVX-512: its convolution in bfloat16 has no
+    kernel there, and the process aborts ("dnnl::error: object is not initialized").
+    """
+    if precision != "bfloat16" or not intel_extension or "avx512bw" in instruction_sets:
+        return None
+    return "the Intel extension needs AVX-512 for it, which this processor does not have"
+
+
 def narrow_layers_problem(channels: int, instruction_sets: Sequence[str], intel_extension: bool) -> Optional[str]:
     """Return why layers of `channels` channels cannot be trained on this processor, None if they can.
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from resnet_cpu.cluster import horovod
 from resnet_cpu.cluster.control import World
-from resnet_cpu.cluster.machine import narrow_layers_problem
+from resnet_cpu.cluster.machine import narrow_layers_problem, precision_problem
 from resnet_cpu.cluster.placement import has_intel_openmp
 from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.model import resnet
@@ -17,10 +17,13 @@ from resnet_cpu.settings import Settings
 
 def build_model(settings: Settings) -> tf.keras.Model:
     """Return the network of the settings, initialised from their seed; raise FlagError if it cannot be trained here."""
-    narrowest = max(1, round(64 * settings.model.width))
-    problem = narrow_layers_problem(narrowest, provenance.instruction_sets(), has_intel_openmp())
+    processor = provenance.instruction_sets(), has_intel_openmp()
+    problem = narrow_layers_problem(max(1, round(64 * settings.model.width)), *processor)
     if problem is not None:
         raise FlagError(f"--width={settings.model.width:g}: {problem}; use a width of at least 0.125")
+    problem = precision_problem(settings.model.precision, *processor)
+    if problem is not None:
+        raise FlagError(f"--precision={settings.model.precision}: {problem}; use float32")
     options = dataclasses.asdict(settings.model)
     return resnet.resnet(options.pop("model"), options.pop("num_classes"), seed=settings.recipe.seed, **options)
 

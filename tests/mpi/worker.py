@@ -167,8 +167,13 @@ def case_run_state():
 
 
 def case_what_rank_0_does_alone():
-    """Initial weights, a profile and an export, in bfloat16: the other ranks wait while rank 0 works."""
-    more = [f"--init_from={OUT}/run", "--profile_steps=1,2", "--precision=bfloat16", "--phase=tail:steps=1,lr=0.01"]
+    """Initial weights, a profile and an export, in bfloat16 if possible: the other ranks wait while rank 0 works."""
+    more = [
+        f"--init_from={OUT}/run",
+        "--profile_steps=1,2",
+        f"--precision={runs.PRECISION}",
+        "--phase=tail:steps=1,lr=0.01",
+    ]
     result = runs.train(world, f"{DATA}/train", f"{OUT}/alone", *more)
     settings = commandline.parse([*runs.TINY_FLAGS, f"--data_dir={DATA}/train", f"--run_dir={OUT}/alone"])
     path, step, data = selection.find_checkpoint(settings, world, None)
