@@ -15,6 +15,8 @@ import pytest
 from conftest import ROOT, TINY_FLAGS, error_lines, last_line
 from packaging.requirements import Requirement
 
+pytestmark = pytest.mark.training
+
 ABSENT = ["mpi4py", "horovod", "intel_extension_for_tensorflow", "tensorflow_datasets", "matplotlib", "sklearn"]
 
 

@@ -15,6 +15,8 @@ from resnet_cpu.data import batches, folders, order, preprocess, shards, synthet
 from resnet_cpu.errors import DataError, OutputError
 from resnet_cpu.recipe.batch import Batch
 
+pytestmark = pytest.mark.training
+
 SETTINGS = commandline.parse(
     ["--dataset=digits", "--data_dir=unused", "--seed=1", "--image_size=16", "--phase=main:steps=6,lr=0.1"], "train"
 )

@@ -13,6 +13,8 @@ from conftest import OUTSIDE, ROOT, TINY_FLAGS, error_lines, last_line
 from resnet_cpu.bench import messages
 from resnet_cpu.bench.steps import StepTimings
 
+pytestmark = pytest.mark.training
+
 TOTAL = re.compile(r"total images/sec: (\d+\.\d+)")
 QUICK = ["--warmup_steps=1", "--timed_steps=4", "--global_batch_size=8"]
 

@@ -122,6 +122,7 @@ def test_a_member_that_cannot_be_combined_is_named(other, part):
     assert "member stranger cannot be combined" in str(caught.value) and caught.value.exit_code == 66
 
 
+@pytest.mark.training
 def test_predictions_are_those_of_the_network_in_the_order_of_the_examples(tiny_data):
     config = commandline.parse([*runs.TINY_FLAGS, "--seed=5", "--eval_batch_size=8"])
     model, data = build_model(config), folders.open_data(tiny_data, "digits")

@@ -11,6 +11,8 @@ from resnet_cpu.data import batches, folders, order
 from resnet_cpu.training import evaluation
 from resnet_cpu.training.state import build_model
 
+pytestmark = pytest.mark.training
+
 
 def numpy_scores(logits, labels):
     """Return (top-1, top-5, mean cross-entropy) by sorting; of equal logits the first class wins."""

@@ -16,6 +16,8 @@ from resnet_cpu.data import folders
 from resnet_cpu.errors import FlagError
 from resnet_cpu.run import checkpoint
 
+pytestmark = pytest.mark.training
+
 SHORT = ["--phase=main:steps=2,lr=0.05", "--phase=tail:steps=1,lr=0.01"]
 # A third-party program: it imports nothing of this package.
 CONSUMER = """

@@ -16,6 +16,8 @@ from resnet_cpu.data import folders, shards
 from resnet_cpu.errors import DataError, FlagError
 from resnet_cpu.training import opening as job
 
+pytestmark = pytest.mark.training
+
 ALONE = World(1, 0)
 CLASSES = 1000
 

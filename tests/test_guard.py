@@ -8,6 +8,8 @@ import time
 import pytest
 from conftest import OUTSIDE, ROOT
 
+pytestmark = pytest.mark.training
+
 STALL_S, STEP_S = 1.0, 4.5
 # A step that takes STEP_S by the clock. The main thread computes without another beat, so that nothing depends on
 # which thread wakes first.

@@ -56,6 +56,7 @@ def test_horovod_can_rebuild_it_from_its_config():
     assert again.exclude == ["x:0"] and again.name == "LARS" and isinstance(again, SGD)
 
 
+@pytest.mark.training
 def test_the_skip_list_holds_batch_norm_and_biases_but_no_kernel():
     model = resnet("resnet50", 10, width=0.125, conv1_bias=True)
     names = skip_list(model)

@@ -23,6 +23,8 @@ from resnet_cpu.errors import (
 from resnet_cpu.run.folder import RunFolder, read_rows
 from resnet_cpu.training import loop, opening
 
+pytestmark = pytest.mark.training
+
 ALONE = control.World(1, 0)
 SHORT = ["--phase=main:steps=3,lr_per_256=2,warmup_steps=2,warmup_lr=0.01", "--phase=tail:steps=1,lr=0.01"]
 EVERY_EPOCH = "--eval_every_epochs=1"

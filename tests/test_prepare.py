@@ -15,6 +15,8 @@ from resnet_cpu.data.sources import arrays
 from resnet_cpu.errors import DataError, FlagError, RunFolderError
 from resnet_cpu.run import lock
 
+pytestmark = pytest.mark.training
+
 
 @pytest.fixture
 def run(monkeypatch, capfd):

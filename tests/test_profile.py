@@ -10,6 +10,8 @@ import whole_runs as runs
 from resnet_cpu.cluster import control
 from resnet_cpu.report import profile
 
+pytestmark = pytest.mark.training
+
 ALONE = control.World(1, 0)
 
 

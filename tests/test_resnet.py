@@ -7,6 +7,8 @@ import tensorflow as tf
 from resnet_cpu.errors import FlagError
 from resnet_cpu.model.resnet import resnet, resnet50
 
+pytestmark = pytest.mark.training
+
 
 def counts(model):
     def total(variables):

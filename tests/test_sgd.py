@@ -49,6 +49,7 @@ def test_an_unknown_option_is_refused(optimizer, option):
         optimizer(**{option: 1.0})
 
 
+@pytest.mark.training
 def test_without_decay_lists_only_gamma_and_beta():
     model = resnet("resnet18", 10, width=0.125)
     names = without_decay(model, wd_on_bn=False)

@@ -15,6 +15,8 @@ from resnet_cpu.errors import CheckpointError
 from resnet_cpu.run import checkpoint
 from resnet_cpu.training import state
 
+pytestmark = pytest.mark.training
+
 ALONE = control.World(1, 0)
 SHORT = [*runs.SYNTHETIC, "--phase=main:steps=2,lr=0.05", "--phase=tail:steps=1,lr=0.01"]
 

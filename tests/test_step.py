@@ -18,6 +18,8 @@ from resnet_cpu.recipe import phases, schedule
 from resnet_cpu.recipe.schedule import Rates
 from resnet_cpu.training.step import TrainStep
 
+pytestmark = pytest.mark.training
+
 
 def worst(one, other):
     return max(np.linalg.norm(one[key] - other[key]) / (np.linalg.norm(other[key]) or 1) for key in other)

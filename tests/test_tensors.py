@@ -22,6 +22,7 @@ def forward_flops(table):
     return {name: work[name[: -len("/kernel")]] / (1 if name == "conv1_conv/kernel" else 2) for name in kernels}
 
 
+@pytest.mark.training
 @pytest.mark.parametrize(
     "model, options",
     [

@@ -19,6 +19,8 @@ from resnet_cpu.cluster import control
 from resnet_cpu.run import checkpoint
 from resnet_cpu.run.folder import RunFolder, read_rows
 
+pytestmark = pytest.mark.training
+
 ALONE = control.World(1, 0)
 SHORT = ["--phase=main:steps=3,lr_per_256=2,warmup_steps=2,warmup_lr=0.01", "--phase=tail:steps=1,lr=0.01"]
 

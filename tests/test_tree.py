@@ -14,6 +14,8 @@ from resnet_cpu.errors import CheckpointError
 from resnet_cpu.run import checkpoint
 from resnet_cpu.run.folder import read_rows
 
+pytestmark = pytest.mark.training
+
 ALONE = control.World(1, 0)
 
 
