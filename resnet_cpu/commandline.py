@@ -139,7 +139,9 @@ def parse(argv: Sequence[str], command: str = "train", recorded: Optional[str] =
     _check_commands(values, every, command)
     for flag in every:
         _check_text(values, flag)
-    return _frozen(values, every, command, dict(zip(positional, rest)))
+    # What `evaluate` is given is only whole together with the flags that the run recorded.
+    whole = command in settings.OF_A_RUN and (command != "evaluate" or recorded is not None)
+    return _frozen(values, every, whole, dict(zip(positional, rest)))
 
 
 def _parse(values: flags.FlagValues, argv: Sequence[str]) -> List[str]:
@@ -202,8 +204,8 @@ def _expanded(name: str, path: str) -> str:
     return found
 
 
-def _frozen(values: flags.FlagValues, every: Sequence[Flag], command: str, positional: Dict[str, str]) -> Settings:
-    """Return the settings of parsed flags, with what depends on the data set filled in, checked if of a run."""
+def _frozen(values: flags.FlagValues, every: Sequence[Flag], whole: bool, positional: Dict[str, str]) -> Settings:
+    """Return the settings of parsed flags, filled in from the data set; checked if they are the `whole` of a run."""
     groups: Dict[str, Dict[str, Any]] = {name: {} for name in GROUPS}
     for flag in every:
         value, convert = values[flag.name].value, flag.field.metadata["parse"]
@@ -218,18 +220,18 @@ def _frozen(values: flags.FlagValues, every: Sequence[Flag], command: str, posit
             value = None
         groups[flag.group].update(value if isinstance(value, dict) else {flag.field.name: value})
     groups["prepare"].update(positional)
-    _fill_in(groups, checked=command in settings.OF_A_RUN or values["dataset"].present)
+    _fill_in(groups, whole)
     found = Settings(
         **{name: kind(**groups[name]) for name, (kind, _) in GROUPS.items()},
         given=frozenset(flag.name for flag in every if values[flag.name].present),
         resolved_flags=_resolved(values, every),
     )
-    if command in settings.OF_A_RUN:
+    if whole:
         settings.check(found)
     return found
 
 
-def _fill_in(groups: Dict[str, Dict[str, Any]], checked: bool) -> None:
+def _fill_in(groups: Dict[str, Dict[str, Any]], whole: bool) -> None:
     """Replace what was left open by what is known of the data set; raise FlagError if it does not fix the classes."""
     data, model = groups["data"], groups["model"]
     dataset = data["dataset"]
@@ -239,7 +241,7 @@ def _fill_in(groups: Dict[str, Dict[str, Any]], checked: bool) -> None:
     data["image_size"] = data["image_size"] or facts.image_size
     data["eval_crop"] = data["eval_crop"] or facts.eval_crop
     model["num_classes"] = model["num_classes"] or facts.num_classes
-    if checked and not model["num_classes"]:
+    if whole and not model["num_classes"]:
         raise FlagError(f"--num_classes is missing; --dataset={dataset} does not fix the number of classes")
 
 

@@ -242,3 +242,13 @@ def test_a_recorded_flag_without_an_equivalent_is_refused(tmp_path):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="resolved.flags"):
         commandline.parse([], "evaluate", recorded=str(tmp_path))
+
+
+def test_flags_over_a_recorded_run_need_not_be_whole(tmp_path):
+    (tmp_path / "resolved.flags").write_text("--dataset=tfds:cats\n--num_classes=3\n")
+    more = ["--dataset=tfds:dogs"]
+    assert commandline.parse(more, "evaluate").given == {"dataset"}
+    assert commandline.parse(more, "evaluate", recorded=str(tmp_path)).model.num_classes == 3
+    assert commandline.parse(["verify", *more], "prepare").data.dataset == "tfds:dogs"
+    with pytest.raises(FlagError, match="num_classes"):  # negative control
+        commandline.parse(more, "train")
