@@ -10,7 +10,7 @@ RAW := $(if $(RAW_DIR),--raw_dir=$(RAW_DIR),)
 .PHONY: help train test check smoke setup lint format docs reproduce tables wheelhouse lock clean
 
 help:
-	@echo "make train   set up, prepare Fashion-MNIST, train ResNet-50 on $(RANKS) MPI ranks (about 15 minutes the first time)"
+	@echo "make train   set up, prepare Fashion-MNIST, train ResNet-50 on two MPI ranks (RANKS=N, RAW_DIR=FOLDER; about 15 minutes)"
 	@echo "make test    set up and run all tests (about 15 minutes the first time)"
 	@echo "make check   lint, types and all tests that need no training (under a minute)"
 	@echo "make smoke   set up and train a tiny network on synthetic data (half a minute after the set-up)"

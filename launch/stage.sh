@@ -9,7 +9,7 @@ fail() { printf 'stage %s: %s\n' "$(hostname -s)" "$2" >&2; exit "$1"; }
 (($# == 3)) || fail 64 "usage: launch/stage.sh FROM TO DATASET"
 from=$1 to=$2 dataset=$3
 [[ -d $from && $to == /* ]] || fail 64 "$from to $to: FROM must be an existing folder and TO an absolute path"
-[[ -n $dataset ]] || fail 64 "the training flags are wrong, or --dataset is missing"
+[[ -n $dataset ]] || fail 64 "DATASET is empty"
 
 listing() { (cd -- "$1" && find -L . -type f ! -name .checked -printf '%s %p\n' | LC_ALL=C sort); }
 
@@ -35,6 +35,6 @@ cp -RL -- "$from/." "$to/" || fail 74 "could not copy $from to $to"
 copied=$((SECONDS - started))
 code=0
 python -m resnet_cpu.prepare verify --data_dir="$to" --dataset="$dataset" >&2 || code=$?
-((code == 0)) || fail "$code" "$from or its copy is damaged; see the error above"
+((code == 0)) || fail "$code" "$to could not be verified; the error above gives the reason"
 printf '%s\n' "$wanted" >"$to/.checked"
 printf 'stage %s: %s MiB in %s s, checked in %s s: %s\n' "$(hostname -s)" "$((needed / 1024))" "$copied" "$((SECONDS - started - copied))" "$to" >&2

@@ -27,29 +27,23 @@ _AFTER_FLAGS = {"launch": " -- COMMAND [ARGUMENT ...]"}
 _RECORDED = "resolved.flags"
 
 
-class Removed(NamedTuple):
-    """A flag of an earlier version."""
-
-    default: str  # as a run recorded it
-    remedy: str
-
-
-REMOVED: Dict[str, Removed] = {
-    "lars_eta": Removed("0.001", "the trust coefficient is always 0.001; remove the flag"),
-    "crop_area": Removed("0.08,1", "write --crop=inception:LEAST,MOST"),
-    "crop_aspect": Removed("0.75,1.3333", "the range is always 3/4..4/3; remove the flag"),
-    "order_block": Removed("1", "records are always read one by one; remove the flag"),
-    "untimed_steps": Removed("10", "the first 10 steps are never timed; remove the flag"),
-    "timed_seconds": Removed("", "give a number of steps with --timed_steps"),
-    "most_bytes": Removed("268435456", "messages of up to 256 MiB are timed; remove the flag"),
-    "output": Removed("", "--format=png writes plan.png or simulate.png to the current folder"),
-    "images_per_second": Removed("", "write --speed=IMAGES_PER_SECOND"),
-    "past_run": Removed("", "write --speed=RUN_FOLDER"),
-    "documents": Removed("", "the marked tables of README.md and docs/ are always updated; remove the flag"),
-    "experiments": Removed("experiments", "the folder experiments/ is always used; run from the root of the project"),
-    "validate": Removed("", "run python benchmarks/replay_fit.py FILE"),
-    "launch_agent": Removed("", "set the environment variable RESNET_CPU_LAUNCH_AGENT"),
-    "oversubscribe": Removed("false", "use launch/local.sh, or set RESNET_CPU_OVERSUBSCRIBE=1"),
+#: Flags of earlier versions -> what to do instead.
+REMOVED: Dict[str, str] = {
+    "lars_eta": "the trust coefficient is always 0.001; remove the flag",
+    "crop_area": "write it into --crop, as in --crop=inception:0.25,1 or --crop=authors:0.25,1",
+    "crop_aspect": "the range is always 3/4..4/3; remove the flag",
+    "order_block": "records are always read one by one; remove the flag",
+    "untimed_steps": "the first 10 steps are never timed; remove the flag",
+    "timed_seconds": "give a number of steps with --timed_steps",
+    "most_bytes": "messages of up to 256 MiB are timed; remove the flag",
+    "output": "--format=png writes plan.png or simulate.png to the current folder",
+    "images_per_second": "write --speed=IMAGES_PER_SECOND",
+    "past_run": "write --speed=RUN_FOLDER",
+    "documents": "marked tables of README.md and of pages in docs/ are always updated; remove the flag",
+    "experiments": "the folder experiments/ is always used; run from the root of the project",
+    "validate": "run python benchmarks/replay_fit.py FILE",
+    "launch_agent": "set the environment variable RESNET_CPU_LAUNCH_AGENT",
+    "oversubscribe": "use launch/local.sh, or set RESNET_CPU_OVERSUBSCRIBE=1",
 }
 
 
@@ -129,7 +123,9 @@ def parse(argv: Sequence[str], command: str = "train", recorded: Optional[str] =
         sys.exit(0)
     every = all_flags()
     values = _define(every)
-    words = [*recorded_flags(recorded), *argv, f"--run_dir={recorded}"] if recorded else list(argv)
+    words = _with_flagfiles(argv)
+    if recorded:
+        words = [*recorded_flags(recorded), *words, f"--run_dir={recorded}"]
     rest = _parse(values, words)
     positional = ["source"] if command == "prepare" else []
     if len(rest) > len(positional):
@@ -144,6 +140,39 @@ def parse(argv: Sequence[str], command: str = "train", recorded: Optional[str] =
     return _frozen(values, every, whole, dict(zip(positional, rest)))
 
 
+def _with_flagfiles(words: Sequence[str], within: Tuple[str, ...] = ()) -> List[str]:
+    """Return the words of a command line with the lines of flagfiles, which may nest, in place of --flagfile=FILE.
+
+    absl would read them in the locale's encoding and expand nothing. `within` lists the files that are being read.
+    """
+    found: List[str] = []
+    rest = iter(words)
+    for word in rest:
+        if not re.fullmatch(r"--?flagfile(=.*)?", word):
+            found.append(word)
+            continue
+        _, equals, path = word.partition("=")
+        path = _expanded("flagfile", path if equals else next(rest, ""))
+        if os.path.abspath(path) in within:
+            raise FlagError(f"--flagfile={path}: the file includes itself; remove the line")
+        lines = [line.strip() if line[:1] != " " else line.rstrip() for line in _read_lines(path)]
+        chosen = [line for line in lines if line.strip() and not line.startswith(("#", "//"))]
+        found += _with_flagfiles(chosen, (*within, os.path.abspath(path)))
+    return found
+
+
+def _read_lines(path: str) -> List[str]:
+    try:
+        with open(path, encoding="utf-8-sig") as file:  # a byte order mark is accepted
+            return file.read().splitlines()
+    except OSError as error:
+        raise FlagError(
+            f"--flagfile={path}: {error.strerror}; name an existing file, relative to the current folder"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise FlagError(f"--flagfile={path}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
+
+
 def _parse(values: flags.FlagValues, argv: Sequence[str]) -> List[str]:
     """Let absl parse; return the positional arguments, and raise its errors as FlagError."""
     try:
@@ -152,9 +181,9 @@ def _parse(values: flags.FlagValues, argv: Sequence[str]) -> List[str]:
         # absl passes the whole argument as the value.
         shown = error.flagvalue if str(error.flagvalue).startswith("-") else f"--{error.flagname}"
         name = error.flagname
-        removed = REMOVED.get(name) or REMOVED.get(name[2:] if name.startswith("no") else name)
-        if removed is not None:
-            raise FlagError(f"{shown}: this flag was removed; {removed.remedy}") from None
+        remedy = REMOVED.get(name) or REMOVED.get(name[2:] if name.startswith("no") else name)
+        if remedy is not None:
+            raise FlagError(f"{shown}: this flag was removed; {remedy}") from None
         close = difflib.get_close_matches(name, list(values), n=3)
         remedy = f"did you mean {' or '.join('--' + other for other in close)}?" if close else "see --help"
         if " " in name:
@@ -163,8 +192,6 @@ def _parse(values: flags.FlagValues, argv: Sequence[str]) -> List[str]:
     except flags.Error as error:
         reason = " ".join(str(error).removeprefix("ERROR:: ").split())
         remedy = _COMMENT if " #" in reason else "see --help for the values that are allowed"
-        if "Unable to open flagfile" in reason:
-            remedy = "name an existing file, relative to the current folder"
         raise FlagError(f"{reason}; {remedy}") from None
 
 
@@ -258,7 +285,7 @@ def _resolved(values: flags.FlagValues, every: Sequence[Flag]) -> str:
 def recorded_flags(run_dir: str) -> List[str]:
     """Return the flags that the run in `run_dir` recorded, those of an earlier version translated.
 
-    Raises CheckpointError if there is no such run, FlagError for a removed flag without an equivalent.
+    Raises CheckpointError if there is no such run.
     """
     path = os.path.join(run_dir, _RECORDED)
     try:
@@ -270,13 +297,10 @@ def recorded_flags(run_dir: str) -> List[str]:
     area: Optional[str] = None
     for line in lines:
         name, _, value = line[2:].partition("=")
-        removed = REMOVED.get(name) or REMOVED.get(name[2:] if name.startswith("no") else name)
         if name == "crop_area":
             area = value
-        elif removed is None:
+        elif name not in REMOVED:  # none of the others changes how a run is evaluated
             kept.append(line)
-        elif value != removed.default:
-            raise FlagError(f"{path}: {line}: this flag was removed; {removed.remedy}")
     if area is not None:  # version 0.1 had the name in --crop alone
         kept = [f"{line}:{area}" if line.startswith("--crop=") else line for line in kept]
     return kept
@@ -343,7 +367,7 @@ def reference() -> str:
             default = f"`{flag.default}`" if flag.default else ""
             lines.append(f"| `--{flag.name}` | {default} | {text.replace('|', chr(92) + '|')} |")
     lines += ["", "## Removed flags", "", "Each is refused with exit code 64.", "", "| flag | instead |", "|---|---|"]
-    lines += [f"| `--{name}` | {removed.remedy} |" for name, removed in REMOVED.items()]
+    lines += [f"| `--{name}` | {remedy} |" for name, remedy in REMOVED.items()]
     return "\n".join(lines) + "\n"
 
 

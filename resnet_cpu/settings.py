@@ -282,6 +282,7 @@ class Simulate:
         "omnipath",
         "omnipath, infiniband_hdr, ena25, ethernet25, ethernet10, ethernet1, or a JSON file of measured constants "
         "(docs/simulate.md).",
+        path=True,
     )
 
 
@@ -302,7 +303,7 @@ class Launch:
     )
     mpi: str = setting(
         "auto",
-        "The launcher. auto: ibrun in a batch job that has it, else that of the mpirun in PATH.",
+        "The launcher. auto: ibrun in a batch job that has it, else that of mpirun in PATH, else srun in a batch job.",
         choices=("auto", "openmpi", "intel", "mpich", "ibrun", "srun"),
     )
     interface: Optional[str] = setting(None, "Network interface for TCP, such as eth1 (default: the launcher chooses).")

@@ -233,7 +233,7 @@ def test_staging_reports_what_is_wrong(stage, tmp_path):
     assert stage(dataset="").returncode == 64
     (tmp_path / "empty").mkdir()
     refused = stage(str(tmp_path / "empty"))
-    assert refused.returncode == 65 and "is damaged" in refused.stderr
+    assert refused.returncode == 65 and "could not be verified" in refused.stderr
     assert not (tmp_path / "disk" / "data" / ".checked").exists()
 
 

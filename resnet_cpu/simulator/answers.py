@@ -66,13 +66,13 @@ def table_lines(cluster: Cluster, points: List[CurvePoint], skipped: List[int]) 
 
 def _per_rank(batch: Batch) -> str:
     times = f" x {batch.accumulate_steps} accumulated" if batch.accumulate_steps > 1 else ""
-    return f"{batch.per_rank} images{times} a rank"
+    return f"{batch.per_rank} images{times} per rank"
 
 
 def _curve_lines(cluster: Cluster, points: List[CurvePoint]) -> List[str]:
     """Return the efficiency curve, with the milliseconds of a step split into their parts."""
     settings = cluster.settings
-    table = [["nodes", "ranks", "batch", "images/s", "a node", "efficiency", "step ms", "compute", "jitter"]]
+    table = [["nodes", "ranks", "batch", "images/s", "per node", "efficiency", "step ms", "compute", "jitter"]]
     table[0] += ["allreduce", "coordinator", "input", "messages"]
     for point in points:
         step = point.step
@@ -89,7 +89,7 @@ def _curve_lines(cluster: Cluster, points: List[CurvePoint]) -> List[str]:
                 f"{step.messages}",
             ]
         )
-    title = f"{settings.model.model}, {cluster.ranks_per_node} ranks a node, "
+    title = f"{settings.model.model}, {cluster.ranks_per_node} ranks per node, "
     if settings.recipe.global_batch_size:
         title += f"{points[0].batch.total:,} images a step in all (strong scaling)"
     else:
@@ -149,7 +149,7 @@ def _batch_lines(cluster: Cluster, nodes: int) -> List[str]:
     settings, ranks_per_node = cluster.settings, cluster.ranks_per_node
     total = clusters.point(cluster, nodes).batch.total
     examples = clusters.train_examples(settings) or 0
-    table = [["images a rank", "batch", "images/s", "efficiency", "|", "nodes", "epoch s", "node-h an epoch"]]
+    table = [["images per rank", "batch", "images/s", "efficiency", "|", "nodes", "epoch s", "node-h per epoch"]]
 
     def point(count: int, per_rank: int) -> CurvePoint:
         batch = Batch(per_rank, 1, per_rank * count * ranks_per_node)
@@ -174,15 +174,15 @@ def published_lines() -> List[str]:
     rows = published.rows()
     titles = {
         "two_constants": "two constants, two points (speed, jitter)",
-        "three_constants": "a third, a fixed time a batch, and a third point (DAWNBench)",
+        "three_constants": "a third, a fixed time per batch, and a third point (DAWNBench)",
     }
     for name, title in titles.items():
         fit = published.best_fit(name)
         node = fit.node
         assert isinstance(node.jitter, float)
         lines.append(
-            f"  {title}: {1000 * node.image_s:.2f} ms an image and rank, jitter {100 * node.jitter:.2f} %"
-            + (f", {1000 * node.batch_s:.0f} ms a batch" if node.batch_s else "")
+            f"  {title}: {1000 * node.image_s:.2f} ms per image and rank, jitter {100 * node.jitter:.2f} %"
+            + (f", {1000 * node.batch_s:.0f} ms per batch" if node.batch_s else "")
         )
         table = [["", "published", "model", "error", "", ""]]
         for point in fit.comparisons:
@@ -221,7 +221,7 @@ def plot_data(
             nodes = int(rows[point.name]["nodes"])
             share = point.measured / nodes
             speed_ups.append({"nodes": nodes, "share": share, "label": point.name, "fitted": point.fitted})
-    title = f"{cluster.settings.model.model}, {_per_rank(points[0].batch)}, {cluster.ranks_per_node} ranks a node, "
+    title = f"{cluster.settings.model.model}, {_per_rank(points[0].batch)}, {cluster.ranks_per_node} ranks per node, "
     return curves, speed_ups, title + cluster.network.name
 
 

@@ -126,8 +126,8 @@ def _source_of(network: Network) -> str:
         return f"network: {network.name}"
     return (
         f"network: {network.name}, {network.bandwidth * 8 / 1e9:g} Gb/s by name; assumed: "
-        f"{1e6 * network.latency_s:g} us a message, {network.memory_bandwidth / 1e9:g} GB/s a rank in memory and in "
-        "adding up"
+        f"{1e6 * network.latency_s:g} us per message, {network.memory_bandwidth / 1e9:g} GB/s per rank in memory and "
+        "in adding up"
     )
 
 
