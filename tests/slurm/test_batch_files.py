@@ -301,7 +301,7 @@ def test_train_finishes_on_two_tasks_whatever_the_names_of_job_and_folder(lab, j
 
 
 @pytest.mark.parametrize("name, code, printed", [
-    ("damaged", 65, "or its copy is damaged"),
+    ("damaged", 65, "could not be verified"),
     ("missing", 65, "the folder does not exist"),
     ("newline", 64, "contains a newline"),
 ])  # fmt: skip
