@@ -155,8 +155,8 @@ def _with_flagfiles(words: Sequence[str], within: Tuple[str, ...] = ()) -> List[
         path = _expanded("flagfile", path if equals else next(rest, ""))
         if os.path.abspath(path) in within:
             raise FlagError(f"--flagfile={path}: the file includes itself; remove the line")
-        lines = [line.strip() if line[:1] != " " else line.rstrip() for line in _read_lines(path)]
-        chosen = [line for line in lines if line.strip() and not line.startswith(("#", "//"))]
+        lines = [line.strip() for line in _read_lines(path)]
+        chosen = [line for line in lines if line and not line.startswith(("#", "//"))]
         found += _with_flagfiles(chosen, (*within, os.path.abspath(path)))
     return found
 
@@ -164,7 +164,7 @@ def _with_flagfiles(words: Sequence[str], within: Tuple[str, ...] = ()) -> List[
 def _read_lines(path: str) -> List[str]:
     try:
         with open(path, encoding="utf-8-sig") as file:  # a byte order mark is accepted
-            return file.read().splitlines()
+            return file.read().split("\n")
     except OSError as error:
         raise FlagError(
             f"--flagfile={path}: {error.strerror}; name an existing file, relative to the current folder"
@@ -244,6 +244,8 @@ def _frozen(values: flags.FlagValues, every: Sequence[Flag], whole: bool, positi
         elif flag.kind is list:
             value = tuple(value)
         elif value == "" and flag.field.default is None:
+            if flag.commands[: len(settings.OF_A_RUN)] != settings.OF_A_RUN:  # those may override a flagfile's
+                raise FlagError(f"--{flag.name}=: the value is empty; give one, or remove the flag")
             value = None
         groups[flag.group].update(value if isinstance(value, dict) else {flag.field.name: value})
     groups["prepare"].update(positional)
@@ -291,8 +293,8 @@ def recorded_flags(run_dir: str) -> List[str]:
     try:
         with open(path, encoding="utf-8") as file:
             lines = [line.rstrip("\n") for line in file if line.startswith("--")]
-    except OSError:
-        raise CheckpointError(f"{run_dir}: {_RECORDED} is missing; name the folder of a run") from None
+    except (OSError, UnicodeDecodeError):
+        raise CheckpointError(f"{run_dir}: {_RECORDED} is missing or unreadable; name the folder of a run") from None
     kept = []
     area: Optional[str] = None
     for line in lines:

@@ -59,14 +59,22 @@ def test_defaults_follow_the_data_set():
     assert commandline.parse(["--dataset=fashion_mnist", "--image_size=64"]).data.image_size == 64
 
 
-def test_flagfiles_nest_later_flags_win_and_an_indented_comment_is_refused(tmp_path):
+def test_flagfiles_nest_later_flags_win_and_lines_may_be_indented(tmp_path):
     (tmp_path / "base.flags").write_text("# a comment\n--seed=1\n--batch_size=4\n")
-    (tmp_path / "top.flags").write_text(f"--flagfile={tmp_path}/base.flags\n--seed=2\n")
+    (tmp_path / "top.flags").write_text(f"--flagfile={tmp_path}/base.flags\n  --seed=2\n  # indented\n\t--width=2\n")
     parsed = commandline.parse([f"--flagfile={tmp_path}/top.flags", "--batch_size=8"])
-    assert (parsed.recipe.seed, parsed.recipe.batch_size) == (2, 8)
-    (tmp_path / "bad.flags").write_text("--seed=1\n  # indented\n")
+    assert (parsed.recipe.seed, parsed.recipe.batch_size, parsed.model.width) == (2, 8, 2.0)
+    (tmp_path / "bad.flags").write_text("--seed=1  # behind a value\n")
     with pytest.raises(FlagError, match="starts with #"):
         commandline.parse([f"--flagfile={tmp_path}/bad.flags"])
+
+
+@pytest.mark.parametrize("flag", ["export", "checkpoint"])
+def test_an_empty_path_of_a_command_is_refused(flag):
+    """As after --export="$OUT" with an empty OUT; a flag of a run may be empty, to override a flagfile."""
+    with pytest.raises(FlagError, match=f"--{flag}=: the value is empty"):
+        commandline.parse([f"--{flag}="], "evaluate")
+    assert commandline.parse(["--data_dir=", "--init_from="]).run.init_from is None
 
 
 def test_resolved_flags_are_a_fixed_point(tmp_path):

@@ -78,7 +78,7 @@ def test_negative_control_with_flock_there_is_no_heartbeat(tmp_path, capfd):
 
 
 def test_the_lock_of_a_dead_process_of_this_host_is_taken_over_at_once(tmp_path, without_flock, capfd):
-    leave_behind(str(tmp_path), host=lock.socket.gethostname(), pid=dead_process())
+    leave_behind(str(tmp_path), **lock._place(), pid=dead_process())
     started = time.monotonic()
     RunFolder(str(tmp_path)).close()
     assert time.monotonic() - started < lock.STALE_S
@@ -131,3 +131,23 @@ def test_of_several_processes_that_find_a_stale_lock_one_takes_it_over(tmp_path)
     ends = [process.communicate(timeout=60) for process in processes]
     assert sum("held" in out for out, _ in ends) == 1, ends
     assert sum("InUse" in error for _, error in ends) == 2, ends
+
+
+def test_a_lock_file_that_cannot_be_read_for_a_moment_does_not_end_its_holder(without_flock, tmp_path, monkeypatch):
+    """On a file server that fails over, a read of the lock file fails now and then."""
+    folder = RunFolder(str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "_read", lambda path: {})
+        time.sleep(3 * lock.HEARTBEAT_S)
+        folder.check()
+        patch.setattr(lock, "_read", lambda path: {"host": "other", "pid": 1, "started": 2.0})
+        time.sleep(10 * lock.HEARTBEAT_S)
+        with pytest.raises(RunFolderError, match="other pid 1"):  # negative control
+            folder.check()
+    folder.close()
+
+
+def test_a_pid_counts_only_on_the_same_boot_and_in_the_same_container():
+    pid = dead_process()
+    assert lock._is_dead({**lock._place(), "pid": pid})
+    assert not lock._is_dead({**lock._place(), "namespace": "pid:[1]", "pid": pid})

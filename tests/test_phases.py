@@ -132,6 +132,10 @@ def test_a_bad_phase_is_reported_with_its_name_key_and_remedy(text, parts):
             ["a", "boundary_steps=3/9", "step 9 has no effect", "remove"],
         ),
         (
+            ["a:steps=9,lr=1,decay=step,boundary_steps=3,warmup_steps=9"],
+            ["a", "boundary_steps=3", "consists of its warm-up", "shorten"],
+        ),
+        (
             ["a:epochs=20,lr=1,decay=step,boundary_epochs=30/60/80"],
             ["a", "boundary_epochs=30/60/80", "has no effect in a phase of 100091 steps", "lengthen"],
         ),

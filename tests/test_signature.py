@@ -111,3 +111,12 @@ def test_the_message_lists_the_differences_flags_first():
     text = str(caught.value)
     assert "the/run" in text and "recipe.seed: 1 recorded, 2 now" in text
     assert text.index("recipe.seed") < text.index("phases.m")
+
+
+def test_boundaries_without_effect_do_not_keep_a_run_of_version_0_1_from_being_continued():
+    recorded = of_version_0_1(crop=["inception", 0.08, 1.0, 0.75, 1.3333])
+    recorded["seed"] = 0
+    for boundaries, now in (([1, 60], "decay=step,boundary_steps=1"), ([20, 60], "decay=constant")):
+        recorded["phases"]["m"].update(decay="step", boundary_steps=boundaries)
+        found = signature_of(f"--phase=m:steps=2,lr_per_256=1,{now}")
+        signature.check("run", signature.normalised(recorded), found)

@@ -91,7 +91,7 @@ def read_index(path: str) -> np.ndarray:
             raise ValueError(f"{starts.dtype} {starts.shape}")
     except FileNotFoundError:
         return scan(path)  # the folder is read-only, else `folders.make_indexes` has written one
-    except (OSError, ValueError, EOFError) as error:
+    except (ValueError, EOFError) as error:
         raise DataError(f"{index_path(path)}: unreadable index ({error}); remove it and prepare again") from None
     size, indexed = os.path.getsize(path), int(starts[-1]) - _HEADER.size
     if size != indexed:
@@ -141,7 +141,7 @@ def read_manifest(folder: str) -> Dict:
         raise DataError(
             f"--data_dir={folder}: contains no {MANIFEST}; prepare the data set with python -m resnet_cpu.prepare"
         ) from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise DataError(f"{path}: not readable as JSON ({error}); prepare the data set again") from None
     except (KeyError, TypeError, AttributeError):
         raise DataError(f"{path}: not the manifest of a data set; prepare the data set again") from None
@@ -197,6 +197,7 @@ class Split:
         try:
             with open(path, "rb", buffering=0) as file:
                 record = os.pread(file.fileno(), length, offset)
+                os.dup2(file.fileno(), self.descriptors[shard], inheritable=False)  # later reads use the new one
         except OSError as error:
             record, failure = b"", error.strerror or str(error)
         if len(record) < length:

@@ -268,7 +268,7 @@ def _lengths(text: PhaseText, train_examples: int, global_batch_size: int) -> Di
     boundaries = given.get("boundary_steps", ())
     if "boundary_epochs" in given:
         boundaries = tuple(to_steps(epochs) for epochs in given["boundary_epochs"])
-    _check_boundaries(text, boundaries, steps)
+    _check_boundaries(text, boundaries, steps, warmup_steps)
     return {
         "steps": steps,
         "warmup_steps": warmup_steps,
@@ -277,7 +277,7 @@ def _lengths(text: PhaseText, train_examples: int, global_batch_size: int) -> Di
     }
 
 
-def _check_boundaries(text: PhaseText, boundaries: Sequence[int], steps: int) -> None:
+def _check_boundaries(text: PhaseText, boundaries: Sequence[int], steps: int, warmup_steps: int) -> None:
     """Raise FlagError for a boundary of step decay that no step of the phase would notice, or that has no step alone.
 
     The LR drops at the step of the boundary, so it must lie in 1 ... steps - 1.
@@ -295,6 +295,11 @@ def _check_boundaries(text: PhaseText, boundaries: Sequence[int], steps: int) ->
                 f"--phase={text.name}: {key}={shown}: a boundary at step {boundary} has no effect in a phase of "
                 f"{steps} steps; remove it or lengthen the phase"
             )
+    if boundaries and warmup_steps >= steps:
+        raise FlagError(
+            f"--phase={text.name}: {key}={shown}: boundaries have no effect in a phase that consists of its warm-up; "
+            "shorten the warm-up"
+        )
     if len(set(boundaries)) < len(boundaries):
         raise FlagError(
             f"--phase={text.name}: {key}={shown}: two boundaries fall on the same step; remove one or lower gamma"

@@ -129,7 +129,7 @@ def read_manifest(path: str) -> Dict[str, Any]:
         if not isinstance(manifest["files"], dict) or not isinstance(manifest["step"], int):
             raise ValueError("not the manifest of a checkpoint")
         return manifest
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:  # another error of I/O may pass: 74
         raise CheckpointError(
             f"{path}: not a checkpoint ({error.strerror}); name a folder that contains {MANIFEST}"
         ) from None
@@ -146,7 +146,7 @@ def load(path: str, group: str) -> Arrays:
     try:
         with open(os.path.join(path, name), "rb") as file:
             content = file.read()
-    except OSError as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise CheckpointError(f"{path}/{name}: {error.strerror}; use another checkpoint") from None
     if hashlib.sha256(content).hexdigest() != expected["sha256"]:
         raise CheckpointError(f"{path}/{name}: damaged (SHA-256 differs from the manifest's); use another checkpoint")

@@ -38,9 +38,13 @@ class RunFolder:
         """Return the path of a file in the folder."""
         return os.path.join(self.path, *parts)
 
+    def check(self) -> None:
+        """Raise RunFolderError if another process has taken over the folder while this one was suspended."""
+        self._lock.check()
+
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Append a row to a JSON-lines file and flush it."""
-        self._lock.check()
+        self.check()
         if name not in self._files:
             self._files[name] = file = open(self.file(name), "a+b")  # noqa: SIM115  # kept open
             if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
@@ -50,12 +54,12 @@ class RunFolder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace a JSON file atomically."""
-        self._lock.check()
+        self.check()
         write_atomically(self.file(name), (json.dumps(finite(content), indent=1) + "\n").encode())
 
     def write_text(self, name: str, content: str) -> None:
         """Replace a text file atomically."""
-        self._lock.check()
+        self.check()
         write_atomically(self.file(name), content.encode())
 
     def close(self) -> None:

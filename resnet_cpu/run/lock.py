@@ -71,7 +71,7 @@ class _HeartbeatFile:
 
     def __init__(self, path: str, reason: str) -> None:
         self._path = path
-        self._me = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
+        self._me = {**_place(), "pid": os.getpid(), "started": time.time()}
         self._mutex = threading.Lock()
         self._stopped = threading.Event()
         self._taken_by: Optional[str] = None
@@ -126,15 +126,19 @@ class _HeartbeatFile:
                     raise InUse(_holder(now))
         # Renamed first, so that of several processes that see the same stale file only one removes it.
         aside = f"{self._path}.stale{os.getpid()}"
+        found = _read(self._path)
+        if found is not None and found != seen:
+            raise InUse(_holder(found))
         try:
             os.rename(self._path, aside)
         except FileNotFoundError:
             return
         found = _read(aside)
-        if found != seen:  # another process was faster, and this is its file
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, self._path)
-            os.remove(aside)
+        if found != seen:  # another process was faster, and this is its file: put it back
+            if os.path.exists(self._path):
+                os.remove(aside)
+            else:
+                os.rename(aside, self._path)
             raise InUse(_holder(found))
         os.remove(aside)
         print(f"{self._path}: taken over from {holder}: {reason}", file=sys.stderr, flush=True)
@@ -149,6 +153,11 @@ class _HeartbeatFile:
             if self._stopped.is_set() or self._taken_by is not None:
                 return
             found = _read(self._path)
+            if found is None:  # perhaps moved aside for a moment by a process that found out that this one lives
+                time.sleep(_POLL_S)
+                found = _read(self._path)
+            if found == {}:
+                return  # a failed read does not mean another holder; the next heartbeat tries again
             if found is None or any(found.get(key) != value for key, value in self._me.items()):
                 self._taken_by = _holder(found)
                 return
@@ -188,9 +197,21 @@ def _holder(found: Optional[Dict[str, Any]]) -> str:
     return f"{found['host']} pid {found['pid']}" if found and "host" in found and "pid" in found else "another process"
 
 
+def _place() -> Dict[str, str]:
+    """Return what identifies the set of processes in which a pid has a meaning: host, boot and pid namespace."""
+    place = {"host": socket.gethostname()}
+    with contextlib.suppress(OSError):
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            place["boot"] = file.read().strip()
+        place["namespace"] = os.readlink("/proc/self/ns/pid")
+    return place
+
+
 def _is_dead(found: Optional[Dict[str, Any]]) -> bool:
-    """Return whether the process that wrote a lock file ran on this host and no longer exists."""
-    if not found or found.get("host") != socket.gethostname() or not isinstance(found.get("pid"), int):
+    """Return whether the process that wrote a lock file ran where this one runs, and no longer exists."""
+    if not found or not isinstance(found.get("pid"), int):
+        return False
+    if any(found.get(key) != value for key, value in _place().items()):
         return False
     try:
         os.kill(found["pid"], 0)

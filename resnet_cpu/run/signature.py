@@ -85,13 +85,22 @@ def _from_version_0_1(found: Dict[str, Any]) -> Dict[str, Any]:
     recipe = {"optimizer": optimizer, **({} if eta == 0.001 else {"lars_eta": eta})}
     for key in ("momentum_correction", "label_smoothing", "wd_on_bn", "seed"):
         recipe[key] = found.get(key, next(field.default for field in dataclasses.fields(Recipe) if field.name == key))
-    kept = ("model", "global_batch_size", "phases", "order_of_phases")
+    kept = ("model", "global_batch_size", "order_of_phases")
     return {
         **{key: found[key] for key in kept},
+        "phases": {name: _effective(phase) for name, phase in found["phases"].items()},
         "data": data,
         "recipe": recipe,
         "init_from": found.get("init_from"),
     }
+
+
+def _effective(phase: Dict[str, Any]) -> Dict[str, Any]:
+    """Return a phase of version 0.1 without boundaries that had no effect, which are refused today."""
+    boundaries = [step for step in phase.get("boundary_steps", []) if step < phase["steps"]]
+    if phase.get("decay") == "step" and not boundaries:
+        return {**phase, "boundary_steps": [], "decay": "constant", "gamma": Phase.gamma}
+    return {**phase, "boundary_steps": boundaries}
 
 
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> List[str]:

@@ -81,10 +81,12 @@ def train(job: Job, report: AnyReport, watchdog: guard.Watchdog) -> Dict[str, An
             if member is not None:
                 members.keep(job, state, member)
             if outcome.stop or job.checkpoint_due(state.step):
+                modes.record(job, step_times, state.step)
                 save(job, state, report)
                 watchdog.beat()
                 step_times.pause()
-            if outcome.stop:
+            # At the very end there is nothing left to stop but an evaluation.
+            if outcome.stop and (state.step < job.last_step or job.evaluation_due(state.step)):
                 raise StopRequested(
                     f"stopped on request after step {state.step}, checkpoint written; run the same command again to "
                     "continue",
@@ -93,7 +95,7 @@ def train(job: Job, report: AnyReport, watchdog: guard.Watchdog) -> Dict[str, An
             if job.evaluation_due(state.step):
                 evaluate(job, state, evaluate_step, report, watchdog)
                 step_times.pause()
-    additions = {**modes.additions(job, step_times), **members.scores(job, state.step, watchdog.beat)}
+    additions = {**modes.additions(job), **members.scores(job, state.step, watchdog.beat)}
     return world.on_rank0(lambda: report.result(state.step, additions))
 
 
@@ -146,6 +148,8 @@ def save(job: Job, state: State, report: AnyReport) -> None:
     state.check_replicas(job.world, f"after step {state.step}")
 
     def write() -> None:
+        assert job.folder is not None  # on rank 0
+        job.folder.check()
         info = {
             "step": state.step,
             "signature": job.signature,

@@ -23,6 +23,8 @@ def keep(job: Job, state: State, name: str) -> None:
     state.check_replicas(job.world, f"at the end of {name}")
 
     def save() -> None:
+        assert job.folder is not None  # on rank 0
+        job.folder.check()
         info = {"step": state.step, "signature": job.signature, "phase": name}
         checkpoint.save(checkpoint.member_folder(job.run_dir, name), {"weights": state.arrays()["weights"]}, info)
 

@@ -6,17 +6,27 @@ from typing import Any, Dict
 import numpy as np
 
 from resnet_cpu.recipe.batch import REFERENCE_BATCH
+from resnet_cpu.run.folder import read_json
 from resnet_cpu.scaling import steptimes
 from resnet_cpu.training.job import Job
 
 
-def additions(job: Job, step_times: steptimes.StepTimes) -> Dict[str, Any]:
-    """Return what the mode of the run adds to result.json; all ranks call it."""
-    record = {"lr_scaling": _lr_scaling, "scaling": _scaling}.get(job.settings.run.experiment)
-    return record(job, step_times) if record else {}
+def record(job: Job, step_times: steptimes.StepTimes, step: int) -> None:
+    """Write what the mode measured once the last step is done; all ranks call it before the checkpoint of `step`.
+
+    After that checkpoint no step is timed again, however often the run is cut off before its result.
+    """
+    if job.settings.run.experiment == "scaling" and step == job.last_step:
+        _write_scaling(job, step_times)
 
 
-def _lr_scaling(job: Job, step_times: steptimes.StepTimes) -> Dict[str, Any]:
+def additions(job: Job) -> Dict[str, Any]:
+    """Return what the mode of the run adds to result.json, on rank 0."""
+    of_mode = {"lr_scaling": _lr_scaling, "scaling": _scaling}.get(job.settings.run.experiment)
+    return of_mode(job) if of_mode else {}
+
+
+def _lr_scaling(job: Job) -> Dict[str, Any]:
     """Return how the learning rate follows from the global batch."""
     recipe, first = job.settings.recipe, job.phases[0]
     return {
@@ -31,18 +41,26 @@ def _lr_scaling(job: Job, step_times: steptimes.StepTimes) -> Dict[str, Any]:
     }
 
 
-def _scaling(job: Job, step_times: steptimes.StepTimes) -> Dict[str, Any]:
-    """Gather the step times of all ranks; return their summary and write scaling.json and step_times.npz."""
+def _write_scaling(job: Job, step_times: steptimes.StepTimes) -> None:
+    """Gather the step times of all ranks and write scaling.json and step_times.npz."""
     steps, mine = step_times.kept()
     if not len(steps):  # the same on all ranks
-        return {}
+        return
     hosts, times = job.world.gather(socket.gethostname()), job.world.collect(mine[None])
 
-    def write() -> Dict[str, Any]:
+    def write() -> None:
         assert times is not None and job.folder is not None  # on rank 0
         found = steptimes.summary(times, job.batch.total, hosts)
         np.savez(job.folder.file("step_times.npz"), steps=steps, seconds=times, hosts=np.array(hosts))
         job.folder.write_json("scaling.json", {**found, **steptimes.per_rank(times, hosts)})
-        return {key: value for key, value in found.items() if key != "block_s"}
 
-    return {"scaling": job.world.on_rank0(write)}
+    job.world.on_rank0(write)
+
+
+def _scaling(job: Job) -> Dict[str, Any]:
+    """Return the summary of scaling.json, without what it holds of each rank."""
+    found = read_json(job.folder.file("scaling.json")) if job.folder is not None else None
+    if not found:
+        return {}
+    summary = {key: value for key, value in found.items() if key not in ("block_s", "edges_s")}
+    return {"scaling": {**summary, "ranks": len(found["ranks"])}}

@@ -194,6 +194,8 @@ def _hold_folder(
             begin = _read_beginning(settings, run_dir, signature)
             if begin.finished is not None:
                 return begin._asdict()
+        if settings.run.resume == "must" and not os.path.isdir(run_dir):
+            raise CheckpointError(f"--resume=must: no checkpoint in {run_dir}, which does not exist; correct --run_dir")
         held = RunFolder(run_dir)
         try:
             checkpoint.recover(run_dir)
@@ -360,8 +362,10 @@ def _print_places(places: Sequence[Mapping[str, Any]]) -> None:
 
 def _check_same_everywhere(settings: Settings, world: World) -> None:
     """Raise FlagError that names the first rank which was started with other flags, code or packages than rank 0."""
+    # Each host may have its data elsewhere, as in $TMPDIR; `open_data` compares what lies there.
+    flags = [line for line in settings.resolved_flags.splitlines() if not line.startswith("--data_dir=")]
     facts = {
-        "flags": hashlib.sha256(settings.resolved_flags.encode()).hexdigest()[:12],
+        "flags": hashlib.sha256("\n".join(flags).encode()).hexdigest()[:12],
         "Python": sys.version.split()[0],
         "code": provenance.code_digest(),
         **provenance.versions(),

@@ -18,7 +18,7 @@ from resnet_cpu.training.job import Job
 from resnet_cpu.training.step import Outcome
 
 TOP1_MARKS = (0.5, 0.6, 0.7, 0.75, 0.759, 0.8, 0.85, 0.88, 0.9)  # accuracies whose first crossing is timed
-_CLOCK_SHARE = 0.01  # of the time, at most, that writing clock.json at rows of metrics.jsonl may take
+_CLOCK_SHARE = 0.01  # of the time, at most, that writing clock.json after steps may take
 
 
 class Progress:
@@ -87,6 +87,7 @@ class Report:
     def announce(self, parameters: int, step: int, grouping_before: List[int]) -> None:
         """Print what is trained, with the number of trainable parameters, and where a resumed run continues."""
         job = self._job
+        self._write_clock()
         accumulated = f" x {job.batch.accumulate_steps} accumulated" if job.batch.accumulate_steps > 1 else ""
         self.say(
             f"{job.settings.model.model}: {parameters:,} trainable parameters, {job.settings.data.dataset}: "
@@ -119,6 +120,8 @@ class Report:
         if step > span.steps[0]:  # the first step of a span traces the graph and is never timed
             self._window.add(outcome)
             self._timed_steps, self._timed_s = self._timed_steps + 1, self._timed_s + outcome.step_s
+        if time.monotonic() >= self._next_clock:
+            self._write_clock()
         if (step + 1) % job.settings.run.log_every_steps and not last_of_span:
             return
         window, self._window = self._window, _Window()
@@ -137,8 +140,6 @@ class Report:
         self._folder.append("metrics.jsonl", row)
         self._scalars(step, {"loss": outcome.loss, "lr": rates.lr})
         self._progress.show(row, self._timed_s / max(self._timed_steps, 1))
-        if time.monotonic() >= self._next_clock:
-            self._write_clock()
 
     def evaluation(self, step: int, score: Score, seconds: float) -> None:
         """Append the score after `step` steps, which took `seconds`, to eval.jsonl."""
