@@ -11,7 +11,7 @@ RAW := $(if $(RAW_DIR),--raw_dir=$(RAW_DIR),)
 
 help:
 	@echo "make train   set up, prepare Fashion-MNIST, train ResNet-50 on two MPI ranks (RANKS=N, RAW_DIR=FOLDER; about 15 minutes)"
-	@echo "make test    set up and run all tests (about 15 minutes the first time)"
+	@echo "make test    set up and run all tests (15 to 25 minutes the first time)"
 	@echo "make check   lint, types and all tests that need no training (under a minute)"
 	@echo "make smoke   set up and train a tiny network on synthetic data (half a minute after the set-up)"
 	@echo "make reproduce  run every experiment behind docs/results.md (hours; may be interrupted and called again), then make tables"

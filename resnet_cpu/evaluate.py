@@ -6,7 +6,6 @@ from resnet_cpu import commandline
 from resnet_cpu.cluster import guard, placement
 from resnet_cpu.run.folder import json_line
 from resnet_cpu.settings import Settings
-from resnet_cpu.training import ensemble, selection
 
 
 def main(argv: List[str]) -> None:
@@ -18,6 +17,8 @@ def main(argv: List[str]) -> None:
 
 
 def _score_checkpoint(asked: Settings, argv: List[str]) -> Tuple[int, Dict[str, Any]]:
+    from resnet_cpu.training import selection  # after the flags, so that --help and their errors come at once
+
     settings = selection.settings_of(selection.run_to_evaluate(asked), argv)
     world = guard.connect(asked.system.ranks, asked.system.stall_timeout)
     placement.apply(settings.system.threads, world.cores)
@@ -29,6 +30,8 @@ def _score_checkpoint(asked: Settings, argv: List[str]) -> Tuple[int, Dict[str, 
 
 
 def _score_ensemble(asked: Settings, argv: List[str]) -> Tuple[int, Dict[str, Any]]:
+    from resnet_cpu.training import ensemble, selection
+
     named = selection.check_ensemble_flags(asked)
     world = guard.connect(asked.system.ranks, asked.system.stall_timeout)
     chosen = selection.choose_members(named, asked, argv, world)

@@ -5,7 +5,6 @@ from typing import List
 from resnet_cpu import commandline
 from resnet_cpu.cluster import guard, placement
 from resnet_cpu.run.folder import json_line
-from resnet_cpu.training import opening
 
 
 def main(argv: List[str]) -> None:
@@ -14,6 +13,8 @@ def main(argv: List[str]) -> None:
     guard.catch_stop_signals()  # before the slow imports: a batch system's signal may come at any time
     world = guard.connect(settings.system.ranks, settings.system.stall_timeout)
     threads = placement.apply(settings.system.threads, world.cores)
+    from resnet_cpu.training import opening  # after the flags, so that --help and their errors come at once
+
     job = opening.open_job(settings, world, threads)
     result = job.finished
     if result is None:
