@@ -57,6 +57,11 @@ class Flag(NamedTuple):
     commands: Tuple[str, ...]
 
     @property
+    def of_a_run(self) -> bool:
+        """Return whether the flag is a setting of a run, which a flagfile may hold and a run records."""
+        return GROUPS[self.group][1] == settings.OF_A_RUN
+
+    @property
     def default(self) -> str:
         """Return the default as text, empty without a default."""
         default, shown = self.field.default, self.field.metadata["shown"]
@@ -244,7 +249,7 @@ def _frozen(values: flags.FlagValues, every: Sequence[Flag], whole: bool, positi
         elif flag.kind is list:
             value = tuple(value)
         elif value == "" and flag.field.default is None:
-            if flag.commands[: len(settings.OF_A_RUN)] != settings.OF_A_RUN:  # those may override a flagfile's
+            if not flag.of_a_run:  # an empty one of a run overrides that of a flagfile
                 raise FlagError(f"--{flag.name}=: the value is empty; give one, or remove the flag")
             value = None
         groups[flag.group].update(value if isinstance(value, dict) else {flag.field.name: value})
@@ -277,8 +282,8 @@ def _fill_in(groups: Dict[str, Dict[str, Any]], whole: bool) -> None:
 def _resolved(values: flags.FlagValues, every: Sequence[Flag]) -> str:
     """Return a flagfile that gives the settings of a run again, one flag a line, group by group."""
     lines: List[str] = []
-    for group, (kind, commands) in GROUPS.items():
-        chosen = [values[flag.name] for flag in every if flag.group == group and commands == settings.OF_A_RUN]
+    for group, (kind, _) in GROUPS.items():
+        chosen = [values[flag.name] for flag in every if flag.group == group and flag.of_a_run]
         given = [flag.serialize() for flag in chosen if flag.value is not None and flag.value != []]
         lines += [f"# {kind.__doc__}", *given] if given else []
     return "\n".join(lines) + "\n"

@@ -191,7 +191,7 @@ OF_OTHER_COMMANDS = {
 
 
 def of_a_run():
-    return [flag for flag in commandline.all_flags() if flag.commands[: len(settings.OF_A_RUN)] == settings.OF_A_RUN]
+    return [flag for flag in commandline.all_flags() if flag.of_a_run]
 
 
 def test_every_flag_of_a_run_changes_the_settings():

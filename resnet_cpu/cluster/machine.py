@@ -154,7 +154,7 @@ def precision_problem(precision: str, instruction_sets: Sequence[str], intel_ext
     Seen with intel-extension-for-tensorflow 2.15.0.0 on a processor without AVX-512: its convolution in bfloat16 has no
     kernel there, and the process aborts ("dnnl::error: object is not initialized").
     """
-    if precision != "bfloat16" or not intel_extension or "avx512bw" in instruction_sets:
+    if precision != "bfloat16" or not _uses_avx2_kernels(instruction_sets, intel_extension):
         return None
     return "the Intel extension needs AVX-512 for it, which this processor does not have"
 
@@ -165,12 +165,17 @@ def narrow_layers_problem(channels: int, instruction_sets: Sequence[str], intel_
     Seen with intel-extension-for-tensorflow 2.15.0.0 on a processor without AVX-512: networks with layers of 4 and 6
     channels gave other losses in each run and crashed in some; with 8 and more each run gave the same bits.
     """
-    if channels >= _LEAST_CHANNELS or not intel_extension or "avx512bw" in instruction_sets:
+    if channels >= _LEAST_CHANNELS or not _uses_avx2_kernels(instruction_sets, intel_extension):
         return None
     return (
         f"layers of {channels} channels: with fewer than {_LEAST_CHANNELS}, the Intel extension corrupts memory on "
         "processors without AVX-512 (BUILD_NOTES.md)"
     )
+
+
+def _uses_avx2_kernels(instruction_sets: Sequence[str], intel_extension: bool) -> bool:
+    """Return whether the Intel extension computes here without AVX-512; its kernels for that need the part BW."""
+    return intel_extension and "avx512bw" not in instruction_sets
 
 
 def cpu_list(text: str) -> Set[int]:
