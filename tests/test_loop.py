@@ -26,8 +26,6 @@ from resnet_cpu.training import report as reports
 pytestmark = pytest.mark.training
 
 ALONE = control.World(1, 0)
-SHORT = ["--phase=main:steps=3,lr_per_256=2,warmup_steps=2,warmup_lr=0.01", "--phase=tail:steps=1,lr=0.01"]
-EVERY_EPOCH = "--eval_every_epochs=1"  # after steps 5, 9, 13 and 16
 
 
 def train(tiny_data, run_dir, *more):
@@ -95,7 +93,7 @@ def test_every_step_runs_with_the_rate_decay_and_momentum_that_plan_shows(tiny_d
 
 
 def weights_after(tiny_data, folder, *more):
-    train(tiny_data, folder, *SHORT, *runs.SYNTHETIC, *more)
+    train(tiny_data, folder, *runs.SHORT, *runs.SYNTHETIC, *more)
     return {name: array for name, array in runs.final_state(str(folder)).items() if name.startswith("weights/")}
 
 
@@ -128,8 +126,8 @@ def test_accumulated_batches_train_like_ghost_batches_of_their_size(tiny_data, s
 
 def test_a_resumed_run_may_group_its_batch_differently_and_prints_it(tiny_data, tmp_path, capfd):
     run_dir = tmp_path / "run"
-    train(tiny_data, run_dir, *SHORT, *runs.SYNTHETIC, "--max_steps=2")
-    train(tiny_data, run_dir, *SHORT, *runs.SYNTHETIC, "--accumulate_steps=3")
+    train(tiny_data, run_dir, *runs.SHORT, *runs.SYNTHETIC, "--max_steps=2")
+    train(tiny_data, run_dir, *runs.SHORT, *runs.SYNTHETIC, "--accumulate_steps=3")
     assert (
         "earlier steps used 1 ranks x 12 images x 1; this attempt uses 1 ranks x 4 images x 3" in capfd.readouterr().err
     )
@@ -195,9 +193,9 @@ def test_a_stop_saves_before_the_evaluation_that_is_due_and_the_next_attempt_eva
         patch.setattr(loop, "evaluate", lambda *arguments: pytest.fail("evaluated before the stop"))
         patch.setattr(loop.guard, "stop_requested", lambda: next(steps) == 4)
         with pytest.raises(StopRequested, match="stopped on request after step 5"):
-            train(tiny_data, run_dir, EVERY_EPOCH)
+            train(tiny_data, run_dir, runs.EVERY_EPOCH)
     assert checkpoint.steps(run_dir) == [5] and not read_rows(f"{run_dir}/eval.jsonl")
-    assert train(tiny_data, run_dir, EVERY_EPOCH)["complete"]
+    assert train(tiny_data, run_dir, runs.EVERY_EPOCH)["complete"]
     assert scores(run_dir) == scores(finished)
     assert runs.losses(run_dir) == runs.losses(finished)
 
@@ -216,10 +214,10 @@ def test_a_run_killed_in_its_last_evaluation_has_its_checkpoint_and_is_finished_
 
     monkeypatch.setattr(loop, "evaluate", evaluate)
     with pytest.raises(Killed):
-        train(tiny_data, run_dir, EVERY_EPOCH)
+        train(tiny_data, run_dir, runs.EVERY_EPOCH)
     assert checkpoint.steps(run_dir) == [10, 16] and labels == ["checked"]
     kill_in_step(monkeypatch, 0)
-    result = train(tiny_data, run_dir, EVERY_EPOCH)
+    result = train(tiny_data, run_dir, runs.EVERY_EPOCH)
     assert scores(run_dir) == scores(finished)
     assert result["images_per_second"] > 0  # from the rows of the first attempt
     assert labels == ["checked"]  # random reads of a resumed run would let all ranks wait
@@ -233,13 +231,13 @@ def test_time_counts_what_a_killed_attempt_did_after_its_last_checkpoint(tiny_da
         with monkeypatch.context() as patch, pytest.raises(Killed):
             kill_in_step(patch, 7, sleep=0.5)
             started = time.monotonic()
-            train(tiny_data, run_dir, EVERY_EPOCH, *(["--checkpoint_every_steps=5"] if attempt == 2 else []))
+            train(tiny_data, run_dir, runs.EVERY_EPOCH, *(["--checkpoint_every_steps=5"] if attempt == 2 else []))
         spent += time.monotonic() - started - 0.5  # the step that never ended is not counted
         first = read_json(f"{run_dir}/clock.json")["seconds_to_top1"]["0.0"]
         marks = locals().get("marks", first)
         assert first == marks  # neither lost nor improved by the kill
     started = time.monotonic()
-    result = train(tiny_data, run_dir, EVERY_EPOCH)
+    result = train(tiny_data, run_dir, runs.EVERY_EPOCH)
     assert result["wall_seconds"] == pytest.approx(spent + time.monotonic() - started, abs=0.4)
     assert result["seconds_to_top1"] == {"0.0": marks}
     walls = [row["wall_seconds"] for row in read_rows(f"{run_dir}/eval.jsonl")]
@@ -248,11 +246,11 @@ def test_time_counts_what_a_killed_attempt_did_after_its_last_checkpoint(tiny_da
 
 def test_a_run_without_a_clock_continues_from_the_checkpoints_time(tiny_data, tmp_path):
     run_dir = str(tmp_path / "run")
-    train(tiny_data, run_dir, *runs.SYNTHETIC, *SHORT, "--max_steps=2")
+    train(tiny_data, run_dir, *runs.SYNTHETIC, *runs.SHORT, "--max_steps=2")
     os.remove(f"{run_dir}/clock.json")
     path, manifest = checkpoint.newest(run_dir)
     info = {key: value for key, value in manifest.items() if key not in ("files", "attempt")}
     groups = {group: checkpoint.load(path, group) for group in ("weights", "optimizer")}
     checkpoint.save(path, groups, {**info, "wall_seconds": 1000.0, "seconds_to_top1": {"0.5": 900.0}})
-    result = train(tiny_data, run_dir, *runs.SYNTHETIC, *SHORT)
+    result = train(tiny_data, run_dir, *runs.SYNTHETIC, *runs.SHORT)
     assert 1000 < result["wall_seconds"] < 1100 and result["seconds_to_top1"] == {"0.5": 900.0}

@@ -26,8 +26,6 @@ from resnet_cpu.training import loop, opening
 pytestmark = pytest.mark.training
 
 ALONE = control.World(1, 0)
-SHORT = ["--phase=main:steps=3,lr_per_256=2,warmup_steps=2,warmup_lr=0.01", "--phase=tail:steps=1,lr=0.01"]
-EVERY_EPOCH = "--eval_every_epochs=1"
 
 
 def train(tiny_data, run_dir, *more):
@@ -156,7 +154,7 @@ def test_the_lock_is_taken_before_the_folder_is_read(tiny_data, finished, tmp_pa
 
     monkeypatch.setattr(opening, "RunFolder", Held)
     monkeypatch.setattr(loop, "train", lambda *arguments: pytest.fail("trained again"))
-    assert train(tiny_data, run_dir, EVERY_EPOCH) == json.loads(complete)
+    assert train(tiny_data, run_dir, runs.EVERY_EPOCH) == json.loads(complete)
     RunFolder(run_dir).close()  # released
 
 
@@ -190,4 +188,4 @@ def test_lars_on_unequal_threads_is_refused(tiny_data, tmp_path):
 
 def test_a_scaling_run_that_is_too_short_to_be_timed_is_refused(tiny_data, tmp_path):
     with pytest.raises(FlagError, match="the run has only 4"):
-        train(tiny_data, tmp_path / "run", *SHORT, "--experiment=scaling")
+        train(tiny_data, tmp_path / "run", *runs.SHORT, "--experiment=scaling")

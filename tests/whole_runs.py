@@ -22,6 +22,9 @@ from resnet_cpu.training import loop, opening
 PRECISION = "float32" if precision_problem("bfloat16", instruction_sets(), has_intel_openmp()) else "bfloat16"
 # For tests about neither reading images nor scores: as many examples and classes, and each run takes a second less.
 SYNTHETIC = ["--dataset=synthetic", "--data_dir=", "--train_examples=50", "--num_classes=10"]
+# A recipe of four steps, for tests that need a run but not a long one.
+SHORT = ["--phase=main:steps=3,lr_per_256=2,warmup_steps=2,warmup_lr=0.01", "--phase=tail:steps=1,lr=0.01"]
+EVERY_EPOCH = "--eval_every_epochs=1"  # with TINY_FLAGS: after steps 5, 9, 13 and 16
 
 
 def train(world: control.World, data_dir: str, run_dir: str, *more: str, draw: bool = False) -> Dict[str, Any]:
