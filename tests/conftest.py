@@ -39,7 +39,8 @@ TINY_FLAGS = [
 
 
 # Longest first, so that no worker is left with one of them at the end.
-LONGEST = [f"test_{name}.py" for name in ("train", "benchmark", "tree", "folders", "bare_install", "profile", "state")]
+_FILES = ("train", "loop", "benchmark", "tree", "folders", "state", "export", "bare_install", "resnet")
+LONGEST = ["ranks", *(f"test_{name}.py" for name in _FILES)]
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
@@ -49,16 +50,16 @@ def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
     Sessions of several ranks use all cores: two at a time would only wait for each other.
     """
 
-    def of_ranks(item: pytest.Item) -> bool:
-        return any(item.get_closest_marker(name) for name in ("mpi", "slurm", "multihost"))
+    def group(item: pytest.Item) -> str:
+        of_ranks = any(item.get_closest_marker(name) for name in ("mpi", "slurm", "multihost"))
+        return "ranks" if of_ranks else item.path.name
 
     def place(item: pytest.Item) -> int:
-        name = item.path.name
-        return -1 if of_ranks(item) else LONGEST.index(name) if name in LONGEST else len(LONGEST)
+        return LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST)
 
     items.sort(key=place)
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ranks" if of_ranks(item) else item.path.name))
+        item.add_marker(pytest.mark.xdist_group(group(item)))
 
 
 def write_tiny_data(folder: str, train: int = 50, validation: int = 21, classes: int = 10) -> Dict[str, int]:

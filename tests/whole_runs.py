@@ -1,22 +1,27 @@
 """Whole runs inside this process, and the files that they leave: shared by the tests of one rank and of several."""
 
+import contextlib
 import os
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 from unittest import mock
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import TINY_FLAGS
 
 from resnet_cpu import commandline
-from resnet_cpu.cluster import control, placement
+from resnet_cpu.cluster import control, horovod, placement
 from resnet_cpu.cluster.machine import precision_problem
 from resnet_cpu.cluster.placement import has_intel_openmp
 from resnet_cpu.report import plotting, run_plots
 from resnet_cpu.run import checkpoint
 from resnet_cpu.run.folder import read_json, read_rows
 from resnet_cpu.run.provenance import instruction_sets
-from resnet_cpu.training import loop, opening
+from resnet_cpu.settings import Recipe, Settings
+from resnet_cpu.training import evaluation, loop, opening
+from resnet_cpu.training.state import build_model
+from resnet_cpu.training.step import TrainStep
 
 # bfloat16 where this processor can compute in it.
 PRECISION = "float32" if precision_problem("bfloat16", instruction_sets(), has_intel_openmp()) else "bfloat16"
@@ -24,7 +29,59 @@ PRECISION = "float32" if precision_problem("bfloat16", instruction_sets(), has_i
 SYNTHETIC = ["--dataset=synthetic", "--data_dir=", "--train_examples=50", "--num_classes=10"]
 # A recipe of four steps, for tests that need a run but not a long one.
 SHORT = ["--phase=main:steps=3,lr_per_256=2,warmup_steps=2,warmup_lr=0.01", "--phase=tail:steps=1,lr=0.01"]
+LONG = ["--phase=main:steps=400,lr=0.05,warmup_steps=3"]  # for runs that are stopped somewhere
 EVERY_EPOCH = "--eval_every_epochs=1"  # with TINY_FLAGS: after steps 5, 9, 13 and 16
+
+
+_shared: Dict[Any, Any] = {}
+
+
+@contextlib.contextmanager
+def shared_networks() -> Iterator[None]:
+    """Build each network once per process, and trace its steps once: both take most of the time of a short run.
+
+    Every run starts from the initial values of all variables, as a new network does. A test that has replaced the
+    network or the step in the loop gets its own.
+    """
+
+    def build(settings: Settings) -> tf.keras.Model:
+        key = ("network", repr(settings.model), settings.recipe.seed, horovod.active())
+        if key not in _shared:
+            _shared[key] = build_model(settings)
+        _set_initial(_shared[key].variables, key)
+        return _shared[key]
+
+    def make_step(model: tf.keras.Model, recipe: Recipe, micro_batches: int) -> TrainStep:
+        options = recipe.optimizer, recipe.nesterov, recipe.wd_on_bn, recipe.label_smoothing
+        key = ("step", id(model), options, micro_batches)
+        if key not in _shared:
+            _shared[key] = TrainStep(model, recipe, micro_batches)
+        step = _shared[key]
+        sums = [*step._gradient_sums, *step._statistics_sums, step._loss_sum]
+        _set_initial([*step.optimizer.variables, *(summed for summed in sums if summed is not None)], key)
+        return step
+
+    def make_evaluate_step(model: tf.keras.Model) -> Any:
+        key = ("evaluation", id(model))
+        if key not in _shared:
+            _shared[key] = original(model)
+        return _shared[key]
+
+    original = evaluation.make_evaluate_step
+    if loop.build_model is not build_model or loop.TrainStep is not TrainStep:
+        yield
+        return
+    replaced = {"build_model": build, "TrainStep": make_step}
+    with mock.patch.multiple(loop, **replaced), mock.patch.object(evaluation, "make_evaluate_step", make_evaluate_step):
+        yield
+
+
+def _set_initial(variables: Sequence[tf.Variable], key: Any) -> None:
+    """Give the variables the values that they had at the first call with this key."""
+    if ("initial", key) not in _shared:
+        _shared["initial", key] = [variable.numpy() for variable in variables]
+    for variable, value in zip(variables, _shared["initial", key]):
+        variable.assign(value)
 
 
 def train(world: control.World, data_dir: str, run_dir: str, *more: str, draw: bool = False) -> Dict[str, Any]:
@@ -32,7 +89,10 @@ def train(world: control.World, data_dir: str, run_dir: str, *more: str, draw: b
     settings = commandline.parse([*TINY_FLAGS, f"--data_dir={data_dir}", f"--run_dir={run_dir}", *more])
     job = opening.open_job(settings, world, placement.apply(0, world.cores))
     try:
-        with mock.patch.object(plotting, "available", lambda: draw):  # drawing takes a second per run
+        with (
+            shared_networks(),
+            mock.patch.object(plotting, "available", lambda: draw),
+        ):  # drawing takes a second per run
             return job.finished or loop.run(job)
     finally:
         if job.folder is not None:
@@ -61,13 +121,18 @@ def finished(data_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def final_state(run_dir: str) -> Dict[str, np.ndarray]:
     """Return every array of the newest checkpoint (weights, statistics, velocity) and its step."""
-    path, manifest = checkpoint.newest(run_dir)
+    return state_after(run_dir, checkpoint.newest(run_dir)[1]["step"])
+
+
+def state_after(run_dir: str, step: int) -> Dict[str, np.ndarray]:
+    """Return every array of the checkpoint after `step` steps, and the step."""
+    path = checkpoint.folder(run_dir, step)
     state = {
         f"{group}/{name}": array
         for group in ("weights", "optimizer")
         for name, array in checkpoint.load(path, group).items()
     }
-    return {**state, "step": np.array(manifest["step"])}
+    return {**state, "step": np.array(step)}
 
 
 def losses(run_dir: str) -> List[Tuple[int, float, float]]:

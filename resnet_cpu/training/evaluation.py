@@ -44,7 +44,7 @@ def make_evaluate_step(model: tf.keras.Model) -> Callable:
     float32 [batch, classes].
     """
 
-    @tf.function
+    @tf.function(autograph=False)
     def evaluate_step(
         images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor
     ) -> Tuple[tf.Tensor, tf.Tensor, tf.Tensor]:

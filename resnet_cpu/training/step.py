@@ -120,7 +120,7 @@ class TrainStep:
         update_s = max(time.time() - float(gradients_at), 0.0)
         return Outcome(float(loss), stopping > 0, started, waited, update_s, time.perf_counter() - started)
 
-    @tf.function
+    @tf.function(autograph=False)
     def gather(self, images: tf.Tensor, labels: tf.Tensor) -> None:
         """Add a micro-batch that is not the step's last: images [batch, height, width, 3], labels [batch]."""
         before = [tf.identity(variable) for variable in self._statistics]
@@ -134,7 +134,7 @@ class TrainStep:
         assert self._loss_sum is not None
         self._loss_sum.assign_add(tf.cast(cross_entropy, tf.float32))
 
-    @tf.function
+    @tf.function(autograph=False)
     def update(
         self, images: tf.Tensor, labels: tf.Tensor, rates: tf.Tensor, stop: tf.Tensor
     ) -> Tuple[tf.Tensor, tf.Tensor]:

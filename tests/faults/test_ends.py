@@ -1,18 +1,12 @@
 """How jobs of two ranks end: at once, with the right code, reported once; and the behaviour of plain Python."""
 
 import concurrent.futures
-import json
-import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
-import whole_runs as runs
-from conftest import OUTSIDE, ROOT, TINY_FLAGS, error_lines, last_line
-
-from resnet_cpu.run import checkpoint
+from conftest import OUTSIDE, ROOT, TINY_FLAGS, error_lines
 
 pytestmark = pytest.mark.mpi
 WAIT_S = 300  # half as long as the other rank sleeps
@@ -119,38 +113,3 @@ def test_ranks_with_other_flags_are_refused(tiny_data, tmp_path):
         process.returncode == 64
         and f"rank 1 on {socket.gethostname()} runs with other flags" in error_lines(process)[0]
     )
-
-
-def test_usr1_stops_both_ranks_at_one_step_and_the_rest_is_bit_identical(tiny_data, tmp_path):
-    """The signal is sent to mpirun, as a batch system does; then the same command continues, in a new process."""
-    long = ["--phase=main:steps=400,lr=0.05,warmup_steps=3"]
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    process = subprocess.Popen(
-        ["launch/local.sh", "2", *tiny(tiny_data, stopped, *long)],
-        cwd=ROOT,
-        env=OUTSIDE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    metrics = stopped / "metrics.jsonl"
-    deadline = time.monotonic() + WAIT_S
-    while not (metrics.exists() and metrics.read_text().count("\n") > 5) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1)
-    out, err = process.communicate(timeout=WAIT_S)
-    assert process.returncode == 75 and out == "", err
-    (step,) = checkpoint.steps(str(stopped))
-    assert f"stopped on request after step {step}" in err and 5 < step < 406
-    long.append(f"--max_steps={step + 20}")  # bits that are equal then stay equal
-    again = start(*tiny(tiny_data, stopped, *long))
-    assert again.returncode == 0, again.stderr
-    assert json.loads(last_line(again.stdout))["ranks"] == 2
-    assert start(*tiny(tiny_data, whole, *long)).returncode == 0
-    assert not runs.differing(runs.final_state(str(stopped)), runs.final_state(str(whole)))
-    assert runs.losses(str(stopped)) == runs.losses(str(whole))
-    scored = start(sys.executable, "-m", "resnet_cpu.evaluate", f"--run_dir={stopped}", "--eval_batch_size=4")
-    assert scored.returncode == 0, scored.stderr
-    scores, result = json.loads(last_line(scored.stdout)), json.loads(last_line(again.stdout))
-    assert [scores[key] for key in ("examples", "top1", "top5")] == [21, result["top1"], result["top5"]]

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -10,7 +11,9 @@ import equality
 import numpy as np
 import psutil
 import pytest
-from conftest import OUTSIDE, ROOT, TINY_FLAGS, write_tiny_data
+from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, write_tiny_data
+
+from resnet_cpu.run import checkpoint
 
 pytestmark = pytest.mark.mpi
 SIZES = (2, 3, 4)
@@ -163,6 +166,46 @@ def test_resume_on_two_ranks_is_bit_identical(sessions):
 
 def test_an_ensemble_that_was_cut_off_has_the_same_members_on_two_ranks(sessions):
     assert found(sessions(2), "tree")["ok"]
+
+
+def test_usr1_stops_both_ranks_at_one_step_and_the_rest_is_bit_identical(sessions, data_sets, tmp_path):
+    """The signal is sent to mpirun, as a batch system does; then the same command continues, in a new process."""
+    import whole_runs as runs
+
+    whole = str(sessions(2) / "long")
+    stopped = str(tmp_path / "stopped")
+    flags = [*TINY_FLAGS, *runs.LONG, f"--data_dir={data_sets}/train", f"--run_dir={stopped}", "--threads=1"]
+    command = ["launch/local.sh", "2", sys.executable, "-m", "resnet_cpu.train", *flags]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=OUTSIDE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 75 and out == "", err
+    (step,) = checkpoint.steps(stopped)
+    assert f"stopped on request after step {step}" in err and step > 5
+    last = next(saved for saved in checkpoint.steps(whole) if saved >= step + 10)  # bits that are equal then stay equal
+    again = subprocess.run(
+        [*command, f"--max_steps={last}"], cwd=ROOT, env=OUTSIDE, capture_output=True, text=True, timeout=600
+    )
+    assert again.returncode == 0, again.stderr
+    result = json.loads(last_line(again.stdout))
+    assert result["ranks"] == 2
+    assert not runs.differing(runs.state_after(stopped, last), runs.state_after(whole, last))
+    assert runs.losses(stopped) == runs.losses(whole)[:last]
+    evaluate = ["-m", "resnet_cpu.evaluate", f"--run_dir={stopped}", "--eval_batch_size=4"]
+    scored = subprocess.run(
+        ["launch/local.sh", "2", sys.executable, *evaluate],
+        cwd=ROOT, env=OUTSIDE, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert scored.returncode == 0, scored.stderr
+    scores = json.loads(last_line(scored.stdout))
+    assert [scores[key] for key in ("examples", "top1", "top5")] == [21, result["top1"], result["top5"]]
 
 
 def test_a_killed_rank_costs_an_ensemble_nothing_but_time(sessions, data_sets, tmp_path):

@@ -166,6 +166,12 @@ def case_run_state():
     write("run_state", {"batch": [result.per_rank, result.total]})
 
 
+def case_long():
+    """The beginning of a long run with many checkpoints, to be compared with one that is stopped at any step."""
+    more = ["--max_steps=120", "--checkpoint_every_steps=10", "--keep_checkpoints=20"]
+    runs.train(world, f"{DATA}/train", f"{OUT}/long", *runs.LONG, *more)
+
+
 def case_what_rank_0_does_alone():
     """Initial weights, a profile and an export, in bfloat16 if possible: the other ranks wait while rank 0 works."""
     more = [
@@ -229,6 +235,7 @@ CASES = {
         "run_state",
         "resume",
         "tree",
+        "long",
         "what_rank_0_does_alone",
         "opening",
         "scaling",
