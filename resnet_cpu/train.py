@@ -1,5 +1,6 @@
 """Runs an experiment: `python -m resnet_cpu.train --flagfile=experiments/quickstart.flags`."""
 
+import sys
 from typing import List
 
 from resnet_cpu import commandline
@@ -17,6 +18,8 @@ def main(argv: List[str]) -> None:
 
     job = opening.open_job(settings, world, threads)
     result = job.finished
+    if result is not None and world.rank == 0:
+        print(f"{job.run_dir} holds the finished run; for another run choose another --run_dir", file=sys.stderr)
     if result is None:
         # TensorFlow takes 5 s to load and reads its environment once: after `apply`, and after the early errors.
         from resnet_cpu.training import loop

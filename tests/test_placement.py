@@ -44,7 +44,8 @@ def test_machines(name, ranks, threads, reserved, alone, precision):
     assert cluster.yield_when_idle == (reserved == 0) and single.yield_when_idle
     assert cluster.environment["OMP_NUM_THREADS"] == str(threads)
     decided = [name for name, _, _ in cluster.choices]
-    assert {"ranks", "threads", "reserved", "binding", "OpenMP", "allocator", "waiting", "precision"} <= set(decided)
+    needed = {"ranks", "threads", "reserved cores", "binding", "OpenMP", "allocator", "waiting", "precision"}
+    assert needed <= set(decided)
     assert len(set(decided)) == len(decided) and all(value and reason for _, value, reason in cluster.choices)
 
 

@@ -261,7 +261,7 @@ def test_a_line_never_averages_different_recipes_or_counts_a_seed_twice(capsys):
     alike = [row_of("a/0"), row_of("a/1", "1"), row_of("b/0", "0", "other")]
     assert accuracy.tables(spec, [], alike)["t"].rows[0]["n"] == "2"
     report.warn_of_unused("runs.csv", alike, spec)
-    assert "1 runs of experiments/results/runs.csv are not in any table: b/0;" in capsys.readouterr().err
+    assert "no table has these runs of experiments/results/runs.csv: b/0; add a line" in capsys.readouterr().err
     with pytest.raises(DataError, match="a/0, a/2 have different recipes"):
         accuracy.tables(spec, [], [row_of("a/0"), row_of("a/2", "2", "other")])
     with pytest.raises(DataError, match="a/0, a/again have a seed in common"):

@@ -154,10 +154,14 @@ def _await_answer(answered: threading.Event, patience: float) -> None:
 
 
 def catch_stop_signals() -> None:
-    """Make USR1, and the first Ctrl-C, request a clean stop instead of ending the process."""
+    """Make USR1, and the first Ctrl-C, request a clean stop instead of ending the process; rank 0 confirms it."""
+    confirms = control.announced()[1] == 0
 
     def note(signum: int, frame: Optional[FrameType]) -> None:
         global _stop_signal
+        if _stop_signal is None and confirms:  # os.write: a print may be what the signal has interrupted
+            name = signal.Signals(signum).name
+            os.write(2, f"{name} received: stopping after the next step, once a checkpoint is written\n".encode())
         _stop_signal = signum
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -280,7 +280,7 @@ def _reason_for_ranks(level: str, sizes: List[int], per_unit: int) -> str:
     cores = str(sizes[0]) if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
     cores += " core" if cores == "1" else " cores"
     if sizes == [2] and per_unit == 2:
-        return "measured on 2 cores: two ranks reach 1.06 times the rate of Keras, one rank 1.04 (docs/benchmarks.md)"
+        return "on 2 cores, two ranks were faster than one in our benchmarks (docs/benchmarks.md)"
     if per_unit == 1 and len(sizes) == 1:
         if sizes[0] <= _MIN_CORES_PER_DOMAIN:
             return f"one rank for {cores}: it needs the least memory and waits for no other"
@@ -344,7 +344,7 @@ def _thread_choices(pieces: List[_Unit], threads: int, reserved: int, several_ho
     else:
         cores = f"{min(sizes)} core{'s' * (min(sizes) > 1)}"
         reason = f"a rank has {cores}: reserving one would cost more than sharing it"
-    return [*chosen, Choice("reserved", str(reserved), reason)]
+    return [*chosen, Choice("reserved cores", str(reserved), reason)]
 
 
 def _binding_choice(pieces: List[_Unit], bound: bool) -> Choice:

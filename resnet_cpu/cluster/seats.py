@@ -33,14 +33,18 @@ def describe(rows: Sequence[Mapping[str, Any]]) -> List[str]:
     return lines
 
 
+def _cpus(cpus: str) -> str:
+    return f"CPU {cpus}" if cpus.isdigit() else f"CPUs {cpus}"
+
+
 def _cpus_of_ranks(masks: Sequence[Sequence[int]], several_hosts: bool) -> str:
     texts = [spans(cpus) for cpus in masks]
     if len(set(texts)) == 1 and len(texts) > 1:
-        return f"all on CPUs {texts[0]}, unbound"
+        return f"all on {_cpus(texts[0])}, unbound"
     shown = list(enumerate(texts))
     if len(shown) > _MAX_RANKS:
         shown = [*shown[: _MAX_RANKS - 1], shown[-1]]
-    named = [f"rank {i} on CPUs {text}" for i, text in shown]
+    named = [f"rank {i} on {_cpus(text)}" for i, text in shown]
     if len(texts) > _MAX_RANKS:
         named.insert(-1, "...")
     if several_hosts:

@@ -42,7 +42,7 @@ def collect(folder: str) -> Tuple[List[Row], List[Row]]:
         if result and result.get("experiment") == "scaling":
             continue
         if not result or not record or not result.get("complete"):
-            print(f"tables: {path}: skipped, because this run has not finished", file=sys.stderr)
+            print(f"tables: {path}: skipped, because this run has not finished; run its command again", file=sys.stderr)
             continue
         evaluations = read_rows(os.path.join(path, "eval.jsonl"))
         runs += [_row(name, what, scores, result, record) for what, scores in _scores(result, evaluations)]

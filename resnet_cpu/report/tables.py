@@ -107,9 +107,10 @@ def warn_of_unused(name: str, runs: Sequence[Row], spec: Sequence[Row]) -> None:
     used = {row["run"] for line in spec for row in find_runs(line, runs)}
     unused = [run for run in dict.fromkeys(row["run"] for row in runs) if run not in used]
     if unused:
+        more = ", ..." if len(unused) > 6 else ""
         print(
-            f"tables: {len(unused)} runs of {RESULTS}/{name} are not in any table: {', '.join(unused[:6])}; the column "
-            f"`runs` of {EXPERIMENTS}/tables.csv holds the pattern of the runs of each line",
+            f"tables: no table has these runs of {RESULTS}/{name}: {', '.join(unused[:6])}{more}; add a line to "
+            f"{EXPERIMENTS}/tables.csv, whose column `runs` holds a name or a pattern of names",
             file=sys.stderr,
         )
 

@@ -1,6 +1,7 @@
 """Evaluation that counts every example exactly once, for any number of ranks and any batch size."""
 
 import dataclasses
+import sys
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
@@ -143,6 +144,8 @@ def evaluate_checkpoint(
         horovod.start(world)
         if export_to is not None:
             world.on_rank0(lambda: checkpoint.check_export(export_to))
+        if world.rank == 0:
+            print(f"evaluating {path} on {data.validation.examples:,} images", file=sys.stderr, flush=True)
         model = restored_model(settings, world, data, path)
         step = make_evaluate_step(model)
         score = evaluate(step, settings, world, data, DEFAULT_BATCH_PER_RANK, watchdog.beat)
