@@ -352,7 +352,7 @@ def test_ladders_become_tables_of_efficiency_separate_from_published_figures(lad
     assert report.read_results("runs.csv") == []
     write_scaling_run(tmp_path / "runs" / "scaling-17" / "ranks-1", 1, 0.5)  # where launch/scaling.sbatch puts it
     tables.main([f"--runs={tmp_path}/runs"])
-    assert "scaling_runs.csv are not in any table: scaling-17/ranks-1" in capsys.readouterr().err
+    assert "scaling_runs.csv: scaling-17/ranks-1; add a line" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
