@@ -1,28 +1,32 @@
 # Two commands: `make train` sets up and trains on real images, `make test` sets up and tests.
-# Both may be called again at any time; finished steps are skipped.
+# Both may be called again at any time; finished steps are skipped. STACK=intel|current and PYTHON=... choose what they use.
 SHELL := /bin/bash
-VENV ?= .venv
+ifeq ($(origin VENV),undefined)
+VENV := $(shell STACK='$(STACK)' PYTHON='$(PYTHON)' launch/install.sh --venv 2>/dev/null)
+endif
 PYTHON_ENV := $(VENV)/bin/python
 RANKS ?= 2
 DATA := data/fashion_mnist
 RAW := $(if $(RAW_DIR),--raw_dir=$(RAW_DIR),)
 
-.PHONY: help train test check smoke setup lint format docs reproduce tables wheelhouse lock clean
+.PHONY: help train test check sessions smoke setup lint format docs reproduce tables wheelhouse lock clean
 
 help:
 	@echo "make train   set up, prepare Fashion-MNIST, train ResNet-50 on two MPI ranks (RANKS=N, RAW_DIR=FOLDER; about 15 minutes)"
 	@echo "make test    set up and run all tests (15 to 25 minutes the first time)"
 	@echo "make check   lint, types and all tests that need no training (under a minute)"
+	@echo "make sessions  all tests that start ranks with mpirun (about 6 minutes)"
 	@echo "make smoke   set up and train a tiny network on synthetic data (half a minute after the set-up)"
 	@echo "make reproduce  run every experiment behind docs/results.md (hours; may be interrupted and called again), then make tables"
 	@echo "make tables  update the tables and plots of the documents from experiments/results/*.csv"
-	@echo "make setup   set up only: .venv with everything built (about 3 minutes)"
+	@echo "make setup   set up only: an environment with everything built (about 3 minutes), and the link .venv to it"
 	@echo "make wheelhouse  put every package into wheelhouse/, for nodes without a network (docs/offline.md)"
 	@echo "make lint    check style and types; make format corrects the style; make docs writes the generated pages; make lock updates the lock"
-	@echo "make clean   remove the environment and caches, never data or runs"
+	@echo "make clean   remove the environments and caches, never data or runs"
+	@echo "STACK=intel (Python 3.9 - 3.11) or STACK=current (3.10 - 3.13) chooses TensorFlow, PYTHON=FILE the interpreter (docs/stacks.md)"
 
 setup:
-	@VENV=$(VENV) launch/install.sh
+	@STACK='$(STACK)' PYTHON='$(PYTHON)' VENV='$(VENV)' launch/install.sh
 
 train: setup $(DATA)/manifest.json
 	@PATH="$(abspath $(VENV))/bin:$$PATH" launch/local.sh $(RANKS) python -m resnet_cpu.train --flagfile=experiments/quickstart.flags
@@ -54,6 +58,10 @@ test: setup lint
 check: setup lint
 	@$(PYTEST) -m "not training and not mpi and not slurm and not multihost" $(PARALLEL) $(PYTEST_ARGS)
 
+# Real mpirun sessions of 2 to 4 ranks.
+sessions: setup
+	@$(PYTEST) -m "mpi and not multihost" $(PYTEST_ARGS)
+
 lint: setup
 	@$(PYTHON_ENV) -m ruff check -q . && $(PYTHON_ENV) -m ruff format -q --check . && $(PYTHON_ENV) -m mypy --no-error-summary
 
@@ -63,18 +71,21 @@ docs: setup
 
 # For machines without a network (docs/offline.md). Run it where Python and processor are those of the nodes.
 wheelhouse: setup
-	@$(PYTHON_ENV) -m pip --disable-pip-version-check download -q -d wheelhouse --no-deps -r requirements.txt >&2
+	@$(PYTHON_ENV) -m pip --disable-pip-version-check download -q -d wheelhouse --no-deps --require-hashes \
+	  -r requirements/$$(sed -n 's/^stack //p' $(VENV)/installed).txt >&2
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PYTHON_ENV) -m pip --disable-pip-version-check download -q -d wheelhouse \
-	  --no-deps --no-build-isolation --no-binary horovod horovod==$$(sed -n 's/^HOROVOD=//p' launch/install.sh) >&2
+	  --no-deps --no-build-isolation --no-binary horovod --require-hashes -r requirements/horovod.txt >&2
 	@du -sh wheelhouse >&2
 
 format: setup
 	@$(PYTHON_ENV) -m ruff format -q . && $(PYTHON_ENV) -m ruff check -q --fix .
 
-# Needs `pip install uv`. Horovod is not in the lock: launch/install.sh builds it against what the lock installed.
+# Needs `pip install uv`. Horovod is not in the locks: launch/install.sh builds it against what the lock installed.
+LOCK = uv pip compile setup.cfg --extra mpi --extra tfds --extra plots --extra digits --extra test --extra build --universal \
+  --generate-hashes --no-header --no-annotate
 lock:
-	uv pip compile setup.cfg --extra intel --extra mpi --extra tfds --extra plots --extra digits --extra test \
-	  --extra build --universal --python-version 3.9 --no-header --no-annotate --output-file requirements.txt
+	$(LOCK) --extra intel --python-version 3.9 --constraint requirements/intel.in --output-file requirements/intel.txt
+	$(LOCK) --extra current --python-version 3.10 --output-file requirements/current.txt
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-intel .venv-current build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

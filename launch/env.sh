@@ -14,7 +14,8 @@ mkdir -p logs # Slurm writes there, but does not create folders
 # module load gcc openmpi/4.1        # the MPI that Horovod was built against; check with: which mpirun mpicxx
 
 # The environment that launch/install.sh made; without one, python from PATH or from a module is used.
-VENV=${VENV:-$PWD/.venv}
+# STACK=current chooses .venv-current, if both stacks are installed (docs/stacks.md); .venv is the one installed first.
+VENV=${VENV:-$PWD/.venv${STACK:+-$STACK}}
 if [[ -x $VENV/bin/python ]]; then export PATH=$VENV/bin:$PATH; fi
 
 # The launcher: auto, openmpi, intel, mpich, ibrun or srun.

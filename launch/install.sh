@@ -1,33 +1,79 @@
 #!/usr/bin/env bash
-# Set up a machine: system packages, a virtual environment from requirements.txt, Horovod built for this TensorFlow and MPI.
+# Set up a machine: system packages, a virtual environment with one of the two stacks, Horovod built for this TensorFlow and MPI.
 # Idempotent: a second call compares a stamp and returns at once. All output goes to standard error.
 #
-#   launch/install.sh
+#   launch/install.sh                               the stack that suits the Python that is there
+#   STACK=current launch/install.sh                 intel (Python 3.9 - 3.11) or current (Python 3.10 - 3.13)
 #   PYTHON=/path/python3.10 launch/install.sh
-#   VENV=/scratch/venv launch/install.sh
+#   VENV=/scratch/venv launch/install.sh            default: .venv-intel or .venv-current; .venv is a link to the first one
 #   PIP_ARGS="--no-index --find-links wheelhouse" launch/install.sh
+#   launch/install.sh --venv                        only print the folder of the environment
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-VENV=${VENV:-.venv}
 HOROVOD=0.28.1
-MIN_MINOR=9 MAX_MINOR=11
+# This file holds Horovod's collectives for XLA, which are not used here. It needs headers that TensorFlow 2.16 and later do
+# not install where it looks for them (horovod/horovod#4290); without it, everything else builds.
+HOROVOD_XLA_LIST=horovod/tensorflow/CMakeLists.txt HOROVOD_XLA_LINE='/horovod/tensorflow/xla_mpi_ops\.cc")$'
+export PIP_USER=0 # a pip.conf may ask for packages in the home folder
 started=$SECONDS
 
 say() { printf '[install %3ds] %s\n' "$((SECONDS - started))" "$*" >&2; }
 fail() { printf 'install: %s\n' "$*" >&2; exit 1; }
 
-# A Python that TensorFlow 2.15 and Horovod 0.28.1 both support.
-find_python() {
+# locate NAME: prints the path of an interpreter that runs. A name that pyenv has not switched on is found all the same.
+locate() {
   local candidate
-  for candidate in ${PYTHON:-} python3.11 python3.10 python3.9 python3 python; do
-    "$candidate" -c "import sys; sys.exit(not (3, $MIN_MINOR) <= sys.version_info[:2] <= (3, $MAX_MINOR))" \
-      >/dev/null 2>&1 && { command -v "$candidate"; return; }
+  for candidate in "$1" $(compgen -G "${PYENV_ROOT:-$HOME/.pyenv}/versions/*/bin/$1" | sort -rV); do
+    if "$candidate" -c 'import sys' >/dev/null 2>&1; then command -v "$candidate"; return; fi
   done
   return 1
 }
 
-python=$(find_python) || fail "no Python 3.$MIN_MINOR-3.$MAX_MINOR found (TensorFlow 2.15 with Horovod needs one): install it or set PYTHON=/path/to/python3.11"
+minor() { "$1" -c 'import sys; print(sys.version_info[1] if sys.version_info[0] == 3 else 0)'; }
+
+# suits STACK MINOR: the versions of Python 3 for which the packages of the stack are published.
+suits() {
+  case $1 in
+    intel) (($2 >= 9 && $2 <= 11)) ;;
+    current) (($2 >= 10 && $2 <= 13)) ;;
+    *) return 1 ;;
+  esac
+}
+
+names_of() {
+  case $1 in
+    intel) echo python3.11 python3.10 python3.9 python3 python ;;
+    current) echo python3.13 python3.12 python3.11 python3.10 python3 python ;;
+  esac
+}
+
+stack=${STACK:-} python=""
+case $stack in
+  "" | intel | current) ;;
+  *) fail "STACK=$stack: choose intel (Python 3.9 - 3.11) or current (Python 3.10 - 3.13)" ;;
+esac
+if [[ -n ${PYTHON:-} ]]; then
+  python=$(locate "$PYTHON") || fail "PYTHON=$PYTHON does not run; give the path of a Python 3.9 - 3.13"
+  version=$(minor "$python")
+  for candidate in ${stack:-intel current}; do
+    if suits "$candidate" "$version"; then stack=$candidate; break; fi
+  done
+  suits "${stack:-none}" "$version" ||
+    fail "PYTHON=$PYTHON is Python 3.$version${STACK:+, STACK=$STACK}: intel needs Python 3.9 - 3.11, current 3.10 - 3.13"
+else
+  for candidate in ${stack:-intel current}; do
+    for name in $(names_of "$candidate"); do
+      if python=$(locate "$name") && suits "$candidate" "$(minor "$python")"; then stack=$candidate; break 2; fi
+      python=""
+    done
+  done
+  [[ -n $python ]] || fail "no Python 3.9 - 3.13 found${STACK:+ for STACK=$STACK}: install one or set PYTHON=/path/to/python3"
+fi
+lock=requirements/$stack.txt
+VENV=${VENV:-.venv-$stack}
+if [[ ${1:-} == --venv ]]; then printf '%s\n' "$VENV"; exit 0; fi
+(($# == 0)) || fail "unknown argument: $1"
 
 # Missing packages, by their Debian names. An MPI from a module (mpirun and mpicxx in PATH) counts as installed.
 missing=()
@@ -60,34 +106,86 @@ if ((${#missing[@]})); then
   }
 fi
 
-stamp_text=$( { cat requirements.txt setup.cfg launch/install.sh; "$python" --version; mpirun --version | head -n 1; } | sha256sum)
+mpi_version=$(mpirun --version 2>&1 | head -n 1)
+# The name that the documentation uses. It stays what it is, so that queued jobs keep their environment.
+link() {
+  if [[ $VENV == ".venv-$stack" ]]; then
+    if [[ ! -e .venv ]]; then ln -sfn "$VENV" .venv; fi
+    [[ -L .venv ]] || say "note: .venv is an environment of version 0.1; remove it (rm -r .venv) and call this again to have it point to $VENV"
+  fi
+}
+
+stamp_text=$( printf 'stack %s\n' "$stack"; { cat "$lock" requirements/horovod.txt setup.cfg launch/install.sh; "$python" --version; echo "$mpi_version"; } | sha256sum)
 if [[ -f $VENV/installed && $(<"$VENV/installed") == "$stamp_text" ]]; then
+  link
   exit 0
 fi
 
-say "virtual environment in $VENV with $("$python" --version 2>&1)"
+say "virtual environment in $VENV: the stack $stack with $("$python" --version 2>&1)"
 rm -f "$VENV/installed"
-"$python" -m venv "$VENV"
-pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@" >&2; }
-say "the pinned packages of requirements.txt (TensorFlow alone is 475 MB)"
+# Packages of another Python would stay behind in the folder.
+clear=()
+if [[ -f $VENV/pyvenv.cfg ]] && [[ $("$VENV/bin/python" --version 2>&1) != "$("$python" --version 2>&1)" ]]; then
+  clear=(--clear)
+fi
+"$python" -m venv "${clear[@]}" "$VENV"
+in_venv=$(cd "$VENV/bin" && pwd)/python
+pip() { "$in_venv" -m pip --disable-pip-version-check "$@" >&2; }
+say "the pinned packages of $lock (TensorFlow alone is 500 MB)"
 # shellcheck disable=SC2086  # PIP_ARGS is a list of arguments
-pip install -qq --no-deps ${PIP_ARGS:-} -r requirements.txt
+pip install -qq --no-deps --require-hashes ${PIP_ARGS:-} -r "$lock"
 
-# Horovod is linked against one TensorFlow and one MPI: rebuild it if either has changed.
-built_for="horovod $HOROVOD; $(grep '^tensorflow==' requirements.txt); $(mpirun --version | head -n 1)"
-if [[ ! -f $VENV/horovod-built-for || $(<"$VENV/horovod-built-for") != "$built_for" ]]; then
-  say "Horovod $HOROVOD, built against this TensorFlow and this MPI (about two minutes; log: $VENV/horovod-build.log)"
+# Horovod is linked against one TensorFlow and one MPI. A wheel is kept for each combination of what it was built with.
+tensorflow=$(sed -n 's/^tensorflow==\([0-9.]*\).*/\1/p' "$lock")
+built_with=$(
+  printf '%s\n' "tensorflow $tensorflow" "$("$in_venv" -VV)" "$(uname -m)" "$mpi_version" "$(mpicxx -show 2>&1)" "$(g++ --version | head -n 1)"
+  cat requirements/horovod.txt
+  sed -n '/^build_horovod/,/^}/p' launch/install.sh
+)
+key=$(sha256sum <<<"$built_with" | cut -c1-16)
+wheels=${XDG_CACHE_HOME:-$HOME/.cache}/resnet_cpu/horovod-$HOROVOD-$key
+
+# build_horovod FOLDER: builds the wheel into the folder, which must not exist. Prints nothing but to the log.
+build_horovod() {
+  local work name
+  work=$(mktemp -d)
+  trap 'rm -rf "$work"' RETURN
+  # shellcheck disable=SC2086  # PIP_ARGS is a list of arguments
+  "$in_venv" -m pip --disable-pip-version-check download --no-deps --no-build-isolation --no-binary horovod \
+    --require-hashes ${PIP_ARGS:-} -d "$work" -r requirements/horovod.txt || return
+  tar -xzf "$work/horovod-$HOROVOD.tar.gz" -C "$work" || return
+  if [[ $(printf '%s\n' 2.16 "$tensorflow" | sort -V | head -n 1) == 2.16 ]]; then
+    if (($(grep -c "$HOROVOD_XLA_LINE" "$work/horovod-$HOROVOD/$HOROVOD_XLA_LIST") != 1)); then
+      echo "install: $HOROVOD_XLA_LIST of this Horovod does not name xla_mpi_ops.cc once: it is not the source of horovod $HOROVOD that this script knows how to build with TensorFlow $tensorflow"
+      return 1
+    fi
+    sed -i "\\#$HOROVOD_XLA_LINE#d" "$work/horovod-$HOROVOD/$HOROVOD_XLA_LIST"
+  fi
+  # Variables for another kind of build, such as HOROVOD_GPU_OPERATIONS, would be obeyed.
+  for name in $(compgen -e HOROVOD_); do [[ $name == HOROVOD_CMAKE ]] || unset "$name"; done
   # No cached wheel: it may have been built for another MPI. PATH: cmake must find this environment's python.
-  # shellcheck disable=SC2086
-  PATH="$(cd "$VENV/bin" && pwd):$PATH" \
+  PATH="${in_venv%/*}:$PATH" \
     HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITH_MPI=1 HOROVOD_CPU_OPERATIONS=MPI \
     HOROVOD_WITHOUT_GLOO=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 \
-    "$VENV/bin/python" -m pip --disable-pip-version-check install --no-deps --no-build-isolation --no-cache-dir \
-    --no-binary horovod --force-reinstall ${PIP_ARGS:-} "horovod==$HOROVOD" >"$VENV/horovod-build.log" 2>&1 ||
-    { tail -n 30 "$VENV/horovod-build.log" >&2; fail "Horovod did not build; see BUILD_NOTES.md for symptoms and remedies"; }
-  printf '%s\n' "$built_for" >"$VENV/horovod-built-for"
+    "$in_venv" -m pip --disable-pip-version-check wheel -v --no-deps --no-build-isolation --no-cache-dir \
+    -w "$work/wheel" "$work/horovod-$HOROVOD" || return
+  mkdir -p "${1%/*}" && printf '%s\n' "$built_with" >"$work/wheel/built-with.txt" || return
+  # A rename within one file system: another installation never sees half a folder.
+  cp -r "$work/wheel" "$1.$$" && mv -T "$1.$$" "$1"
+}
+
+if [[ ! -f $VENV/horovod-built-for || $(<"$VENV/horovod-built-for") != "$built_with" ]]; then
+  if ! compgen -G "$wheels/horovod-*.whl" >/dev/null; then
+    rm -rf "$wheels"
+    say "Horovod $HOROVOD, built against this TensorFlow and this MPI (about two minutes; log: $VENV/horovod-build.log)"
+    (build_horovod "$wheels") >"$VENV/horovod-build.log" 2>&1 ||
+      { tail -n 30 "$VENV/horovod-build.log" >&2; fail "Horovod did not build; see BUILD_NOTES.md for symptoms and remedies"; }
+  fi
+  pip install -qq --no-deps --no-index --force-reinstall "$wheels"/horovod-*.whl
+  printf '%s\n' "$built_with" >"$VENV/horovod-built-for"
 fi
 pip install -qq --no-deps --no-build-isolation -e .
-"$VENV/bin/python" -m pip --disable-pip-version-check check >/dev/null || fail "the environment in $VENV is inconsistent (see '$VENV/bin/python -m pip check'); remove $VENV and try again"
+pip check >/dev/null || fail "the environment in $VENV is inconsistent (see '$VENV/bin/python -m pip check'); remove $VENV and try again"
 printf '%s\n' "$stamp_text" >"$VENV/installed"
-say "ready"
+link
+say "ready: source $VENV/bin/activate"

@@ -98,7 +98,8 @@ def _define(every: Sequence[Flag]) -> flags.FlagValues:
     """Return absl flags for `every` flag; those with a default of None have none, others theirs."""
     values = flags.FlagValues()
     for flag in every:
-        about, default = flag.field.metadata, flag.field.default
+        about = flag.field.metadata
+        default: Any = flag.field.default
         arguments = {"flag_values": values, "help": about["help"]}
         if flag.kind == "repeated":
             flags.DEFINE_multi_string(flag.name, [], **arguments)
@@ -247,7 +248,7 @@ def _frozen(values: flags.FlagValues, every: Sequence[Flag], whole: bool, positi
             except ValueError as error:
                 raise FlagError(f"--{flag.name}={values[flag.name].value}: {error}") from None
         elif flag.kind is list:
-            value = tuple(value)
+            value = tuple(value or ())
         elif value == "" and flag.field.default is None:
             if not flag.of_a_run:  # an empty one of a run overrides that of a flagfile
                 raise FlagError(f"--{flag.name}=: the value is empty; give one, or remove the flag")

@@ -13,10 +13,10 @@ def main(argv: List[str]) -> None:
     settings = commandline.parse(argv, "train")
     guard.catch_stop_signals()  # before the slow imports: a batch system's signal may come at any time
     world = guard.connect(settings.system.ranks, settings.system.stall_timeout)
-    threads = placement.apply(settings.system.threads, world.cores)
+    environment = placement.apply(settings.system.threads, world.cores)
     from resnet_cpu.training import opening  # after the flags, so that --help and their errors come at once
 
-    job = opening.open_job(settings, world, threads)
+    job = opening.open_job(settings, world, environment)
     result = job.finished
     if result is not None and world.rank == 0:
         print(f"{job.run_dir} holds the finished run; for another run choose another --run_dir", file=sys.stderr)

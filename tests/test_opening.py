@@ -13,6 +13,7 @@ from conftest import ROOT, TINY_FLAGS
 
 from resnet_cpu import commandline
 from resnet_cpu.cluster import control
+from resnet_cpu.cluster.environment import Environment
 from resnet_cpu.errors import (
     CheckpointError,
     DataError,
@@ -178,7 +179,7 @@ def test_lars_on_unequal_threads_is_refused(tiny_data, tmp_path):
     def open_job(*more):
         settings = commandline.parse([*TINY_FLAGS, f"--data_dir={tiny_data}", f"--run_dir={tmp_path}/run", *more])
         threads = {"TF_NUM_INTRAOP_THREADS": "2", "OMP_NUM_THREADS": "2"}
-        return opening.open_job(settings, Twin(2, 0), threads)
+        return opening.open_job(settings, Twin(2, 0), Environment(threads, {}, {}))
 
     with pytest.raises(FlagError, match=r"rank 0 on .*: 2; rank 1 on elsewhere: 3. .*--threads=2") as caught:
         open_job("--optimizer=lars")

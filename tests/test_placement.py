@@ -200,26 +200,26 @@ def test_the_page_shows_what_the_code_proposes():
 
 
 def test_intels_openmp_is_configured_if_it_is_installed():
-    assert placement.environment(4, intel_openmp=True)["KMP_BLOCKTIME"] == "1"
-    assert not [name for name in placement.environment(4, intel_openmp=False) if name.startswith("KMP")]
+    assert placement.variables(4, intel_openmp=True)["KMP_BLOCKTIME"] == "1"
+    assert not [name for name in placement.variables(4, intel_openmp=False) if name.startswith("KMP")]
     without = placement.propose(machine_trees.read("stampede2_skx"), intel_openmp=False)
     assert "OpenMP: KMP_* not set (only Intel's OpenMP reads them" in "\n".join(without.explanation())
     assert not [name for name in without.environment if name.startswith("KMP")]
 
 
 def test_a_rank_keeps_exported_variables(monkeypatch):
-    for name in (*placement.environment(1, intel_openmp=True), "LD_PRELOAD", "KMP_AFFINITY"):
+    for name in (*placement.variables(1, intel_openmp=True), "LD_PRELOAD", "KMP_AFFINITY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TF_NUM_INTEROP_THREADS", "2")
     monkeypatch.setenv("OMP_NUM_THREADS", "22")  # set by the launcher, which reserved two cores
-    in_force = placement.apply(0, 24)
+    in_force = placement.apply(0, 24).variables
     assert (in_force["TF_NUM_INTEROP_THREADS"], in_force["OMP_NUM_THREADS"]) == ("2", "22")
     assert in_force["TF_NUM_INTRAOP_THREADS"] == "24" == os.environ["TF_NUM_INTRAOP_THREADS"]
     assert "KMP_AFFINITY" not in in_force
     monkeypatch.setenv("KMP_AFFINITY", "disabled")
-    in_force = placement.apply(3, 24)
+    in_force = placement.apply(3, 24).variables
     assert in_force["OMP_NUM_THREADS"] == in_force["TF_NUM_INTRAOP_THREADS"] == "3"
-    assert in_force["TF_NUM_INTEROP_THREADS"] == "2" and in_force["KMP_AFFINITY"] == "disabled"
+    assert in_force["TF_NUM_INTEROP_THREADS"] == "2" and "KMP_AFFINITY" not in in_force
 
 
 def test_tcmalloc_is_found_in_the_usual_folders(tmp_path, monkeypatch):

@@ -8,13 +8,15 @@ import sys
 from conftest import OUTSIDE, ROOT
 
 from resnet_cpu.cluster import machine
+from resnet_cpu.cluster.environment import Environment
 from resnet_cpu.run import provenance
 
 
 def test_a_rank_records_its_machine_and_the_given_variables_only(monkeypatch):
     monkeypatch.setenv("A_SECRET", "not to be recorded")
-    found = provenance.of_rank({"OMP_NUM_THREADS": "2"})
+    found = provenance.of_rank(Environment({"OMP_NUM_THREADS": "2"}, {"TF_XLA_FLAGS": "x"}, {"btl": "tcp"}))
     assert found["environment"] == {"OMP_NUM_THREADS": "2"}
+    assert found["environment_ignored"] == {"TF_XLA_FLAGS": "x"} and found["mpi_parameters"] == {"btl": "tcp"}
     assert found["cores"] == sorted(os.sched_getaffinity(0))
     assert found["memory_gib"] == round(machine.read().memory_bytes / 2**30, 1) > 0
     assert "not to be recorded" not in json.dumps(found)
@@ -53,6 +55,9 @@ def test_the_commit_is_read_from_loose_and_packed_references(tmp_path, monkeypat
 
 
 def test_recording_the_machine_needs_no_psutil():
-    code = "import sys; sys.modules['psutil'] = None\nfrom resnet_cpu.run import provenance; provenance.of_rank({})"
+    code = (
+        "import sys; sys.modules['psutil'] = None\nfrom resnet_cpu.run import provenance\n"
+        "from resnet_cpu.cluster.environment import Environment\nprovenance.of_rank(Environment({}, {}, {}))"
+    )
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=OUTSIDE, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
+from resnet_cpu.cluster import environment as environments
 from resnet_cpu.cluster import launchers, machine, placement, start, tuning
 from resnet_cpu.cluster.launchers import Distribution, RankMap
 from resnet_cpu.cluster.machine import Machine
@@ -121,8 +122,11 @@ def _recognise(in_batch_job: bool) -> str:
 
 
 def _without_exported(environment: Mapping[str, str]) -> Dict[str, str]:
-    """Return `environment` without variables that the user exported; an allocator goes before the user's preloads."""
-    kept = {name: value for name, value in environment.items() if name not in os.environ or name == "LD_PRELOAD"}
+    """Return `environment` without variables that the user exported; an allocator goes before the user's preloads.
+
+    One that is exported and empty counts as absent.
+    """
+    kept = {name: value for name, value in environment.items() if not os.environ.get(name) or name == "LD_PRELOAD"}
     exported = os.environ.get("LD_PRELOAD")
     if exported and "LD_PRELOAD" in kept and kept["LD_PRELOAD"] not in exported:
         kept["LD_PRELOAD"] += f":{exported}"
@@ -141,12 +145,7 @@ def _exported(proposed: Mapping[str, str], set_for_ranks: Mapping[str, str]) -> 
             )
         elif name in placement.THREADS:
             yield f"{name}={value} is set in your environment and is kept; it is also what is proposed"
-    for name in placement.PINNING:
-        if name in os.environ:
-            yield (
-                f"warning: {name}={os.environ[name]} is set in your environment: it pins threads to single cores, "
-                "which the launcher never does; unset it unless you mean it"
-            )
+    yield from environments.remarks()
 
 
 def _warnings(rank_map: RankMap, placed: Placement) -> Iterator[str]:

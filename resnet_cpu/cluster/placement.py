@@ -1,7 +1,7 @@
 """Divide the cores of one host among its ranks, and say why.
 
 `propose` is for the launcher, before any rank exists. `apply` is for each rank, before it imports TensorFlow, which
-reads its environment only once. Both take the variables from `environment`. Where the ranks of a running job sit is
+reads its environment only once. Both take the variables from `variables`. Where the ranks of a running job sit is
 described in `seats`.
 """
 
@@ -14,13 +14,12 @@ import re
 import sys
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
-from resnet_cpu.cluster import control, launchers
+from resnet_cpu.cluster import control, environment, launchers
+from resnet_cpu.cluster.environment import Environment
 from resnet_cpu.cluster.machine import Cpu, Machine, spans
 from resnet_cpu.errors import FlagError
 
 THREADS = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
-# Variables that the launcher never sets, since they pin threads that should be free to move within the rank's mask.
-PINNING = ("KMP_AFFINITY", "HOROVOD_THREAD_AFFINITY")
 _RANK_BYTES = 5.4e9  # memory of one rank of ResNet-50 at 224x224 and batch 32
 _MAX_CORES_PER_RANK = 40  # the paper's authors used 24, Intel's scripts a whole NUMA domain
 _MIN_CORES_PER_DOMAIN = 8  # a smaller NUMA domain gets no rank of its own if there are several
@@ -58,18 +57,17 @@ class Placement:
         return [f"{name}: {value} ({reason})" for name, value, reason in self.choices]
 
 
-def environment(threads: int, *, intel_openmp: Optional[bool] = None) -> Dict[str, str]:
+def variables(threads: int, *, intel_openmp: Optional[bool] = None) -> Dict[str, str]:
     """Return the environment variables for a rank with `threads` compute threads.
 
     `intel_openmp`: whether the Intel extension, which brings Intel's OpenMP library, is installed. By default this is
     looked up.
     """
-    variables = {
+    found = {
         "TF_NUM_INTRAOP_THREADS": str(threads),
         # The network is a chain of operations. A second one at a time rarely has work and would compete for the cores.
         "TF_NUM_INTEROP_THREADS": "1",
         "OMP_NUM_THREADS": str(threads),
-        "TF_ENABLE_ONEDNN_OPTS": "1",
         # Do not look for GPUs, and do not let TensorFlow report at every start that it finds no CUDA.
         "CUDA_VISIBLE_DEVICES": "-1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -77,12 +75,12 @@ def environment(threads: int, *, intel_openmp: Optional[bool] = None) -> Dict[st
     }
     if has_intel_openmp() if intel_openmp is None else intel_openmp:
         # By default its threads spin for 200 ms after each parallel region, on cores that reading and Horovod need.
-        variables["KMP_BLOCKTIME"] = "1"
-        # KMP_AFFINITY is left alone: it pins the threads that enter a parallel region, and the threads they start,
-        # TensorFlow's and tf.data's, inherit that one core (measured: 6 of 17 threads on CPU 0). The rank's mask
-        # keeps threads in place. HOROVOD_THREAD_AFFINITY is left alone too: a pinned thread cannot make way for
-        # threads that move.
-    return variables
+        found["KMP_BLOCKTIME"] = "1"
+        # KMP_AFFINITY is not set, and environment.settle removes it: it pins the threads that enter a parallel region,
+        # and the threads they start, TensorFlow's and tf.data's, inherit that one core (measured: 6 of 17 threads on
+        # CPU 0). The rank's mask keeps threads in place. The same holds for HOROVOD_THREAD_AFFINITY: a pinned thread
+        # cannot make way for threads that move.
+    return found
 
 
 def has_intel_openmp() -> bool:
@@ -90,35 +88,40 @@ def has_intel_openmp() -> bool:
     return importlib.util.find_spec("intel_extension_for_tensorflow") is not None
 
 
-def apply(threads: int, cores: int) -> Dict[str, str]:
-    """Set this process's environment for `threads` compute threads (0: one per core) and return the values in force.
+def apply(threads: int, cores: int) -> Environment:
+    """Set this process's environment for `threads` compute threads (0: one per core) and return what is in force.
 
-    Variables that the user exported are kept, except for the numbers of threads if `threads` is not 0. `cores` are the
-    physical cores of this rank. Prints a warning if an exported OMP_NUM_THREADS differs from them.
+    Variables that the user exported are kept, except for the numbers of threads if `threads` is not 0, and those that
+    would change what is computed (`environment.settle`). `cores` are the physical cores of this rank. Prints a warning
+    about those, and if an exported OMP_NUM_THREADS differs from the cores. Raises FlagError if an exported number of
+    threads is not a number.
     """
-    variables = environment(threads or cores)
-    if not threads:
+    reports = (
+        launchers.EXPECTED_RANKS not in os.environ and control.announced()[1] == 0
+    )  # else the launcher has done so
+    environment.check_numbers(*THREADS, "TF_NUM_INTEROP_THREADS")
+    if not threads and reports:
         _report_exported_threads(cores)
-    for name, value in variables.items():
+    for name, value in variables(threads or cores).items():
         if threads and name in THREADS:
             os.environ[name] = value
         os.environ.setdefault(name, value)
-    from_outside = (*PINNING, "LD_PRELOAD")  # only a launcher or the user sets these
-    return {name: os.environ[name] for name in (*variables, *from_outside) if name in os.environ}
+    for line in environment.remarks() if reports else []:
+        print(line, file=sys.stderr, flush=True)
+    return environment.settle()
 
 
 def _report_exported_threads(cores: int) -> None:
-    """Warn, once per job, if an exported OMP_NUM_THREADS decides how many threads compute."""
+    """Warn if an exported OMP_NUM_THREADS decides how many threads compute."""
     exported = os.environ.get("OMP_NUM_THREADS")
     if exported is None or exported.split(",")[0].strip() == str(cores):  # a list has one entry per nesting level
         return
-    if launchers.EXPECTED_RANKS not in os.environ and control.announced()[1] == 0:  # else the launcher has reported it
-        print(
-            f"warning: OMP_NUM_THREADS={exported} is set in your environment and decides the threads of the kernels; "
-            f"this rank has {cores} core{'s' * (cores != 1)}. Unset it, or give --threads",
-            file=sys.stderr,
-            flush=True,
-        )
+    print(
+        f"warning: OMP_NUM_THREADS={exported} is set in your environment and decides the threads of the kernels; "
+        f"this rank has {cores} core{'s' * (cores != 1)}. Unset it, or give --threads",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def allocator(root: str = "/") -> Optional[str]:
@@ -170,8 +173,8 @@ def propose(
     threads = smallest - reserved
     choices += _thread_choices(pieces, threads, reserved, several_hosts)
     choices.append(_binding_choice(pieces, bound))
-    variables = _with_allocator(environment(threads, intel_openmp=intel_openmp), machine)
-    choices += _environment_choices(variables)
+    for_ranks = _with_allocator(variables(threads, intel_openmp=intel_openmp), machine)
+    choices += _environment_choices(for_ranks)
     yields = reserved == 0
     choices.append(
         Choice("waiting", "yield", "a waiting Open MPI rank would spin on a core that computes what it waits for")
@@ -180,7 +183,7 @@ def propose(
     )
     choices += _machine_choices(machine)
     cpus = tuple(tuple(core[0].id for core in piece) for piece in pieces)
-    return Placement(len(pieces), cpus, bound, threads, reserved, variables, yields, tuple(choices))
+    return Placement(len(pieces), cpus, bound, threads, reserved, for_ranks, yields, tuple(choices))
 
 
 def oversubscribed(machine: Machine, ranks: int) -> Placement:
@@ -191,7 +194,7 @@ def oversubscribed(machine: Machine, ranks: int) -> Placement:
         Choice("ranks", str(ranks), f"RESNET_CPU_OVERSUBSCRIBE=1: they take turns on {cores}; for tests, not training"),
         Choice("threads", "1", "there is less than one core per rank"),
     )
-    return Placement(ranks, (cpus,) * ranks, False, 1, 0, _with_allocator(environment(1), machine), True, choices)
+    return Placement(ranks, (cpus,) * ranks, False, 1, 0, _with_allocator(variables(1), machine), True, choices)
 
 
 def _with_allocator(variables: Dict[str, str], machine: Machine) -> Dict[str, str]:

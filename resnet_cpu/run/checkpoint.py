@@ -102,7 +102,8 @@ def _write_arrays(path: str, arrays: Arrays) -> Dict[str, Any]:
 def _npz(arrays: Arrays) -> memoryview:
     # Names of variables contain slashes, which are folders in a zip archive; it is never extracted.
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    contents: Dict[str, Any] = dict(arrays)
+    np.savez(buffer, **contents)
     return buffer.getbuffer()
 
 

@@ -14,8 +14,9 @@ from importlib import metadata
 from typing import Any, Dict, List, Optional
 
 from resnet_cpu.cluster import machine
+from resnet_cpu.cluster.environment import Environment
 
-_PACKAGES = ("tensorflow", "intel-extension-for-tensorflow", "horovod", "mpi4py", "numpy", "keras")
+_PACKAGES = ("tensorflow", "intel-extension-for-tensorflow", "horovod", "mpi4py", "numpy", "keras", "tf_keras")
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
@@ -24,8 +25,8 @@ def of_job() -> Dict[str, Any]:
     return {"versions": versions(), "python": sys.version.split()[0], "code": code_digest(), "git": git_id()}
 
 
-def of_rank(threads: Dict[str, str]) -> Dict[str, Any]:
-    """Return host, processor and cores of this rank; `threads` holds the environment variables set for it."""
+def of_rank(found: Environment) -> Dict[str, Any]:
+    """Return host, processor and cores of this rank, and what other programs set for it."""
     here = machine.read()
     return {
         "host": socket.gethostname(),
@@ -40,7 +41,9 @@ def of_rank(threads: Dict[str, str]) -> Dict[str, Any]:
         "cores": sorted(os.sched_getaffinity(0)),
         "host_cores": os.cpu_count(),
         "memory_gib": round(here.memory_bytes / 2**30, 1),
-        "environment": threads,
+        "environment": found.variables,
+        "environment_ignored": found.ignored,
+        "mpi_parameters": found.mpi_parameters,
     }
 
 

@@ -84,7 +84,7 @@ def from_settings(settings: Settings) -> Cluster:
     twice = [key for key in measured if key in constants]
     if twice:
         raise FlagError(f"--network={name}: --speed={speed} also gives {', '.join(twice)}; remove one of the two")
-    threads = int(constants.get("inter_op_threads", placement.environment(1)["TF_NUM_INTEROP_THREADS"]))
+    threads = int(constants.get("inter_op_threads", placement.variables(1)["TF_NUM_INTEROP_THREADS"]))
     order = "most kernels last" if threads == 1 else "layer by layer"
     base = NETWORKS.get(name) or Network(name, constants["latency_s"], constants["bandwidth"])
     sources = (

@@ -101,11 +101,10 @@ def train(job: Job, report: AnyReport, watchdog: guard.Watchdog) -> Dict[str, An
 
 def start(job: Job, state: State, report: AnyReport) -> None:
     """Set the state to that of the agreed checkpoint, of --init_from, or leave it as initialised, on all ranks."""
-    data, grouping = job.data, job.grouping
+    data, saved = job.data, None
     if job.resume_from is not None:
-        manifest = _restore(job, state, job.resume_from)
-        state.step = state.saved_step = manifest["step"]
-        grouping = manifest["layout"]
+        saved = _restore(job, state, job.resume_from)
+        state.step = state.saved_step = saved["step"]
     else:
         if job.init_from is not None:
             job.world.on_rank0(lambda: _initialise_from(job, state))
@@ -114,7 +113,7 @@ def start(job: Job, state: State, report: AnyReport) -> None:
     horovod.broadcast(state.variables)
     state.check_replicas(job.world, f"before step {state.step}")
     parameters = sum(int(np.prod(variable.shape)) for variable in state.model.trainable_variables)
-    report.announce(parameters, state.step, grouping)
+    report.announce(parameters, state.step, saved)
 
 
 def enter(span: Span, job: Job, state: State, report: AnyReport) -> None:

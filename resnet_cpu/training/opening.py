@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 
 from resnet_cpu.cluster import control, seats
 from resnet_cpu.cluster.control import World
+from resnet_cpu.cluster.environment import Environment
 from resnet_cpu.cluster.machine import spans
 from resnet_cpu.data import folders
 from resnet_cpu.data.datasets import DATASETS
@@ -39,10 +40,10 @@ class _Beginning(NamedTuple):
     seconds_to_top1: Mapping[str, float] = {}
 
 
-def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
+def open_job(settings: Settings, world: World, environment: Environment) -> Job:
     """Return the job that the settings describe, on all ranks; hold its run folder on rank 0.
 
-    `threads` is the environment that `placement.apply` returned. Raises the one-line errors of wrong flags, data, run
+    `environment` is what `placement.apply` returned. Raises the one-line errors of wrong flags, data, run
     folders and checkpoints, on all ranks alike.
     """
     clock = Stopwatch()
@@ -56,7 +57,7 @@ def open_job(settings: Settings, world: World, threads: Dict[str, str]) -> Job:
     with control.same_on_all_ranks():
         train_examples, validation_examples = examples(settings, data)
         resolved = _resolve(settings, world, train_examples)
-    places = world.gather({**provenance.of_rank(threads), "own_cores": world.cores})
+    places = world.gather({**provenance.of_rank(environment), "own_cores": world.cores})
     with control.same_on_all_ranks():
         _check_threads(settings, places)
     signature = signatures.of(settings, resolved, train_examples, _pixels(settings, data))

@@ -84,8 +84,11 @@ class Report:
         """Print a line on standard error."""
         self._progress.say(text)
 
-    def announce(self, parameters: int, step: int, grouping_before: List[int]) -> None:
-        """Print what is trained, with the number of trainable parameters, and where a resumed run continues."""
+    def announce(self, parameters: int, step: int, saved: Optional[Mapping[str, Any]]) -> None:
+        """Print what is trained, with the number of trainable parameters, and where a resumed run continues.
+
+        `saved` is the manifest of the checkpoint that it continues from.
+        """
         job = self._job
         self._write_clock()
         accumulated = f" x {job.batch.accumulate_steps} accumulated" if job.batch.accumulate_steps > 1 else ""
@@ -100,14 +103,22 @@ class Report:
             self.say(warning)
         if job.last_step < job.total_steps:
             self.say(f"will stop after step {job.last_step} (--max_steps), save a checkpoint and evaluate")
-        if step:
-            self.say(f"resumed after step {step} from {job.resume_from} (attempt {job.attempt})")
-        if grouping_before != job.grouping:
-            before, now = (f"{n} ranks x {size} images x {k}" for n, size, k in (grouping_before, job.grouping))
+        if saved is None:
+            return
+        self.say(f"resumed after step {step} from {job.resume_from} (attempt {job.attempt})")
+        if saved["layout"] != job.grouping:
+            before, now = (f"{n} ranks x {size} images x {k}" for n, size, k in (saved["layout"], job.grouping))
             self.say(
                 f"earlier steps used {before}; this attempt uses {now}: the same global batch, other groups for batch "
                 "norm and sums, so results will differ in the last bits"
             )
+        versions = provenance.versions()
+        changed = {
+            name: (old, versions.get(name)) for name, old in saved["versions"].items() if versions.get(name) != old
+        }
+        if changed:
+            pairs = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+            self.say(f"packages changed since that checkpoint: {pairs}; results will differ in the last bits")
 
     def before(self, step: int) -> None:
         """Start the profiler if `step` is the first to profile."""
@@ -260,7 +271,7 @@ class Silent:
     def say(self, text: str) -> None:
         """Do nothing."""
 
-    def announce(self, parameters: int, step: int, grouping_before: List[int]) -> None:
+    def announce(self, parameters: int, step: int, saved: Optional[Mapping[str, Any]]) -> None:
         """Do nothing."""
 
     def before(self, step: int) -> None:

@@ -1,0 +1,146 @@
+"""Keep what other programs left in the environment and the home folder from changing a run unnoticed.
+
+TensorFlow, Keras, oneDNN, the Intel extension and Horovod read variables and files that were often meant for another
+program: `ITEX_AUTO_MIXED_PRECISION=1` trains in bfloat16 whatever --precision says, a `~/.keras/keras.json` of an old
+project chooses another epsilon. `settle` gives such variables this package's values, before TensorFlow is imported, and
+returns what it found for run.json. RESNET_CPU_KEEP names variables that are meant for this package, and are kept.
+"""
+
+import os
+import re
+from importlib import metadata
+from typing import Dict, List, Mapping, MutableMapping, NamedTuple, Optional
+
+from resnet_cpu.errors import FlagError
+
+#: Names, separated by commas, of variables to keep although they change what is computed.
+KEEP = "RESNET_CPU_KEEP"
+
+_LEGACY = "TF_USE_LEGACY_KERAS"
+_KERAS_2 = (2, 16)  # from this TensorFlow on, tf.keras is Keras 3, unless TF_USE_LEGACY_KERAS chooses tf_keras
+# Matched as a whole. Numbers of threads, and what only reports, are not among them.
+_REMOVED = re.compile(
+    r"ITEX_(?!CPP_MIN_LOG_LEVEL|VERBOSE|OMP_THREADPOOL).*"  # precision, graph rewriting, layouts
+    r"|(ONEDNN|DNNL)_(DEFAULT_FPMATH_MODE|MAX_CPU_ISA|CPU_ISA_HINTS)"  # products rounded to bfloat16; other kernels
+    r"|TF_(SET_)?(ONEDNN|MKL)_.*|TF_DISABLE_MKL|TF_ENABLE_MKL.*|TF_.*AUTO_MIXED_PRECISION.*|TF_DETERMINISTIC_OPS"
+    r"|(TF_)?XLA_FLAGS"  # clustering
+    r"|HOROVOD_(CONTROLLER|CPU_OPERATIONS)"  # left over from an installation with Gloo: a segmentation fault here
+    r"|(KMP|GOMP_CPU|HOROVOD_THREAD)_AFFINITY|OMP_(PROC_BIND|PLACES)"  # see placement.variables
+)
+# Recorded with their values. Messages between launcher and ranks, which may hold keys, are not among them.
+_RECORDED = re.compile(
+    r"(TF|ITEX|ONEDNN|DNNL|KMP|OMP|GOMP|HOROVOD|MKL|OPENBLAS|MALLOC|TCMALLOC|UCX|FI|MV2)_[A-Z0-9_]+|XLA_FLAGS"
+    r"|OMPI_MCA_(btl|coll|mpi|mtl|osc|pml)(_[a-z0-9_]+)?|I_MPI_(ADJUST|FABRICS|OFI|PIN)[A-Z0-9_]*|MPIR_CVAR_[A-Z0-9_]+"
+    r"|KERAS_(BACKEND|HOME)|CUDA_VISIBLE_DEVICES|GLIBC_TUNABLES|LD_PRELOAD|PYTHONPATH|RESNET_CPU_KEEP"
+)
+_MPI_PARAMETERS = "~/.openmpi/mca-params.conf"
+
+
+class Environment(NamedTuple):
+    """The variables and files that decide what this process computes."""
+
+    variables: Dict[str, str]  # those in force that affect speed or results
+    ignored: Dict[str, str]  # exported values that were replaced or removed
+    mpi_parameters: Dict[str, str]  # of the user's file, which Open MPI reads; they choose algorithms of allreduce
+
+
+def decided(version: Optional[str] = None) -> Dict[str, str]:
+    """Return the variables that this package sets whatever was exported; `version` is TensorFlow's, by default the
+    installed one's."""
+    variables = {
+        # Keras' settings in the home folder choose epsilon, precision and layout. This is not a folder.
+        "KERAS_HOME": os.devnull,
+        "TF2_BEHAVIOR": "1",
+        "TF_ENABLE_ONEDNN_OPTS": "1",
+    }
+    if keras_is_separate(version):
+        variables[_LEGACY] = "1"
+    return variables
+
+
+def keras_is_separate(version: Optional[str] = None) -> bool:
+    """Return whether Keras 2, which Horovod needs, is the package tf_keras for this TensorFlow."""
+    found = re.match(r"(\d+)\.(\d+)", version or _tensorflow())
+    return found is not None and (int(found[1]), int(found[2])) >= _KERAS_2
+
+
+def _tensorflow() -> str:
+    for name in ("tensorflow", "tensorflow-cpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return ""
+
+
+def not_obeyed(environ: Mapping[str, str] = os.environ) -> Dict[str, str]:
+    """Return the exported variables that are not obeyed: name -> value."""
+    kept, ours = _kept(environ), decided()
+    return {
+        name: value
+        for name, value in sorted(environ.items())
+        if name not in kept
+        and (value != ours[name] if name in ours else name == _LEGACY or bool(_REMOVED.fullmatch(name)))
+    }
+
+
+def remarks(environ: Mapping[str, str] = os.environ) -> List[str]:
+    """Return lines for people about variables that are not obeyed and files that are."""
+    ignored, parameters, lines = not_obeyed(environ), _mpi_parameters(), []
+    if ignored:
+        named = ", ".join(f"{name}={value}" for name, value in ignored.items())
+        lines.append(
+            f"warning: not obeyed, since it would change what is computed or pin threads: {named}, set in your "
+            f"environment; unset it, or keep it with {KEEP}={','.join(ignored)}"
+        )
+    if parameters:
+        named = ", ".join(f"{name}={value}" for name, value in parameters.items())
+        lines.append(f"Open MPI obeys {_MPI_PARAMETERS}: {named}; results may depend on it")
+    return lines
+
+
+def check_numbers(*names: str) -> None:
+    """Raise FlagError unless these variables hold numbers of threads, one or several by level of nesting.
+
+    An empty one is removed: `export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK` in a job without --cpus-per-task.
+    """
+    for name in names:
+        exported = os.environ.get(name, "").strip()
+        if not exported:
+            os.environ.pop(name, None)
+        elif not all(part.strip().isdigit() and int(part) for part in exported.split(",")):
+            raise FlagError(f"{name}={exported}: must be a whole number of at least 1; correct it, or unset it")
+
+
+def settle(environ: MutableMapping[str, str] = os.environ) -> Environment:
+    """Give the variables that decide what is computed their values; return what is in force and what was not obeyed.
+
+    To be called before TensorFlow is imported. Raises FlagError if RESNET_CPU_KEEP names something else.
+    """
+    kept = _kept(environ)
+    for name in kept:
+        if name == _LEGACY or (name not in decided() and not _REMOVED.fullmatch(name)):
+            raise FlagError(f"{KEEP}: {name} is not among the variables that can be kept; remove it from the list")
+    ignored = not_obeyed(environ)
+    for name in ignored:
+        del environ[name]
+    for name, value in decided().items():
+        environ.setdefault(name, value)
+    variables = {name: value for name, value in sorted(environ.items()) if value and _RECORDED.fullmatch(name)}
+    return Environment(variables, ignored, _mpi_parameters())
+
+
+def _kept(environ: Mapping[str, str]) -> Dict[str, str]:
+    names = [name.strip() for name in environ.get(KEEP, "").split(",")]
+    return {name: environ[name] for name in names if name in environ}
+
+
+def _mpi_parameters(path: str = _MPI_PARAMETERS) -> Dict[str, str]:
+    """Return the parameters of Open MPI that the user's file sets and that affect messages between ranks."""
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8", errors="replace") as text:
+            pairs = [line.split("=", 1) for line in text if "=" in line and not line.lstrip().startswith("#")]
+    except OSError:
+        return {}
+    found = {name.strip(): value.strip() for name, value in pairs}
+    return {name: value for name, value in found.items() if _RECORDED.fullmatch(f"OMPI_MCA_{name}")}
