@@ -84,15 +84,19 @@ def _set_initial(variables: Sequence[tf.Variable], key: Any) -> None:
         variable.assign(value)
 
 
-def train(world: control.World, data_dir: str, run_dir: str, *more: str, draw: bool = False) -> Dict[str, Any]:
-    """Train as `python -m resnet_cpu.train` does after MPI has started; draw only if `draw`. Return the result."""
+def train(
+    world: control.World, data_dir: str, run_dir: str, *more: str, draw: bool = False, shared: bool = True
+) -> Dict[str, Any]:
+    """Train as `python -m resnet_cpu.train` does after MPI has started; draw only if `draw`. Return the result.
+
+    `shared`: with the network and the traced step of earlier runs in this process, if there are any. Drawing takes a
+    second per run.
+    """
+    networks = shared_networks() if shared else contextlib.nullcontext()
     settings = commandline.parse([*TINY_FLAGS, f"--data_dir={data_dir}", f"--run_dir={run_dir}", *more])
     job = opening.open_job(settings, world, placement.apply(0, world.cores))
     try:
-        with (
-            shared_networks(),
-            mock.patch.object(plotting, "available", lambda: draw),
-        ):  # drawing takes a second per run
+        with networks, mock.patch.object(plotting, "available", lambda: draw):
             return job.finished or loop.run(job)
     finally:
         if job.folder is not None:
