@@ -293,7 +293,7 @@ def _resolved(values: flags.FlagValues, every: Sequence[Flag]) -> str:
 def recorded_flags(run_dir: str) -> List[str]:
     """Return the flags that the run in `run_dir` recorded, those of an earlier version translated.
 
-    Raises CheckpointError if there is no such run.
+    Raises CheckpointError if the run does not exist.
     """
     path = os.path.join(run_dir, _RECORDED)
     try:

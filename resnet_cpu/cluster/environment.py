@@ -9,7 +9,7 @@ returns what it found for run.json. RESNET_CPU_KEEP names variables that are mea
 import os
 import re
 from importlib import metadata
-from typing import Dict, List, Mapping, MutableMapping, NamedTuple, Optional
+from typing import Dict, List, Mapping, MutableMapping, NamedTuple
 
 from resnet_cpu.errors import FlagError
 
@@ -44,23 +44,22 @@ class Environment(NamedTuple):
     mpi_parameters: Dict[str, str]  # of the user's file, which Open MPI reads; they choose algorithms of allreduce
 
 
-def decided(version: Optional[str] = None) -> Dict[str, str]:
-    """Return the variables that this package sets whatever was exported; `version` is TensorFlow's, by default the
-    installed one's."""
+def decided() -> Dict[str, str]:
+    """Return the variables that this package sets whatever was exported."""
     variables = {
         # Keras' settings in the home folder choose epsilon, precision and layout. This is not a folder.
         "KERAS_HOME": os.devnull,
         "TF2_BEHAVIOR": "1",
         "TF_ENABLE_ONEDNN_OPTS": "1",
     }
-    if keras_is_separate(version):
+    if keras_is_separate():
         variables[_LEGACY] = "1"
     return variables
 
 
-def keras_is_separate(version: Optional[str] = None) -> bool:
-    """Return whether Keras 2, which Horovod needs, is the package tf_keras for this TensorFlow."""
-    found = re.match(r"(\d+)\.(\d+)", version or _tensorflow())
+def keras_is_separate() -> bool:
+    """Return whether Keras 2, which Horovod needs, is the package tf_keras for the installed TensorFlow."""
+    found = re.match(r"(\d+)\.(\d+)", _tensorflow())
     return found is not None and (int(found[1]), int(found[2])) >= _KERAS_2
 
 

@@ -161,7 +161,8 @@ def catch_stop_signals() -> None:
         global _stop_signal
         if _stop_signal is None and confirms:  # os.write: a print may be what the signal has interrupted
             name = signal.Signals(signum).name
-            os.write(2, f"{name} received: stopping after the next step, once a checkpoint is written\n".encode())
+            with contextlib.suppress(OSError):  # standard error may be closed
+                os.write(2, f"{name} received: stopping after the next step, once a checkpoint is written\n".encode())
         _stop_signal = signum
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
