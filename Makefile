@@ -9,11 +9,12 @@ RANKS ?= 2
 DATA := data/fashion_mnist
 RAW := $(if $(RAW_DIR),--raw_dir=$(RAW_DIR),)
 
-.PHONY: help train test check sessions smoke setup lint format docs reproduce tables wheelhouse lock clean
+.PHONY: help train test labs check sessions smoke setup lint format docs reproduce tables wheelhouse lock clean
 
 help:
 	@echo "make train   set up, prepare Fashion-MNIST, train ResNet-50 on two MPI ranks (RANKS=N, RAW_DIR=FOLDER; about 15 minutes)"
-	@echo "make test    set up and run all tests (15 to 25 minutes the first time)"
+	@echo "make test    set up and run the tests: lint, types, training, MPI sessions (about 15 minutes the first time)"
+	@echo "make labs    set up and run the tests with a disposable Slurm and with several hosts on one machine (as root; 10 minutes)"
 	@echo "make check   lint, types and all tests that need no training (under a minute)"
 	@echo "make sessions  all tests that start ranks with mpirun (about 6 minutes)"
 	@echo "make smoke   set up and train a tiny network on synthetic data (half a minute after the set-up)"
@@ -49,10 +50,14 @@ PYTEST = PATH="$(abspath $(VENV))/bin:$$PATH" python -m pytest -q
 PARALLEL = -n "$$(nproc)" --maxprocesses=8 --dist=loadgroup --no-loadscope-reorder
 # Sessions of several ranks run by themselves: a rank that waits polls for its message, on a core that others need.
 test: setup lint
+	@$(PYTEST) -m "mpi and not multihost" $(PYTEST_ARGS) || (($$? == 5))
+	@$(PYTEST) -m "not mpi and not slurm and not multihost" $(PARALLEL) $(PYTEST_ARGS) || (($$? == 5))
+
+# A disposable Slurm, and hosts as network namespaces: their tests mostly wait, for daemons, requeues and lost hosts.
+labs: setup
 	@if (($$(id -u) == 0)) && command -v apt-get >/dev/null; then launch/slurm-lab/lab.sh install; \
 	  command -v tc >/dev/null || apt-get install -y -q --no-install-recommends iproute2 >/dev/null; fi
-	@$(PYTEST) -m "mpi and not multihost" $(PYTEST_ARGS) || (($$? == 5))
-	@$(PYTEST) -m "not mpi or multihost" $(PARALLEL) $(PYTEST_ARGS) || (($$? == 5))
+	@$(PYTEST) -m "slurm or multihost" $(PARALLEL) $(PYTEST_ARGS) || (($$? == 5))
 
 # Everything that needs no training and no ranks: for the time between two edits.
 check: setup lint

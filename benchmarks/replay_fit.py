@@ -28,11 +28,11 @@ from resnet_cpu.cluster import guard
 from resnet_cpu.errors import DataError
 from resnet_cpu.model import tensors
 from resnet_cpu.report import plotting, study_plots
-from resnet_cpu.report.text import aligned
 from resnet_cpu.simulator import exchange
 from resnet_cpu.simulator.exchange import Exchange
 from resnet_cpu.simulator.network import Allocation, Network, allreduce, fused_allreduce
 from resnet_cpu.simulator.published import Comparison, fit
+from resnet_cpu.text import aligned
 
 AIM = 0.05  # relative error of a predicted step
 MESSAGES = ("message", "horovod_message")  # models whose step is one allreduce, by mpi4py and by Horovod

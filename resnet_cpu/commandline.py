@@ -272,7 +272,7 @@ def _fill_in(groups: Dict[str, Dict[str, Any]], whole: bool) -> None:
     dataset = data["dataset"]
     if dataset not in DATASETS and not re.fullmatch(r"tfds:[A-Za-z0-9_]+(/[A-Za-z0-9_.-]+)*", dataset):
         raise FlagError(f"--dataset={dataset}: unknown; use one of {', '.join(DATASETS)} or tfds:NAME")
-    facts = facts_of(dataset)
+    facts = facts_of(dataset, data["data_dir"])
     data["image_size"] = data["image_size"] or facts.image_size
     data["eval_crop"] = data["eval_crop"] or facts.eval_crop
     model["num_classes"] = model["num_classes"] or facts.num_classes

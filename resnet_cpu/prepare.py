@@ -1,14 +1,15 @@
-"""Raw data to verified shards: `python -m resnet_cpu.prepare fashion_mnist --data_dir=data/fashion_mnist`."""
+"""Raw data to verified shards: `python -m resnet_cpu.prepare imagenet --raw_dir=... --data_dir=...`."""
 
 import json
 import os
-from typing import List
+from typing import Dict, List
 
 from resnet_cpu import commandline
 from resnet_cpu.cluster import guard, machine, placement
-from resnet_cpu.data import folders
 from resnet_cpu.errors import FlagError
-from resnet_cpu.settings import SOURCES
+from resnet_cpu.settings import SOURCES, Settings
+
+OF_IMAGE_FILES = ("imagenet", "folder", "tiny_imagenet")
 
 
 def main(argv: List[str]) -> None:
@@ -21,15 +22,26 @@ def main(argv: List[str]) -> None:
             "python -m resnet_cpu.prepare digits --data_dir=data/digits"
         )
     data_dir = commandline.required(settings.data.data_dir, "data_dir", "name the folder of the shards")
-    if source == "verify":
-        counts = folders.verify(data_dir, settings.data.dataset)
-    else:
-        placement.apply(settings.system.threads, machine.physical_cores(os.sched_getaffinity(0)))
-        from resnet_cpu.data.sources import digits, fashion_mnist
-
-        sources = {"fashion_mnist": fashion_mnist, "digits": digits}
-        counts = sources[source].prepare(settings.prepare.raw_dir, data_dir)
+    cores = machine.physical_cores(os.sched_getaffinity(0))
+    counts = (_of_image_files if source in OF_IMAGE_FILES else _with_tensorflow)(source, settings, data_dir, cores)
     print(json.dumps(counts), flush=True)
+
+
+def _of_image_files(source: str, settings: Settings, data_dir: str, cores: int) -> Dict[str, int]:
+    commandline.required(settings.prepare.raw_dir, "raw_dir", "name the folder of the images or archives")
+    from resnet_cpu.data.sources import image_files
+
+    return image_files.prepare(source, settings, data_dir, settings.system.threads or cores)
+
+
+def _with_tensorflow(source: str, settings: Settings, data_dir: str, cores: int) -> Dict[str, int]:
+    placement.apply(settings.system.threads, cores)
+    from resnet_cpu.data import verification
+    from resnet_cpu.data.sources import digits, fashion_mnist
+
+    if source == "verify":
+        return verification.verify(data_dir, settings.data.dataset, settings.system.threads or cores)
+    return {"fashion_mnist": fashion_mnist, "digits": digits}[source].prepare(settings.prepare.raw_dir, data_dir)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from resnet_cpu.recipe.phases import PhaseText
 
 #: Commands that take the settings of a run.
 OF_A_RUN = ("train", "evaluate", "benchmark", "plan", "simulate")
-SOURCES = ("fashion_mnist", "digits", "verify")  # of python -m resnet_cpu.prepare
+SOURCES = ("imagenet", "folder", "tiny_imagenet", "fashion_mnist", "digits", "verify")  # of resnet_cpu.prepare
 
 #: name -> (blocks of each stage, whether blocks are bottlenecks)
 DEPTHS: Dict[str, Tuple[Tuple[int, ...], bool]] = {
@@ -65,7 +65,14 @@ class Recipe:
         decides=True,
     )
     wd_on_bn: bool = setting(False, "Apply weight decay to gamma and beta of batch norm as well.", decides=True)
-    seed: int = setting(0, "Seed of initial weights, order and augmentation.", low=0, high=2**31 - 1, decides=True)
+    seed: int = setting(
+        0,
+        "Seed of initial weights, order and augmentation. prepare: of the order of the images in the shards.",
+        low=0,
+        high=2**31 - 1,
+        decides=True,
+        also=("prepare",),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +81,8 @@ class Data:
 
     dataset: str = setting(
         "imagenet",
-        "imagenet, fashion_mnist, digits, synthetic, or tfds:NAME for an image-classification set prepared by TFDS.",
+        "imagenet, tiny_imagenet, folder (any tree of image folders), fashion_mnist, digits, synthetic, or tfds:NAME "
+        "for an image-classification set prepared by TFDS.",
         decides=True,
         also=("prepare",),
     )
@@ -93,8 +101,8 @@ class Data:
     normalization: str = setting(
         "auto",
         "Mean and scale applied to pixels 0..255. dataset: measured mean and deviation of the training pixels; "
-        "authors: BGR, -104/117/123, /128; torch: RGB, mean and deviation of ImageNet; tf: -1..1. auto: dataset if "
-        "measured, else authors for imagenet and tf for others.",
+        "authors: BGR, -104/117/123, /128; torch: RGB, mean and deviation of ImageNet; tf: -1..1. auto: authors for "
+        "imagenet, else dataset if measured, else tf.",
         choices=("auto", "dataset", "authors", "torch", "tf"),
         decides=True,
     )
@@ -111,6 +119,13 @@ class Data:
     eval_crop: float = setting(
         None, "Share of the short side used in evaluation (default: the data set's).", low=0.1, high=1.0, decides=True
     )
+    bad_records: str = setting(
+        "stop",
+        "What to do about a training image that is damaged or cannot be decoded. stop: end the run; skip: train on the "
+        "next one of the shards instead, and record it. A bad image in evaluation always ends the run.",
+        choices=("stop", "skip"),
+    )
+    max_bad: int = setting(100, "With --bad_records=skip: end the run when a rank has skipped more than this.", low=1)
     data_threads: int = setting(0, "Threads for decoding per rank (0: as many as the rank has cores).", low=0)
 
 
@@ -213,7 +228,10 @@ class System:
         also=("launch",),
     )
     threads: int = setting(
-        0, "Compute threads per rank (0: as many as the rank has cores).", low=0, also=("launch", "prepare")
+        0,
+        "Compute threads per rank (0: as many as the rank has cores). prepare: processes.",
+        low=0,
+        also=("launch", "prepare"),
     )
     stall_timeout: float = setting(600.0, "End the job if no step has finished for this many seconds.", low=1.0)
 
@@ -307,7 +325,11 @@ class Launch:
         choices=("auto", "openmpi", "intel", "mpich", "ibrun", "srun"),
     )
     interface: Optional[str] = setting(None, "Network interface for TCP, such as eth1 (default: the launcher chooses).")
-    dry_run: bool = setting(False, "Print the command line and do not start it.")
+    dry_run: bool = setting(
+        False,
+        "Print the command line and do not start it. prepare: print what would be written and how long it would take.",
+        also=("prepare",),
+    )
     tune: bool = setting(
         False,
         "Time several numbers of ranks on this host, about a minute and a half each, with python -m "
@@ -322,6 +344,18 @@ class Prepare:
     source: Optional[str] = None  # the one argument that is not a flag
     raw_dir: Optional[str] = setting(
         None, "Folder of the raw files (fashion_mnist: default is that of the Debian package).", path=True
+    )
+    short_side: Optional[int] = setting(
+        None, "Make larger images this small, pixels of the short side, as 256 (default: keep their sizes).", low=8
+    )
+    jpeg_quality: int = setting(
+        95, "JPEG quality of images that are made smaller or converted; all others keep their bytes.", low=1, high=100
+    )
+    validation_share: Optional[float] = setting(
+        None, "Share of the images for validation, for a tree of folders without one, by a hash.", low=0.001, high=0.9
+    )
+    allow_incomplete: bool = setting(
+        False, "Prepare a set that is not whole, without the images that cannot be decoded."
     )
 
 

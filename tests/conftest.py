@@ -40,19 +40,19 @@ TINY_FLAGS = [
 
 # Longest first, so that no worker is left with one of them at the end.
 _FILES = ("train", "loop", "benchmark", "tree", "folders", "state", "export", "bare_install", "resnet")
-LONGEST = ["ranks", *(f"test_{name}.py" for name in _FILES)]
+_OF_RANKS = ("slurm", "multihost", "mpi")  # marks; the first one that a test has is its group
+LONGEST = [*_OF_RANKS, *(f"test_{name}.py" for name in _FILES)]
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
-    """Keep the tests of a file on one worker, which share its fixtures, and all that start ranks on one, and first.
+    """Keep the tests of a file on one worker, which share its fixtures; likewise those that start ranks, and first.
 
     Sessions of several ranks use all cores: two at a time would only wait for each other.
     """
 
     def group(item: pytest.Item) -> str:
-        of_ranks = any(item.get_closest_marker(name) for name in ("mpi", "slurm", "multihost"))
-        return "ranks" if of_ranks else item.path.name
+        return next((name for name in _OF_RANKS if item.get_closest_marker(name)), item.path.name)
 
     def place(item: pytest.Item) -> int:
         return LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import errno
+import io
 import os
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import write_tiny_data
+from PIL import Image
 
 from resnet_cpu import commandline
 from resnet_cpu.cluster.control import World
@@ -30,12 +32,29 @@ def with_threads(threads, classes=10):
     )
 
 
-def training(folder, rank=0, ranks=1, batch_size=12, first=0, last=6, augment="full", threads=2, examples=50):
-    """Return (ids, images, labels) of a rank's batches; `order` knows the ids."""
+def training(
+    folder,
+    rank=0,
+    ranks=1,
+    batch_size=12,
+    first=0,
+    last=6,
+    augment="full",
+    threads=2,
+    examples=50,
+    data=None,
+    most=None,
+):
+    """Return (ids, images, labels) of a rank's batches; `order` knows the ids. Up to `most` bad ones are skipped."""
+    settings = with_threads(threads)
+    if most is not None:
+        settings = dataclasses.replace(
+            settings, data=dataclasses.replace(settings.data, bad_records="skip", max_bad=most)
+        )
     found = batches.training_batches(
-        with_threads(threads),
+        settings,
         World(ranks, rank),
-        folders.open_data(folder, "digits"),
+        data or folders.open_data(folder, "digits"),
         examples=examples,
         batch=Batch(batch_size, 1, batch_size * ranks),
         first_step=first,
@@ -133,14 +152,23 @@ PNG = tf.io.encode_png(np.zeros([16, 16, 3], np.uint8)).numpy()
 JPEG = tf.io.encode_jpeg(np.random.default_rng(0).integers(0, 255, [16, 16, 3]).astype(np.uint8)).numpy()
 
 
+def with_size(content, width, height):
+    """Return a JPEG whose header claims another size."""
+    at = content.index(b"\xff\xc0") + 5
+    return content[:at] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + content[at + 4 :]
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 @pytest.mark.parametrize(
     "payload, part",
     [
-        (with_image(b"<html>not found</html>"), "not a JPEG image"),
-        (with_image(b""), "not a JPEG image"),
-        (with_image(PNG), "not a JPEG image"),
-        (with_image(JPEG[: len(JPEG) // 2]), "not a JPEG image"),
+        (with_image(b"<html>not found</html>"), "a web page, not an image"),
+        (with_image(b""), "empty, 0 bytes"),
+        (with_image(PNG[:-20]), "damaged PNG"),
+        (with_image(JPEG[: len(JPEG) // 2]), "damaged JPEG"),
+        (with_image(with_size(JPEG, 50_000, 50_000)), "JPEG of 50000 x 50000 pixels, above the limit"),
+        (with_image(with_size(JPEG, 8_192, 8_193)), "above the limit"),
+        (with_image(PNG[:16] + bytes([0, 1, 0, 0] * 2) + PNG[24:]), "PNG of 65536 x 65536 pixels, above the limit"),
         (with_label(10), "label 10 is outside the 10 classes"),
         (with_label(-1), "label -1 is outside"),
         (lambda payload: b"junk", "standard example"),
@@ -172,6 +200,89 @@ def test_a_record_with_a_flipped_bit_is_named(tmp_path):
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(DataError, match=f"{os.path.basename(path)}: record {record}: checksum"):
         training(folder)
+
+
+@pytest.mark.parametrize("kind", ["png", "gif", "bmp"])
+def test_an_image_is_decoded_by_its_bytes_whatever_the_set_says(tmp_path, kind):
+    """A PNG in a set of JPEGs ended a run, in training and in evaluation."""
+    folder = str(tmp_path)
+    write_tiny_data(folder)
+    if kind == "png":
+        content = tf.io.encode_png(np.full([20, 30, 3], 90, np.uint8)).numpy()
+    else:
+        buffer = io.BytesIO()
+        Image.new("RGB", (30, 20), (90, 90, 90)).save(buffer, kind)
+        content = buffer.getvalue()
+    for split in ("train", "validation"):
+        rewrite(folder, split, 19, with_image(content))
+    expected = (90.0 - np.array(folders.open_data(folder, "digits").pixel_mean)) / view_of(
+        folders.open_data(folder, "digits")
+    ).scale
+    for found in (training(folder), evaluation(folder)):
+        ids = np.concatenate([batch[0] for batch in found])
+        images = np.concatenate([batch[1] for batch in found])
+        assert 19 in ids
+        np.testing.assert_allclose(images[ids == 19], np.broadcast_to(expected, images[ids == 19].shape), atol=1e-4)
+
+
+def damaged(tmp_path, *records):
+    folder = str(tmp_path)
+    write_tiny_data(folder)
+    paths = [rewrite(folder, "train", record, with_image(JPEG[: len(JPEG) // 2])) for record in records]
+    return folder, paths
+
+
+def test_bad_records_are_skipped_if_asked_and_nothing_else_changes(tmp_path, tiny_data, capfd):
+    folder, places = damaged(tmp_path, 19, 20, 49)
+    data = folders.open_data(folder, "digits")
+    found, whole = training(folder, data=data, most=3), training(tiny_data)
+    assert len(found) == len(whole) == 6  # every rank does all of its steps
+    assert sorted(data.train.bad) == [19, 20, 49]
+    warnings = capfd.readouterr().err.splitlines()
+    for path, record in places:
+        assert sum(f"skipped: {path}: record {record}: damaged JPEG" in line for line in warnings) == 1
+    labels = {19: 1, 20: 1, 49: 0}  # those of examples 21, 21 and 0
+    for (ids, images, got), (_, expected, right) in zip(found, whole):
+        good = ~np.isin(ids, [19, 20, 49])
+        np.testing.assert_array_equal(images.numpy()[good], expected.numpy()[good])
+        np.testing.assert_array_equal(got.numpy()[good], right.numpy()[good])
+        for example, label in zip(ids[~good], got.numpy()[~good]):
+            assert label == labels[example]
+
+
+def test_what_was_skipped_before_a_restart_does_not_change_the_images(tmp_path):
+    folder, _ = damaged(tmp_path, 19, 20, 49)
+    whole, rest = training(folder, most=3), training(folder, most=3, first=3)
+    for (_, images, _), (_, again, _) in zip(whole[3:], rest):
+        np.testing.assert_array_equal(images, again)
+
+
+def test_more_bad_records_than_allowed_end_the_run(tmp_path):
+    folder, _ = damaged(tmp_path, 19, 20, 49)
+    with pytest.raises(DataError, match="3 bad records, more than --max_bad=2; prepare the data set again"):
+        training(folder, most=2)
+    with pytest.raises(DataError, match="damaged JPEG"):  # negative control: by default the first one does
+        training(folder)
+
+
+def test_a_label_outside_the_classes_is_never_skipped(tmp_path):
+    """With labels from 0 in a layout that counts from 1, skipping would train on shifted labels."""
+    folder = str(tmp_path)
+    write_tiny_data(folder)
+    rewrite(folder, "train", 19, with_label(10))
+    with pytest.raises(DataError, match="label 10 is outside the 10 classes"):
+        training(folder, most=5)
+
+
+def test_bad_records_in_the_sample_of_labels_are_skipped_as_well(tmp_path):
+    folder, _ = damaged(tmp_path, 19)
+    rewrite(folder, "train", 20, lambda payload: b"junk")
+    data, settings = folders.open_data(folder, "digits"), with_threads(1)
+    with pytest.raises(DataError, match="standard example"):
+        batches.check_label_base(settings, data)
+    skipping = dataclasses.replace(settings, data=dataclasses.replace(settings.data, bad_records="skip"))
+    batches.check_label_base(skipping, data)
+    assert 20 in data.train.bad
 
 
 def test_evaluation_batches_pad_with_the_last_example(tiny_data):
@@ -220,7 +331,7 @@ def test_the_label_base_is_checked_on_256_records_of_each_split(tiny_data, monke
             assert ids[0] == 0 and ids[-1] == self.examples - 1  # spread over the split
             return data.train.read(np.zeros(len(ids), np.int64))
 
-    batches.check_label_base(dataclasses.replace(data, train=Many(), validation=Many()), 10)
+    batches.check_label_base(SETTINGS, dataclasses.replace(data, train=Many(), validation=Many()))
     assert reads == [256, 256]
 
 

@@ -8,7 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import OUTSIDE, ROOT, last_line, write_tiny_data
+from conftest import OUTSIDE, ROOT, TINY_FLAGS, last_line, write_tiny_data
+from raw_images import folders
 
 from resnet_cpu import prepare
 from resnet_cpu.data.sources import arrays
@@ -45,7 +46,10 @@ def write_idx(folder):
 
 
 def test_an_unknown_source_is_refused_with_those_that_exist(run, tmp_path):
-    with pytest.raises(FlagError, match="fashion: name what to prepare, one of fashion_mnist, digits, verify"):
+    with pytest.raises(
+        FlagError,
+        match="fashion: name what to prepare, one of imagenet, folder, tiny_imagenet, fashion_mnist, digits, verify",
+    ):
         run("fashion", f"--data_dir={tmp_path}")
     with pytest.raises(FlagError, match="SOURCE: name what to prepare"):
         run(f"--data_dir={tmp_path}")
@@ -120,3 +124,17 @@ def test_two_prepares_at_a_time_leave_a_data_set_that_verifies(run, tmp_path):
     output = [process.communicate(timeout=300)[0] for process in processes]
     assert any("1000" in text for text in output)
     assert run("verify", f"--data_dir={tmp_path}") == {"train": 1000, "validation": 21}
+
+
+def test_a_tree_of_images_is_prepared_verified_and_trained_on(run_command, tmp_path):
+    """The number of classes comes from the prepared set."""
+    raw, data = folders(tmp_path / "raw", train=12), tmp_path / "data"
+    process = run_command("prepare", "folder", f"--raw_dir={raw}", f"--data_dir={data}")
+    assert process.returncode == 0, process.stderr
+    process = run_command("prepare", "verify", f"--data_dir={data}")
+    assert json.loads(last_line(process.stdout)) == {"train": 36, "validation": 9}
+    flags = ["--dataset=folder", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", "--max_steps=2"]
+    process = run_command("train", *TINY_FLAGS, *flags)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(last_line(process.stdout))["examples"] == 9
+    assert "folder: 36 training and 9 evaluation images" in process.stderr

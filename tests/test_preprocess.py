@@ -22,7 +22,7 @@ def jpeg(height, width):
 
 def view(size=16, resize="bilinear", eval_crop=1.0, normalization="dataset", pixels=GREY, **more):
     settings = Data(resize=resize, eval_crop=eval_crop, normalization=normalization, **more)
-    data = types.SimpleNamespace(pixel_mean=pixels[0], pixel_std=pixels[1], jpeg=True)
+    data = types.SimpleNamespace(pixel_mean=pixels[0], pixel_std=pixels[1])
     return preprocess.make_view(settings, data, size)
 
 

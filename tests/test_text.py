@@ -2,7 +2,7 @@
 
 import pytest
 
-from resnet_cpu.report.text import aligned, count, duration
+from resnet_cpu.text import aligned, count, duration
 
 
 @pytest.mark.parametrize("seconds, text", [(0.4, "0s"), (59.4, "59s"), (250, "4m10s"), (7500, "2h05m")])

@@ -13,6 +13,7 @@ import tensorflow as tf
 from resnet_cpu.cluster.control import World
 from resnet_cpu.data import order, preprocess, synthetic
 from resnet_cpu.data.folders import ShardedData
+from resnet_cpu.data.images import BadImage, read_header
 from resnet_cpu.data.shards import Split
 from resnet_cpu.errors import DataError, OutputError
 from resnet_cpu.recipe.batch import Batch
@@ -41,7 +42,8 @@ def training_batches(
 ) -> Iterator[TrainingBatch]:
     """Yield this rank's micro-batches of the steps first_step ... last_step - 1; synthetic ones without `data`.
 
-    Raises DataError for a bad record, OutputError for one that cannot be read.
+    Raises DataError for a bad record, or for the first above --max_bad with --bad_records=skip, and OutputError for one
+    that cannot be read.
     """
     share = order.Share(
         seed=settings.recipe.seed,
@@ -58,11 +60,13 @@ def training_batches(
         yield from _on_own_threads(synthetic.training_set(image_size, share, classes), threads)
         return
     view = preprocess.make_view(settings.data, data, image_size)
-    reader = data.train
+    reader, tolerance = data.train, _tolerance(settings)
 
     def read(number: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
         ids, epochs = share.batch(int(number))
-        return ids, np.array(reader.read(ids), object), order.draws(share.seed, epochs, ids, preprocess.DRAWS)
+        draws = order.draws(share.seed, epochs, ids, preprocess.DRAWS)
+        ids = _without(reader.bad, ids, examples)
+        return ids, np.array(reader.read(ids), object), draws
 
     def decode(encoded: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
         return preprocess.training_image(encoded, draws, augment, view)
@@ -70,7 +74,10 @@ def training_batches(
     def from_number(number: int) -> tf.data.Dataset:
         return _decoded(range(number, share.numbers.stop), read, decode, data, share.batch_size, threads)
 
-    for _, images, labels in _checked(from_number, share.numbers, data, reader, classes, lambda n: share.batch(n)[0]):
+    def ids_of(number: int) -> np.ndarray:
+        return _without(reader.bad, share.batch(number)[0], examples)
+
+    for _, images, labels in _checked(from_number, share.numbers, data, reader, classes, ids_of, tolerance):
         yield images, labels
 
 
@@ -158,10 +165,12 @@ def _checked(
     split: Split,
     num_classes: int,
     ids_of: Callable[[int], np.ndarray],
+    tolerance: int = 0,
 ) -> Iterator[EvaluationBatch]:
     """Yield the batches `numbers` with their labels checked; turn errors of TensorFlow into those of a file and record.
 
     An error that does not repeat when the records are read one by one is not one of the data: the batch is read again.
+    It is read again as well after bad records were noted in `split.bad`, which holds up to `tolerance` of them.
 
     Args:
         batches_from: function from the number of a batch to the dataset that begins with it.
@@ -173,38 +182,56 @@ def _checked(
         try:
             ids, images, labels = next(iterator)
         except tf.errors.OpError as error:
-            bad_record = _find_bad_record(data, split, ids_of(number))
-            if bad_record is not None:
-                raise bad_record from None
+            bad = _find_bad_records(data, split, ids_of(number))
+            if bad:
+                _note(split, bad, tolerance)
+                iterator = iter(batches_from(number))
+                continue
             if number == retried:
                 raise OutputError(
                     f"batch {number} of {_where(split)} could not be read twice, though each of its records can be "
-                    f"({_first_line(error)}); check the file system, then run again"
+                    f"({first_line(error)}); check the file system, then run again"
                 ) from None
-            reason = f"batch {number} of {_where(split)} could not be read ({_first_line(error)})"
+            reason = f"batch {number} of {_where(split)} could not be read ({first_line(error)})"
             print(f"WARNING: {reason}; reading it again", file=sys.stderr, flush=True)
             iterator, retried = iter(batches_from(number)), number
             continue
+        # Never skipped: a label outside the classes is a sign that the others have another meaning as well.
         _check_labels(split, ids.numpy(), labels.numpy(), num_classes, data.label_base)
         yield ids.numpy(), images, labels
         number += 1
 
 
-def check_label_base(data: ShardedData, num_classes: int) -> None:
+def check_label_base(settings: Settings, data: ShardedData) -> None:
     """Raise DataError if the labels of a sample from each split are not in the range of the layout.
 
     The labels of all other records are checked when they are read, so that none outside the classes is trained on.
     """
-    for split in (data.train, data.validation):
+    for split, tolerance in ((data.train, _tolerance(settings)), (data.validation, 0)):
         ids = np.unique(np.linspace(0, split.examples - 1, LABEL_SAMPLE).astype(np.int64))
-        label = {data.label_key: _features(data)[data.label_key]}
         try:
-            labels = tf.io.parse_example(split.read(ids), label)[data.label_key].numpy() - data.label_base
-        except tf.errors.OpError as error:
-            raise _find_bad_record(data, split, ids) or DataError(
-                f"{_where(split)}: labels cannot be read ({_first_line(error)}); prepare the data set again"
-            ) from None
-        _check_labels(split, ids, labels, num_classes, data.label_base)
+            labels = _labels_of(data, split, ids)
+        except (tf.errors.OpError, DataError) as error:
+            bad = _find_bad_records(data, split, ids)
+            if not bad:
+                raise DataError(
+                    f"{_where(split)}: labels cannot be read ({error}); prepare the data set again"
+                ) from None
+            _note(split, bad, tolerance)
+            ids = np.array([example for example in ids.tolist() if example not in bad])
+            labels = _labels_of(data, split, ids)
+        _check_labels(split, ids, labels, settings.model.num_classes, data.label_base)
+
+
+def _labels_of(data: ShardedData, split: Split, ids: np.ndarray) -> np.ndarray:
+    """Return the labels of examples, counted from 0."""
+    label = {data.label_key: _features(data)[data.label_key]}
+    return tf.io.parse_example(split.read(ids), label)[data.label_key].numpy() - data.label_base
+
+
+def _tolerance(settings: Settings) -> int:
+    """Return the number of bad training records that a rank skips."""
+    return settings.data.max_bad if settings.data.bad_records == "skip" else 0
 
 
 def _check_labels(split: Split, ids: np.ndarray, labels: np.ndarray, num_classes: int, label_base: int) -> None:
@@ -218,35 +245,65 @@ def _check_labels(split: Split, ids: np.ndarray, labels: np.ndarray, num_classes
         )
 
 
-def _find_bad_record(data: ShardedData, split: Split, ids: np.ndarray) -> Optional[DataError]:
-    """Read the records of a failed batch one by one; return the error of the first bad one, None if all are good.
+def _without(bad: Dict[int, DataError], ids: np.ndarray, examples: int) -> np.ndarray:
+    """Return the ids with each bad one replaced by the next that is not; there are `examples` to choose from.
+
+    The number of images per step stays the same on all ranks, and the choice depends on the data only.
+    """
+    if bad and set(bad).issuperset(range(examples)):
+        raise DataError("all training images are bad; prepare the data set again")
+    replaced = ids.copy()
+    for place in np.flatnonzero(np.isin(ids, list(bad))) if bad else ():
+        while replaced[place] in bad:
+            replaced[place] = (replaced[place] + 1) % examples
+    return replaced
+
+
+def _note(split: Split, bad: Dict[int, DataError], tolerance: int) -> None:
+    """Add bad records to those of the split; raise the error of the first one if there are more than `tolerance`."""
+    if not tolerance:
+        raise next(iter(bad.values())) from None
+    for example, error in bad.items():
+        print(f"WARNING: skipped: {error}", file=sys.stderr, flush=True)
+        split.bad[example] = error
+    if len(split.bad) > tolerance:
+        raise DataError(
+            f"{_where(split)}: {len(split.bad)} bad records, more than --max_bad={tolerance}; prepare the data set "
+            "again, or raise --max_bad"
+        )
+
+
+def _find_bad_records(data: ShardedData, split: Split, ids: np.ndarray) -> Dict[int, DataError]:
+    """Read the records of a failed batch one by one; return the bad ones with their errors.
 
     Raises OutputError for a record that cannot be read.
     """
-    for example in ids:
+    found: Dict[int, DataError] = {}
+    for example in ids.tolist():
         path, record = split.locate(example)
+        header = None
         try:
             parsed = tf.io.parse_single_example(split.read(np.array([example]))[0], _features(data))
-            encoded = parsed[data.image_key]
-            if data.jpeg:
-                shape = tf.image.extract_jpeg_shape(encoded)
-                tf.image.decode_and_crop_jpeg(encoded, tf.concat([[0, 0], shape[:2]], 0), channels=3)
-            else:
-                tf.io.decode_image(encoded, channels=3, expand_animations=False)
+            encoded = parsed[data.image_key].numpy()
+            header = read_header(encoded)
+            tf.io.decode_image(encoded, channels=3, expand_animations=False)
         except DataError as error:
-            return error
+            found[example] = error
+        except BadImage as error:
+            found[example] = DataError(f"{path}: record {record}: {error}; prepare the data set again")
         except tf.errors.OpError as error:
-            return DataError(
-                f"{path}: record {record}: not {'a JPEG' if data.jpeg else 'an'} image in a standard example "
-                f"({_first_line(error)}); prepare the data set again"
+            what = f"damaged {header.format}" if header else "not a standard example"
+            found[example] = DataError(
+                f"{path}: record {record}: {what} ({first_line(error)}); prepare the data set again"
             )
-    return None
+    return found
 
 
 def _where(split: Split) -> str:
     return os.path.dirname(split.paths[0])
 
 
-def _first_line(error: tf.errors.OpError) -> str:
+def first_line(error: tf.errors.OpError) -> str:
+    """Return the first line of TensorFlow's message, without the name of the operation's node."""
     lines: List[str] = [line for line in (error.message or type(error).__name__).splitlines() if line.strip()]
     return lines[0].replace("{{function_node __wrapped__", "").strip()[:200]

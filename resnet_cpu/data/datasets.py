@@ -1,7 +1,11 @@
 """Facts of each data set that are known without reading it: sizes, classes and the usual view of its images."""
 
 import dataclasses
+import json
+import os
 from typing import Dict, Optional
+
+MANIFEST = "manifest.json"  # of a folder that `prepare` wrote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +22,8 @@ class Facts:
 # ImageNet: 224/256 of the short side, as in the published results; small images are evaluated whole.
 DATASETS: Dict[str, Facts] = {
     "imagenet": Facts(1_281_167, 50_000, 1000, 224, 0.875),
+    "tiny_imagenet": Facts(100_000, 10_000, 200, 64, 1.0),
+    "folder": Facts(None, None, None, 224, 0.875),
     "fashion_mnist": Facts(60_000, 10_000, 10, 32, 1.0),
     "digits": Facts(1_497, 300, 10, 32, 1.0),
     "synthetic": Facts(1_281_167, 0, 1000, 224, 1.0),
@@ -26,6 +32,31 @@ DATASETS: Dict[str, Facts] = {
 _TFDS = Facts(None, None, None, 224, 0.875)
 
 
-def facts_of(dataset: str) -> Facts:
-    """Return the facts of the data set of `--dataset`."""
-    return DATASETS.get(dataset, _TFDS)
+def facts_of(dataset: str, data_dir: Optional[str] = None) -> Facts:
+    """Return the facts of the data set of `--dataset`; those that differ from set to set, from the manifest, if any."""
+    facts = DATASETS.get(dataset, _TFDS)
+    if facts.num_classes is not None or data_dir is None:
+        return facts
+    try:
+        with open(os.path.join(data_dir, MANIFEST), encoding="utf-8") as file:
+            manifest = json.load(file)
+        train, validation = (
+            sum(row["examples"] for row in manifest["splits"][split]) for split in ("train", "validation")
+        )
+        return dataclasses.replace(
+            facts, train_examples=train, validation_examples=validation, num_classes=int(manifest["num_classes"])
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return facts  # opening the data reports what is wrong with them
+
+
+def normalization_of(normalization: str, dataset: str, measured: bool) -> str:
+    """Return what --normalization=auto stands for, given whether the pixels of the set were measured.
+
+    ImageNet is normalised as the authors did it, whoever wrote its shards; other sets by their own pixels, if measured.
+    """
+    if normalization != "auto":
+        return normalization
+    if dataset == "imagenet":
+        return "authors"
+    return "dataset" if measured else "tf"

@@ -1,4 +1,4 @@
-"""From the bytes of an image to the input of the network; pure TensorFlow, one example at a time.
+"""From the bytes of an image to the input of the network; TensorFlow, one example at a time.
 
 Only the cropped window of a JPEG is decoded: blocks outside of it skip the inverse cosine transform.
 """
@@ -9,12 +9,15 @@ from typing import Dict, Tuple
 import numpy as np
 import tensorflow as tf
 
+from resnet_cpu.data import images
+from resnet_cpu.data.datasets import normalization_of
 from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.settings import Data
 
 CROP_ATTEMPTS = 10
 CROP_ASPECT = (0.75, 1.3333)  # inception: width / height of the crop; authors: the square root of its aspect ratio
 DRAWS = 5 * CROP_ATTEMPTS + 1  # (area, aspect, y, x, swap) for each attempt, and the flip
+_TOO_LARGE = "the image is above the limit of pixels"  # `images.read_header` words it for people
 _GRID = 0.001  # of the authors' Caffe, for area and aspect
 
 # Mean and scale of pixels 0..255; the first is the authors' (sara-nl/caffe train_val.prototxt: BGR order, x 1/128).
@@ -37,19 +40,11 @@ class View:
     bgr: bool
     crop: str  # inception or authors
     crop_area: Tuple[float, float]  # share of the image, least and most
-    jpeg: bool  # else any format that TensorFlow decodes, at the cost of decoding the whole image
 
 
 def make_view(settings: Data, data: ShardedData, image_size: int) -> View:
-    """Return the view of the images of `data` by the settings, at `image_size` pixels.
-
-    The normalization `auto` is `dataset`, the data set's own mean and deviation, where they were measured; otherwise
-    `authors` for ImageNet and `tf` for other sets.
-    """
-    normalization = settings.normalization
-    if normalization == "auto":
-        otherwise = "authors" if settings.dataset == "imagenet" else "tf"
-        normalization = otherwise if data.pixel_mean is None else "dataset"
+    """Return the view of the images of `data` by the settings, at `image_size` pixels."""
+    normalization = normalization_of(settings.normalization, settings.dataset, data.pixel_mean is not None)
     if normalization == "dataset":
         assert data.pixel_mean is not None and data.pixel_std is not None  # `training.opening` has refused it
         mean, scale, bgr = data.pixel_mean, data.pixel_std, False
@@ -64,7 +59,6 @@ def make_view(settings: Data, data: ShardedData, image_size: int) -> View:
         bgr=bgr,
         crop=settings.crop,
         crop_area=settings.crop_area,
-        jpeg=data.jpeg,
     )
 
 
@@ -165,35 +159,59 @@ def _shift(image: tf.Tensor, draws: tf.Tensor, view: View) -> tf.Tensor:
 
 
 class _Source:
-    """An encoded image: its shape, int32 [height, width, channels], and windows of it, resized."""
+    """An encoded image: its shape, int32 [height, width, channels], and windows of it, resized.
+
+    The format is that of the bytes, whatever the data set says: JPEG, PNG, GIF (its first frame) or BMP.
+    """
 
     def __init__(self, encoded: tf.Tensor, view: View) -> None:
-        self._encoded, self._view = encoded, view
-        if view.jpeg:
-            self.shape = tf.image.extract_jpeg_shape(encoded)
-        else:
-            self._whole = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-            self.shape = tf.shape(self._whole)
+        self._encoded, self._view, self._is_jpeg = encoded, view, tf.io.is_jpeg(encoded)
+
+        def jpeg() -> Tuple[tf.Tensor, tf.Tensor]:
+            shape = tf.image.extract_jpeg_shape(encoded)
+            small = (tf.reduce_max(shape[:2]) <= images.MOST_PIXELS_A_SIDE) & (
+                tf.cast(shape[0], tf.int64) * tf.cast(shape[1], tf.int64) <= images.MOST_PIXELS
+            )
+            with tf.control_dependencies([tf.debugging.Assert(small, [_TOO_LARGE])]):
+                return tf.identity(shape), tf.zeros([0, 0, 3], tf.uint8)
+
+        def other() -> Tuple[tf.Tensor, tf.Tensor]:
+            (checked,) = tf.numpy_function(_checked, [encoded], [tf.string])
+            whole = tf.io.decode_image(tf.ensure_shape(checked, []), channels=3, expand_animations=False)
+            return tf.shape(whole), whole
+
+        self.shape, self._whole = tf.cond(self._is_jpeg, jpeg, other)
+        self.shape = tf.ensure_shape(self.shape, [3])
 
     def window(self, window: tf.Tensor) -> tf.Tensor:
         """Return float32 [size, size, 3] of the int32 window [y, x, height, width]."""
-        if self._view.jpeg:
-            image = tf.image.decode_and_crop_jpeg(self._encoded, window, channels=3)
-        else:
-            image = tf.slice(self._whole, tf.concat([window[:2], [0]], 0), tf.concat([window[2:], [3]], 0))
+
+        def jpeg() -> tf.Tensor:  # blocks outside of the window are not transformed
+            return tf.image.decode_and_crop_jpeg(self._encoded, window, channels=3)
+
+        def other() -> tf.Tensor:
+            return tf.slice(self._whole, tf.concat([window[:2], [0]], 0), tf.concat([window[2:], [3]], 0))
+
+        image = tf.ensure_shape(tf.cond(self._is_jpeg, jpeg, other), [None, None, 3])
         size = self._view.image_size
         image = tf.image.resize(image, [size, size], method=self._view.resize)
         return tf.ensure_shape(image, [size, size, 3])
 
 
-def normalize(images: tf.Tensor, view: View) -> tf.Tensor:
-    """Return (images - mean) / scale in the channel order of the network; float32 [..., size, size, 3], RGB 0..255.
+def _checked(encoded: bytes) -> bytes:
+    """Return the image; raise BadImage if its size is above the limits."""
+    images.read_header(encoded)
+    return encoded
+
+
+def normalize(pixels: tf.Tensor, view: View) -> tf.Tensor:
+    """Return (pixels - mean) / scale in the channel order of the network; float32 [..., size, size, 3], RGB 0..255.
 
     A product with a 3x3 matrix reorders and scales channels in one pass, and the subtracted offset has the shape of the
     image: this takes a third of the time of reversing channels and broadcasting three numbers.
     """
     size, scale = view.image_size, np.array(view.scale)
     order = np.eye(3)[::-1] if view.bgr else np.eye(3)
-    ordered = tf.matmul(tf.reshape(images, [-1, 3]), tf.constant(order / scale, tf.float32))
+    ordered = tf.matmul(tf.reshape(pixels, [-1, 3]), tf.constant(order / scale, tf.float32))
     offset = np.broadcast_to((np.array(view.mean) / scale).astype(np.float32), [size, size, 3])
-    return tf.reshape(ordered, tf.shape(images)) - tf.constant(offset)
+    return tf.reshape(ordered, tf.shape(pixels)) - tf.constant(offset)

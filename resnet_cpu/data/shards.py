@@ -6,22 +6,24 @@ share its pages, and the memory of a rank does not grow with the data set.
 """
 
 import dataclasses
+import hashlib
 import io
+import itertools
 import json
 import os
 import resource
 import struct
 import sys
 import time
-from typing import Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Tuple
 
 import google_crc32c
 import numpy as np
 
+from resnet_cpu.data.datasets import MANIFEST
 from resnet_cpu.errors import DataError, OutputError
 from resnet_cpu.run.atomic import write_atomically
 
-MANIFEST = "manifest.json"
 RETRY_AFTER_S = 1.0  # after a read that failed: most failures of network file systems are brief
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
@@ -104,22 +106,27 @@ def read_index(path: str) -> np.ndarray:
 
 def write_split(folder: str, split: str, examples: Iterator[bytes], count: int, shards: int) -> List[Dict]:
     """Write `count` serialized examples to `shards` shards with their indexes; return the rows of the manifest."""
-    rows = []
     bounds = np.linspace(0, count, shards + 1).astype(int)
-    for shard, (first, last) in enumerate(zip(bounds[:-1], bounds[1:])):
-        name = shard_name(split, shard, shards)
-        path = os.path.join(folder, name)
-        temporary = f"{path}.tmp{os.getpid()}"
-        with open(temporary, "wb") as file:
-            for _ in range(last - first):
-                payload = next(examples)
-                header, footer = frame_around(payload)
-                file.write(header + payload + footer)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        rows.append({"name": name, "examples": write_index(path), "bytes": os.path.getsize(path)})
-    return rows
+    return [
+        write_shard(os.path.join(folder, shard_name(split, shard, shards)), itertools.islice(examples, last - first))
+        for shard, (first, last) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist()))
+    ]
+
+
+def write_shard(path: str, payloads: Iterable[bytes]) -> Dict[str, Any]:
+    """Write a shard atomically, then its index; return its row of the manifest: name, examples, bytes, sha256."""
+    temporary, digest = f"{path}.tmp{os.getpid()}", hashlib.sha256()
+    with open(temporary, "wb") as file:
+        for payload in payloads:
+            header, footer = frame_around(payload)
+            for part in (header, payload, footer):
+                file.write(part)
+                digest.update(part)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    size = os.path.getsize(path)
+    return {"name": os.path.basename(path), "examples": write_index(path), "bytes": size, "sha256": digest.hexdigest()}
 
 
 def write_manifest(folder: str, manifest: Dict) -> None:
@@ -155,6 +162,7 @@ class Split:
     first: np.ndarray  # id of the first example of each shard, and one past the last
     starts: Tuple[np.ndarray, ...]  # indexes of the shards, see `scan`
     descriptors: Tuple[int, ...]
+    bad: Dict[int, DataError] = dataclasses.field(default_factory=dict, compare=False)  # examples that are skipped
 
     @property
     def examples(self) -> int:

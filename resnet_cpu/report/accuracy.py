@@ -14,9 +14,9 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Seque
 
 from resnet_cpu.errors import DataError
 from resnet_cpu.report.tables import NOT_RUN, Column, Row, Table, cell, find_published, find_runs, origin, run_folders
-from resnet_cpu.report.text import count
 from resnet_cpu.run import signature
 from resnet_cpu.run.folder import read_json, read_rows
+from resnet_cpu.text import count
 
 RUNS, CURVES = "runs.csv", "curves.csv"
 SCORES = ("top1", "top5", "loss", "ece")

@@ -10,11 +10,11 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from resnet_cpu.errors import DataError
 from resnet_cpu.report.tables import NOT_RUN, Row, Table, cell, find_published, find_runs, origin, run_folders
-from resnet_cpu.report.text import count
 from resnet_cpu.run.folder import read_json
 from resnet_cpu.scaling import ladders
 from resnet_cpu.scaling.ladders import LadderRun, Rung
 from resnet_cpu.scaling.steptimes import PARTS
+from resnet_cpu.text import count
 
 SCALING_RUNS = "scaling_runs.csv"
 RUN_COLUMNS = (

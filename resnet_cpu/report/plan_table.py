@@ -6,10 +6,10 @@ from resnet_cpu.data.datasets import facts_of
 from resnet_cpu.errors import DataError, FlagError
 from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.phases import Phase
-from resnet_cpu.report.text import aligned, count, duration
 from resnet_cpu.resolve import Resolved, resolve_recipe
 from resnet_cpu.run import past_run
 from resnet_cpu.settings import Settings
+from resnet_cpu.text import aligned, count, duration
 
 CSV_HEADER = "step,phase,step_in_phase,epoch,lr,weight_decay,momentum,augment,image_size"
 PLOT = "plan.png"
@@ -31,7 +31,7 @@ def answer(settings: Settings) -> str:
 
 def train_examples(settings: Settings) -> int:
     """Return the number of training examples: of the flag, the data set's known size, or the size of its shards."""
-    known = settings.data.train_examples or facts_of(settings.data.dataset).train_examples
+    known = settings.data.train_examples or facts_of(settings.data.dataset, settings.data.data_dir).train_examples
     if known is None and settings.data.data_dir:
         from resnet_cpu.data import folders  # not needed otherwise, and slow to load
 

@@ -6,12 +6,12 @@ from typing import Any, Dict, List, Tuple
 from resnet_cpu.errors import FlagError
 from resnet_cpu.recipe.batch import Batch
 from resnet_cpu.report import plotting, study_plots
-from resnet_cpu.report.text import aligned, count, duration
 from resnet_cpu.settings import Settings
 from resnet_cpu.simulator import cluster as clusters
 from resnet_cpu.simulator import published
 from resnet_cpu.simulator.cluster import Cluster, CurvePoint, efficiency
 from resnet_cpu.simulator.exchange import Step
+from resnet_cpu.text import aligned, count, duration
 
 CSV_HEADER = "nodes,ranks,global_batch_size,images_per_second,efficiency,step_s," + ",".join(
     f"{field.name}_s" if field.name != "messages" else "messages" for field in dataclasses.fields(Step)

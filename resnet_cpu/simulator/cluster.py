@@ -294,7 +294,7 @@ def first_below(cluster: Cluster, points: List[CurvePoint], share: float) -> Opt
 
 def train_examples(settings: Settings) -> Optional[int]:
     """Return the number of training examples, by flag or of the data set; None if it is not known."""
-    return settings.data.train_examples or facts_of(settings.data.dataset).train_examples
+    return settings.data.train_examples or facts_of(settings.data.dataset, settings.data.data_dir).train_examples
 
 
 def training_seconds(cluster: Cluster, nodes: int, examples: int) -> Dict[str, float]:
@@ -314,7 +314,9 @@ def training_seconds(cluster: Cluster, nodes: int, examples: int) -> Dict[str, f
     if run.eval_every_epochs:
         evaluations = steps * resolved.batch.total / examples / run.eval_every_epochs
     per_rank = run.eval_batch_size or resolved.batch.per_rank
-    batches = -(-(facts_of(settings.data.dataset).validation_examples or 0) // (ranks * per_rank))
+    batches = -(
+        -(facts_of(settings.data.dataset, settings.data.data_dir).validation_examples or 0) // (ranks * per_rank)
+    )
     forward_s = (1 - exchange.BACKWARD_SHARE) * cluster.node.image_s
     saved = steps / run.checkpoint_every_steps if run.checkpoint_every_steps else len(resolved.phases)
     weights = sum(gradient.bytes for gradient in gradients(cluster, settings.data.image_size))

@@ -127,7 +127,7 @@ def predict(
 def restored_model(settings: Settings, world: World, data: ShardedData, path: str) -> tf.keras.Model:
     """Return the network of the settings with the weights of the checkpoint `path`, on every rank."""
     model = state.build_model(settings)
-    world.on_rank0(lambda: check_label_base(data, settings.model.num_classes))
+    world.on_rank0(lambda: check_label_base(settings, data))
     world.on_rank0(lambda: state.load_weights(model, path))
     horovod.broadcast(model.variables)
     return model

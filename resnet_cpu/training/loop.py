@@ -109,7 +109,7 @@ def start(job: Job, state: State, report: AnyReport) -> None:
         if job.init_from is not None:
             job.world.on_rank0(lambda: _initialise_from(job, state))
         if data is not None:
-            job.world.on_rank0(lambda: check_label_base(data, job.settings.model.num_classes))
+            job.world.on_rank0(lambda: check_label_base(job.settings, data))
     horovod.broadcast(state.variables)
     state.check_replicas(job.world, f"before step {state.step}")
     parameters = sum(int(np.prod(variable.shape)) for variable in state.model.trainable_variables)

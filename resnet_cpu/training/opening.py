@@ -14,7 +14,7 @@ from resnet_cpu.cluster.control import World
 from resnet_cpu.cluster.environment import Environment
 from resnet_cpu.cluster.machine import spans
 from resnet_cpu.data import folders
-from resnet_cpu.data.datasets import DATASETS
+from resnet_cpu.data.datasets import DATASETS, normalization_of
 from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.errors import CheckpointError, DataError, FlagError, RunFolderError
 from resnet_cpu.resolve import Resolved, resolve_recipe
@@ -176,7 +176,8 @@ def _pixels(settings: Settings, data: Optional[ShardedData]) -> signatures.Pixel
     """Return the measured pixel mean and deviation, if images are normalised with them."""
     if data is None or not data.pixel_mean or not data.pixel_std:
         return None
-    return (data.pixel_mean, data.pixel_std) if settings.data.normalization in ("auto", "dataset") else None
+    chosen = normalization_of(settings.data.normalization, settings.data.dataset, True)
+    return (data.pixel_mean, data.pixel_std) if chosen == "dataset" else None
 
 
 # --- run folder, on rank 0 -------------------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ import tensorflow as tf
 from resnet_cpu.cluster import machine
 from resnet_cpu.recipe.schedule import Rates, Span
 from resnet_cpu.report import plotting, profile, run_plots, tables
-from resnet_cpu.report.text import duration
 from resnet_cpu.run import provenance
 from resnet_cpu.run.folder import RunFolder, finite, read_json, read_rows
 from resnet_cpu.scaling import steptimes
+from resnet_cpu.text import duration
 from resnet_cpu.training.evaluation import Score
 from resnet_cpu.training.job import Job
 from resnet_cpu.training.step import Outcome

@@ -1,0 +1,29 @@
+"""The command prepare for sets of image files: find the images, then write them or say what would be written."""
+
+from typing import Dict
+
+from resnet_cpu.data.sources import conversion, image_folders, imagenet, writing
+from resnet_cpu.data.sources.dry_run import dry_run
+from resnet_cpu.data.sources.listing import Listing
+from resnet_cpu.settings import Prepare, Settings
+
+
+def prepare(source: str, settings: Settings, data_dir: str, processes: int) -> Dict[str, int]:
+    """Prepare `source` with `processes` processes; return the number of images of each split.
+
+    Raises DataError for raw files that are missing, damaged or too many.
+    """
+    asked = settings.prepare
+    images, options = _find(source, asked), conversion.Options(asked.short_side, asked.jpeg_quality)
+    if settings.launch.dry_run:
+        return dry_run(images, data_dir, settings.recipe.seed, options, processes)
+    return writing.prepare(images, data_dir, settings.recipe.seed, options, processes, asked.allow_incomplete)
+
+
+def _find(source: str, asked: Prepare) -> Listing:
+    assert asked.raw_dir is not None
+    if source == "imagenet":
+        return imagenet.find(asked.raw_dir, asked.allow_incomplete)
+    if source == "tiny_imagenet":
+        return image_folders.find_tiny_imagenet(asked.raw_dir, asked.allow_incomplete)
+    return image_folders.find_folder(asked.raw_dir, asked.validation_share, asked.allow_incomplete)

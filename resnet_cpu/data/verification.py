@@ -1,0 +1,231 @@
+"""The command prepare verify: read, parse and decode every record of a set, in parallel, and list all that are bad."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import os
+import sys
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import tensorflow as tf
+
+from resnet_cpu.data import folders, shards
+from resnet_cpu.data.batches import first_line
+from resnet_cpu.data.images import BadImage, read_header
+from resnet_cpu.data.progress import Progress
+from resnet_cpu.data.shards import Split
+from resnet_cpu.errors import DataError, OutputError
+
+_CHUNK = 64  # records that are parsed at a time
+_BLOCK = 2**20  # bytes that are hashed at a time
+_NAME, _SYNSET = "image/filename", "image/class/synset"
+
+
+@dataclasses.dataclass
+class _Found:
+    """What was found in one shard."""
+
+    path: str
+    examples: int = 0
+    bad: List[str] = dataclasses.field(default_factory=list)  # a line for each bad record
+    formats: Dict[str, int] = dataclasses.field(default_factory=dict)  # images by format, other than JPEG
+    names: Dict[int, int] = dataclasses.field(default_factory=dict)  # record -> hash of its file name, where stored
+    images: List[int] = dataclasses.field(default_factory=list)  # hashes of the encoded images
+    label_of: Dict[bytes, Tuple[int, int]] = dataclasses.field(default_factory=dict)  # synset -> (label, record)
+
+
+class _Set(NamedTuple):
+    """How to read the examples of the set."""
+
+    folder: str
+    image_key: str
+    label_key: str
+    label_base: int
+    num_classes: int
+
+
+def verify(folder: str, dataset: str, threads: int) -> Dict[str, int]:
+    """Read, parse and decode every record of every split in `threads` threads; return the examples of each split.
+
+    Prints a line on standard error for each bad record. Raises DataError at the end if there was one.
+    """
+    own = os.path.exists(os.path.join(folder, shards.MANIFEST))
+    description = shards.read_manifest(folder) if own else folders.describe(folder, dataset)
+    folders.make_indexes(description, folder)
+    about = _Set(
+        description.get("folder", folder),
+        description.get("image_key", "image/encoded"),
+        description.get("label_key", "image/class/label"),
+        int(description["label_base"]),
+        int(description["num_classes"]),
+    )
+    todo = [(split, row) for split, rows in description["splits"].items() for row in rows]
+    found: Dict[str, List[_Found]] = {split: [] for split in description["splits"]}
+    progress = Progress("verify", "shards", len(todo))
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        futures = {pool.submit(_check_shard, about, split, row): split for split, row in todo}
+        for future in concurrent.futures.as_completed(futures):
+            result = future.result()
+            found[futures[future]].append(result)
+            for line in result.bad:
+                print(f"bad: {line}", file=sys.stderr, flush=True)
+            progress.add(1)
+    _conclude(folder, found)
+    return {split: sum(one.examples for one in results) for split, results in found.items()}
+
+
+def _conclude(folder: str, found: Dict[str, List[_Found]]) -> None:
+    """Check what concerns several shards, print a summary, and raise DataError if anything was bad."""
+    results = sorted((one for results in found.values() for one in results), key=lambda one: one.path)
+    across = [*_repeated_names(results), *_contradictions(results)]
+    for line in across:
+        print(f"bad: {line}", file=sys.stderr, flush=True)
+    formats: Dict[str, int] = {}
+    for one in results:
+        for name, count in one.formats.items():
+            formats[name] = formats.get(name, 0) + count
+    for name, count in formats.items():
+        print(f"note: {count:,} images are {name}; they are read, but more slowly than JPEG", file=sys.stderr)
+    images = [np.array(one.images, np.uint64) for one in results]
+    repeated = sum(map(len, images)) - len(np.unique(np.concatenate(images))) if images else 0
+    if repeated:
+        print(f"note: {repeated:,} images are the same, byte by byte, as an earlier one", file=sys.stderr)
+    bad = sum(len(one.bad) for one in results) + len(across)
+    if bad:
+        total = sum(one.examples for one in results)
+        where = sum(bool(one.bad) for one in results)
+        raise DataError(
+            f"{folder}: {bad:,} problems in {where:,} of {len(results):,} shards with {total:,} records, listed above; "
+            "copy or prepare these shards again; train --bad_records=skip goes without a few damaged images"
+        )
+
+
+def _repeated_names(results: List[_Found]) -> List[str]:
+    """Return a line for each image whose file name an earlier one has."""
+    seen: Dict[int, Tuple[str, int]] = {}
+    lines = []
+    for one in results:
+        for record, name in one.names.items():
+            if name in seen:
+                path, earlier = seen[name]
+                lines.append(f"{one.path}: record {record}: the same image as record {earlier} of {path}")
+            else:
+                seen[name] = one.path, record
+    return lines
+
+
+def _contradictions(results: List[_Found]) -> List[str]:
+    """Return a line for each class that has another label than in an earlier shard."""
+    seen: Dict[bytes, Tuple[int, str, int]] = {}
+    lines = []
+    for one in results:
+        for synset, (label, record) in one.label_of.items():
+            known, path, earlier = seen.setdefault(synset, (label, one.path, record))
+            if known != label:
+                lines.append(
+                    f"{one.path}: record {record}: class {_text(synset)} has the label {label}, but {known} in record "
+                    f"{earlier} of {path}: the shards belong to different sets"
+                )
+    return lines
+
+
+def _check_shard(about: _Set, split: str, row: Dict[str, Any]) -> _Found:
+    """Check one shard: its SHA-256 where the manifest has it, and every record."""
+    found = _Found(os.path.join(about.folder, row["name"]))
+    try:
+        opened = shards.open_split(about.folder, {"splits": {split: [row]}}, split)
+    except DataError as error:
+        found.bad.append(str(error))
+        return found
+    try:
+        if row.get("sha256") not in (None, _sha256(found.path)):
+            found.bad.append(f"{found.path}: its SHA-256 is not that of the manifest: changed or replaced")
+        for first in range(0, opened.examples, _CHUNK):
+            _check_records(about, opened, range(first, min(first + _CHUNK, opened.examples)), found)
+    except OutputError as error:
+        found.bad.append(str(error))
+    finally:
+        opened.close()
+    found.examples = opened.examples
+    return found
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _features(about: _Set) -> Dict[str, tf.io.FixedLenFeature]:
+    return {
+        about.image_key: tf.io.FixedLenFeature([], tf.string),
+        about.label_key: tf.io.FixedLenFeature([], tf.int64),
+        _NAME: tf.io.FixedLenFeature([], tf.string, ""),
+        _SYNSET: tf.io.FixedLenFeature([], tf.string, ""),
+    }
+
+
+def _check_records(about: _Set, opened: Split, records: range, found: _Found) -> None:
+    payloads, kept = [], []
+    for record in records:
+        try:
+            payloads.append(opened.read(np.array([record]))[0])
+            kept.append(record)
+        except DataError as error:
+            found.bad.append(str(error))
+    examples = _parsed(about, payloads)
+    for record, example in zip(kept, examples):
+        reason = example if isinstance(example, str) else _check_example(about, example, record, found)
+        if reason:
+            found.bad.append(f"{found.path}: record {record}: {reason}")
+
+
+def _parsed(about: _Set, payloads: List[bytes]) -> List[Any]:
+    """Return the features of each example, or the reason why they cannot be read."""
+    if not payloads:
+        return []
+    try:
+        columns = tf.io.parse_example(payloads, _features(about))
+        arrays = {key: column.numpy() for key, column in columns.items()}
+        return [{key: array[i] for key, array in arrays.items()} for i in range(len(payloads))]
+    except tf.errors.OpError as error:
+        if len(payloads) > 1:
+            return [one for payload in payloads for one in _parsed(about, [payload])]
+        return [f"not a standard example ({first_line(error)})"]
+
+
+def _check_example(about: _Set, example: Dict[str, Any], record: int, found: _Found) -> Optional[str]:
+    """Return what is wrong with an example, None if nothing is; note what is compared across shards."""
+    encoded, label = example[about.image_key], int(example[about.label_key])
+    last = about.label_base + about.num_classes - 1
+    if not about.label_base <= label <= last:
+        return f"label {label} is outside the {about.num_classes} classes {about.label_base}..{last}"
+    synset = example[_SYNSET]
+    if synset:
+        known, earlier = found.label_of.setdefault(synset, (label, record))
+        if known != label:
+            return f"class {_text(synset)} has the label {label}, but {known} in record {earlier}"
+    if example[_NAME]:
+        found.names[record] = _hash(example[_NAME])
+    found.images.append(_hash(encoded))
+    try:
+        header = read_header(encoded)
+        tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    except BadImage as error:
+        return str(error)
+    except tf.errors.OpError as error:
+        return f"damaged {header.format} ({first_line(error)})"
+    if header.format != "JPEG":
+        found.formats[header.format] = found.formats.get(header.format, 0) + 1
+    return None
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _text(synset: bytes) -> str:
+    return synset.decode(errors="replace")
