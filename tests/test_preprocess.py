@@ -158,7 +158,7 @@ def test_normalizations():
     np.testing.assert_allclose(authors, (pixels[:, :, ::-1] - [104, 117, 123]) / 128, atol=1e-5)
     ranged = preprocess.evaluation_image(encoded, view(normalization="tf")).numpy()
     np.testing.assert_allclose(ranged, pixels / 127.5 - 1, atol=1e-5)
-    own = view(normalization="auto", pixels=((10.0, 20.0, 30.0), (2.0, 4.0, 5.0)))
+    own = view(normalization="auto", dataset="folder", pixels=((10.0, 20.0, 30.0), (2.0, 4.0, 5.0)))
     np.testing.assert_allclose(
         preprocess.evaluation_image(encoded, own).numpy(), (pixels - [10, 20, 30]) / [2, 4, 5], rtol=1e-5, atol=1e-5
     )
@@ -170,6 +170,10 @@ def test_bicubic_differs_from_bilinear():
         preprocess.evaluation_image(encoded, view(resize=kind)).numpy() for kind in ("bilinear", "bicubic")
     )
     assert 0 < np.abs(linear - cubic).max() < 20
+
+
+def test_imagenet_is_normalised_as_by_the_authors_whoever_wrote_its_shards():
+    assert view(normalization="auto", pixels=((1.0,) * 3, (2.0,) * 3)) == view(normalization="authors")
 
 
 @pytest.mark.parametrize("dataset, flavour", [("imagenet", "authors"), ("tfds:x", "tf")])

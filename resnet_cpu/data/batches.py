@@ -4,6 +4,7 @@ Reading is one Python call per batch, in a map of its own; decoding is pure Tens
 """
 
 import os
+import re
 import sys
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -306,4 +307,4 @@ def _where(split: Split) -> str:
 def first_line(error: tf.errors.OpError) -> str:
     """Return the first line of TensorFlow's message, without the name of the operation's node."""
     lines: List[str] = [line for line in (error.message or type(error).__name__).splitlines() if line.strip()]
-    return lines[0].replace("{{function_node __wrapped__", "").strip()[:200]
+    return re.sub(r"\{\{.*?\}\}", "", lines[0]).strip()[:200]

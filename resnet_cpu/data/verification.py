@@ -30,7 +30,7 @@ class _Found:
     examples: int = 0
     bad: List[str] = dataclasses.field(default_factory=list)  # a line for each bad record
     formats: Dict[str, int] = dataclasses.field(default_factory=dict)  # images by format, other than JPEG
-    names: Dict[int, int] = dataclasses.field(default_factory=dict)  # record -> hash of its file name, where stored
+    names: Dict[int, int] = dataclasses.field(default_factory=dict)  # record -> hash of file name and image
     images: List[int] = dataclasses.field(default_factory=list)  # hashes of the encoded images
     label_of: Dict[bytes, Tuple[int, int]] = dataclasses.field(default_factory=dict)  # synset -> (label, record)
 
@@ -78,7 +78,8 @@ def verify(folder: str, dataset: str, threads: int) -> Dict[str, int]:
 def _conclude(folder: str, found: Dict[str, List[_Found]]) -> None:
     """Check what concerns several shards, print a summary, and raise DataError if anything was bad."""
     results = sorted((one for results in found.values() for one in results), key=lambda one: one.path)
-    across = [*_repeated_names(results), *_contradictions(results)]
+    repeated_names = [line for one in found.values() for line in _repeated_names(one)]
+    across = [*repeated_names, *_contradictions(results)]
     for line in across:
         print(f"bad: {line}", file=sys.stderr, flush=True)
     formats: Dict[str, int] = {}
@@ -102,10 +103,10 @@ def _conclude(folder: str, found: Dict[str, List[_Found]]) -> None:
 
 
 def _repeated_names(results: List[_Found]) -> List[str]:
-    """Return a line for each image whose file name an earlier one has."""
+    """Return a line for each image of a split that occurs twice: with the same name and the same bytes."""
     seen: Dict[int, Tuple[str, int]] = {}
     lines = []
-    for one in results:
+    for one in sorted(results, key=lambda one: one.path):
         for record, name in one.names.items():
             if name in seen:
                 path, earlier = seen[name]
@@ -209,7 +210,7 @@ def _check_example(about: _Set, example: Dict[str, Any], record: int, found: _Fo
         if known != label:
             return f"class {_text(synset)} has the label {label}, but {known} in record {earlier}"
     if example[_NAME]:
-        found.names[record] = _hash(example[_NAME])
+        found.names[record] = _hash(example[_NAME] + b"\0" + encoded)
     found.images.append(_hash(encoded))
     try:
         header = read_header(encoded)
