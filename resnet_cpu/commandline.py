@@ -17,7 +17,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from absl import flags
 
-from resnet_cpu import settings
+from resnet_cpu import flagfiles, settings
 from resnet_cpu.data.datasets import DATASETS, facts_of
 from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.settings import GROUPS, Settings
@@ -129,7 +129,7 @@ def parse(argv: Sequence[str], command: str = "train", recorded: Optional[str] =
         sys.exit(0)
     every = all_flags()
     values = _define(every)
-    words = _with_flagfiles(argv)
+    words = flagfiles.inserted(argv)
     if recorded:
         words = [*recorded_flags(recorded), *words, f"--run_dir={recorded}"]
     rest = _parse(values, words)
@@ -144,39 +144,6 @@ def parse(argv: Sequence[str], command: str = "train", recorded: Optional[str] =
     # What `evaluate` is given is only whole together with the flags that the run recorded.
     whole = command in settings.OF_A_RUN and (command != "evaluate" or recorded is not None)
     return _frozen(values, every, whole, dict(zip(positional, rest)))
-
-
-def _with_flagfiles(words: Sequence[str], within: Tuple[str, ...] = ()) -> List[str]:
-    """Return the words of a command line with the lines of flagfiles, which may nest, in place of --flagfile=FILE.
-
-    absl would read them in the locale's encoding and expand nothing. `within` lists the files that are being read.
-    """
-    found: List[str] = []
-    rest = iter(words)
-    for word in rest:
-        if not re.fullmatch(r"--?flagfile(=.*)?", word):
-            found.append(word)
-            continue
-        _, equals, path = word.partition("=")
-        path = _expanded("flagfile", path if equals else next(rest, ""))
-        if os.path.abspath(path) in within:
-            raise FlagError(f"--flagfile={path}: the file includes itself; remove the line")
-        lines = [line.strip() for line in _read_lines(path)]
-        chosen = [line for line in lines if line and not line.startswith(("#", "//"))]
-        found += _with_flagfiles(chosen, (*within, os.path.abspath(path)))
-    return found
-
-
-def _read_lines(path: str) -> List[str]:
-    try:
-        with open(path, encoding="utf-8-sig") as file:  # a byte order mark is accepted
-            return file.read().split("\n")
-    except OSError as error:
-        raise FlagError(
-            f"--flagfile={path}: {error.strerror}; name an existing file, relative to the current folder"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise FlagError(f"--flagfile={path}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
 
 
 def _parse(values: flags.FlagValues, argv: Sequence[str]) -> List[str]:
@@ -215,26 +182,15 @@ def _check_text(values: flags.FlagValues, flag: Flag) -> None:
     """Raise FlagError for values that no flag may have; expand `~` and `$VAR` in paths."""
     value = values[flag.name].value
     for one in value if isinstance(value, list) else [value]:
-        if isinstance(one, str) and ("\n" in one or "\r" in one):
-            raise FlagError(f"--{flag.name}={one!r}: the value contains a newline; write it on one line")
+        if isinstance(one, str):
+            flagfiles.check_characters(flag.name, one)
         if isinstance(one, str) and " #" in one:
             raise FlagError(f"--{flag.name}={one}: {_COMMENT}")
         if isinstance(one, float) and not math.isfinite(one):
             raise FlagError(f"--{flag.name}={one}: must be a finite number; see --help for the values that are allowed")
     if flag.field.metadata["path"] and values[flag.name].present and value:
-        expanded = [_expanded(flag.name, one) for one in value] if isinstance(value, list) else None
-        values[flag.name].value = _expanded(flag.name, value) if expanded is None else expanded
-
-
-def _expanded(name: str, path: str) -> str:
-    """Return `path` with `~` and `$VAR` expanded; raise FlagError for an undefined variable and for quotes."""
-    if path[:1] in ("'", '"') or path[-1:] in ("'", '"'):
-        raise FlagError(f"--{name}={path}: the value contains quotes; write paths without quotes in flagfiles")
-    found = os.path.expandvars(os.path.expanduser(path))
-    undefined = re.search(r"\$(\w+|\{[^}]*\})", found)
-    if undefined and undefined.group(0) in path:
-        raise FlagError(f"--{name}={path}: {undefined.group(0)} is not defined; export the variable or write the path")
-    return found
+        expanded = [flagfiles.expanded(flag.name, one) for one in value] if isinstance(value, list) else None
+        values[flag.name].value = flagfiles.expanded(flag.name, value) if expanded is None else expanded
 
 
 def _frozen(values: flags.FlagValues, every: Sequence[Flag], whole: bool, positional: Dict[str, str]) -> Settings:
@@ -247,12 +203,12 @@ def _frozen(values: flags.FlagValues, every: Sequence[Flag], whole: bool, positi
                 value = convert(value)
             except ValueError as error:
                 raise FlagError(f"--{flag.name}={values[flag.name].value}: {error}") from None
-        elif flag.kind is list:
-            value = tuple(value or ())
-        elif value == "" and flag.field.default is None:
+        elif value in ("", []) and values[flag.name].present and flag.field.default in (None, ()):
             if not flag.of_a_run:  # an empty one of a run overrides that of a flagfile
                 raise FlagError(f"--{flag.name}=: the value is empty; give one, or remove the flag")
             value = None
+        elif flag.kind is list:
+            value = tuple(value or ())
         groups[flag.group].update(value if isinstance(value, dict) else {flag.field.name: value})
     groups["prepare"].update(positional)
     _fill_in(groups, whole)
@@ -353,9 +309,10 @@ def reference() -> str:
         "# Flags",
         "",
         "Generated by `make docs` from `resnet_cpu/settings.py`. `python -m resnet_cpu.COMMAND --help` shows the flags",
-        "of one command. Flags are given on the command line or in a flagfile (`--flagfile=FILE`: one flag per line; a",
-        "comment line starts with `#`). A later flag overrides an earlier one. Switches are `--name` and `--noname`. A",
-        "command refuses the flags of other commands. In paths, `~` and `$VAR` are expanded.",
+        "of one command. Flags are given on the command line or in a flagfile (`--flagfile=FILE`: UTF-8 text, one flag",
+        "per line without quotes; a comment line starts with `#`). A later flag overrides an earlier one. Switches are",
+        "`--name` and `--noname`. A command refuses the flags of other commands. In paths, `~` and `$VAR` are",
+        "expanded.",
     ]
     every = all_flags()
     for group, (kind, commands) in GROUPS.items():

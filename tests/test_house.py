@@ -16,7 +16,7 @@ LEVELS = [
     {"training", "bench", "simulator", "commandline"},
     {"report"},
     {"run", "data", "model", "optim", "scaling"},
-    {"settings", "fields", "resolve", "text"},
+    {"settings", "fields", "flagfiles", "resolve", "text"},
     {"cluster", "recipe"},
     {"errors"},
 ]
@@ -24,6 +24,7 @@ WITHOUT_TENSORFLOW = [
     "recipe",
     "settings",
     "fields",
+    "flagfiles",
     "resolve",
     "text",
     "commandline",
