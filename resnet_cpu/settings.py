@@ -93,6 +93,12 @@ class Data:
         also=("prepare",),
         path=True,
     )
+    eval_split: str = setting(
+        "auto",
+        "Split to evaluate on. auto: validation, else test; none: train without evaluation; or the name of any split "
+        "of the data set.",
+        decides=True,
+    )
     train_examples: Optional[int] = setting(
         None, "Training examples to use, counted from the first (default: all).", low=1, decides=True
     )

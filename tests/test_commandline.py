@@ -133,6 +133,7 @@ CHANGES = {
     "seed": "4",
     "dataset": "digits",
     "data_dir": "d",
+    "eval_split": "test",
     "train_examples": "9",
     "num_classes": "3",
     "image_size": "64",

@@ -15,15 +15,17 @@ import resource
 import struct
 import sys
 import time
-from typing import Any, Dict, Iterable, Iterator, List, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Set, Tuple
 
 import google_crc32c
 import numpy as np
 
+from resnet_cpu.data import array_records, kinds
 from resnet_cpu.data.datasets import MANIFEST
 from resnet_cpu.errors import DataError, OutputError
 from resnet_cpu.run.atomic import write_atomically
 
+FORMAT_VERSION = 1  # of the manifest; one without the key has this version as well
 RETRY_AFTER_S = 1.0  # after a read that failed: most failures of network file systems are brief
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
@@ -54,6 +56,7 @@ def scan(path: str) -> np.ndarray:
     """Read the record headers of a shard and return its index, int64 [records + 1].
 
     Entry i is the offset of record i's payload; the last entry is where the payload of a further record would start.
+    Raises DataError for a shard that is truncated or damaged, or for another kind of file.
     """
     starts: List[int] = []
     size = os.path.getsize(path)
@@ -64,16 +67,21 @@ def scan(path: str) -> np.ndarray:
             header = shard.read(_HEADER.size)
             record = len(starts)
             if len(header) < _HEADER.size:
-                raise DataError(f"{path}: record {record}: truncated in its header; copy or prepare the shard again")
+                raise _not_a_record(path, record, "truncated in its header")
             length, crc = _HEADER.unpack(header)
             if _masked_crc(header[:8]) != crc:
-                raise DataError(f"{path}: record {record}: damaged length field; copy or prepare the shard again")
+                raise _not_a_record(path, record, "damaged length field")
             end = position + _HEADER.size + length + _FOOTER.size
             if end > size:
                 raise DataError(f"{path}: record {record}: truncated, {end - size} bytes missing; copy the shard again")
             starts.append(position + _HEADER.size)
             position = end
     return np.array([*starts, size + _HEADER.size], np.int64)
+
+
+def _not_a_record(path: str, record: int, fault: str) -> DataError:
+    kind = kinds.not_a_shard(path) if record == 0 else None
+    return DataError(f"{path}: {kind or f'record {record}: {fault}; copy or prepare the shard again'}")
 
 
 def write_index(path: str) -> int:
@@ -93,15 +101,34 @@ def read_index(path: str) -> np.ndarray:
             raise ValueError(f"{starts.dtype} {starts.shape}")
     except FileNotFoundError:
         return scan(path)  # the folder is read-only, else `folders.make_indexes` has written one
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{index_path(path)}: unreadable index ({error}); remove it and prepare again") from None
-    size, indexed = os.path.getsize(path), int(starts[-1]) - _HEADER.size
-    if size != indexed:
+    except OSError:
+        raise
+    except Exception as error:  # NumPy's parser of a damaged header raises errors of many types
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"{path}: {size} bytes, but its index was made for {indexed} ({len(starts) - 1} records): truncated or "
-            "replaced; copy or prepare the shard again"
-        )
+            f"{index_path(path)}: unreadable index ({reason}); remove the file, it is written again at the next start"
+        ) from None
     return starts
+
+
+def _check_index(path: str, starts: np.ndarray) -> None:
+    """Raise DataError with the true cause if `starts` is not the index of the shard at `path`, which is scanned."""
+    found = scan(path)
+    records, indexed = len(found) - 1, len(starts) - 1
+    if np.array_equal(found, starts):
+        return
+    index = index_path(path)
+    if not os.path.exists(index):
+        raise DataError(f"{path}: changed since it was opened; run again when it is no longer being written")
+    if records < indexed and np.array_equal(found, starts[: records + 1]):
+        raise DataError(
+            f"{path}: ends after {records} whole records, its index {index} has {indexed}: truncated at the border of "
+            "a record; copy or prepare the shard again"
+        )
+    raise DataError(
+        f"{path}: the shard can be read, with {records} records, but its index {index} ({indexed} records) is damaged "
+        "or belongs to another shard; remove the index, it is written again at the next start"
+    )
 
 
 def write_split(folder: str, split: str, examples: Iterator[bytes], count: int, shards: int) -> List[Dict]:
@@ -131,7 +158,8 @@ def write_shard(path: str, payloads: Iterable[bytes]) -> Dict[str, Any]:
 
 def write_manifest(folder: str, manifest: Dict) -> None:
     """Write the manifest, last: a folder without a manifest does not hold a data set yet."""
-    write_atomically(os.path.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
+    content = {"format_version": FORMAT_VERSION, **manifest}
+    write_atomically(os.path.join(folder, MANIFEST), (json.dumps(content, indent=1) + "\n").encode())
 
 
 def read_manifest(folder: str) -> Dict:
@@ -140,9 +168,12 @@ def read_manifest(folder: str) -> Dict:
     try:
         with open(path, encoding="utf-8") as file:
             manifest = json.load(file)
-        for rows in manifest["splits"].values():
-            for row in rows:
-                _ = row["name"], row["examples"], row["bytes"]  # every shard is described, or KeyError
+        if manifest.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
+            raise DataError(
+                f"{path}: has format {manifest['format_version']}, this version of resnet_cpu reads {FORMAT_VERSION}; "
+                "use a newer version, or prepare the data set again"
+            )
+        _check_rows(path, manifest["splits"])
         return manifest
     except FileNotFoundError:
         raise DataError(
@@ -154,6 +185,21 @@ def read_manifest(folder: str) -> Dict:
         raise DataError(f"{path}: not the manifest of a data set; prepare the data set again") from None
 
 
+def _check_rows(path: str, splits: Mapping[str, List[Dict]]) -> None:
+    """Raise DataError for a shard that a manifest lists twice or outside of its folder, KeyError for missing keys."""
+    listed: Set[str] = set()
+    for rows in splits.values():
+        for row in rows:
+            name, _ = os.path.normpath(row["name"]), (row["examples"] + 0, row["bytes"] + 0)
+            if os.path.isabs(name) or name.split(os.sep)[0] in (os.pardir, os.curdir):
+                raise DataError(
+                    f"{path}: lists '{row['name']}', which is not a file below its folder; prepare the data set again"
+                )
+            if name in listed:
+                raise DataError(f"{path}: lists {name} twice; prepare the data set again")
+            listed.add(name)
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
     """The shards of one split, open for random reads by example id (0 ... examples - 1)."""
@@ -163,6 +209,7 @@ class Split:
     starts: Tuple[np.ndarray, ...]  # indexes of the shards, see `scan`
     descriptors: Tuple[int, ...]
     bad: Dict[int, DataError] = dataclasses.field(default_factory=dict, compare=False)  # examples that are skipped
+    readers: Tuple[Any, ...] = ()  # of ArrayRecord files, which have neither indexes nor descriptors here
 
     @property
     def examples(self) -> int:
@@ -176,14 +223,20 @@ class Split:
     def read(self, ids: np.ndarray) -> List[bytes]:
         """Return the payloads of the examples `ids`, with their checksums verified.
 
-        A read that fails or comes back short is tried once more; then OutputError names file and record. A wrong
-        checksum is a DataError.
+        A read that fails or comes back short is tried once more; then OutputError names file and record. A record
+        that is not what index and checksums say is a DataError, with the cause that a scan of the shard shows.
         """
         shards = np.searchsorted(self.first, ids, side="right") - 1
         payloads = []
         for example, shard, within in zip(ids, shards.tolist(), (ids - self.first[shards]).tolist()):
-            start, following = self.starts[shard][within : within + 2].tolist()
+            if self.readers:
+                payloads.append(array_records.read(self.readers[shard], self.paths[shard], within))
+                continue
+            starts = self.starts[shard]
+            start, following = starts[within : within + 2].tolist()
             length, offset = following - start, start - _HEADER.size
+            if offset < 0 or length < _HEADER.size + _FOOTER.size or following > starts[-1]:
+                raise self._cause(example)
             try:
                 record = os.pread(self.descriptors[shard], length, offset)
             except OSError as error:
@@ -192,10 +245,18 @@ class Split:
                 record = self._read_again(shard, within, length, offset, f"{len(record)} of {length} bytes")
             payload = record[_HEADER.size : -_FOOTER.size]
             if frame_around(payload) != (record[: _HEADER.size], record[-_FOOTER.size :]):
-                path, number = self.locate(example)
-                raise DataError(f"{path}: record {number}: checksum does not match; copy or prepare the shard again")
+                raise self._cause(example)
             payloads.append(payload)
         return payloads
+
+    def _cause(self, example: int) -> DataError:
+        """Return why an example is not what index and checksums say, after a scan of its shard."""
+        path, record = self.locate(example)
+        try:
+            _check_index(path, self.starts[self.paths.index(path)])
+        except DataError as cause:
+            return cause
+        return DataError(f"{path}: record {record}: checksum does not match; copy or prepare the shard again")
 
     def _read_again(self, shard: int, within: int, length: int, offset: int, failure: str) -> bytes:
         """Read a record through a new descriptor, since the old one may be stale; raise OutputError if that fails."""
@@ -218,35 +279,68 @@ class Split:
         """Close the files of the split."""
         for descriptor in self.descriptors:
             os.close(descriptor)
+        for reader in self.readers:
+            reader.close()
+
+
+#: A split without examples, for a data set that lacks training or evaluation.
+NO_SPLIT = Split((), np.zeros([1], np.int64), (), ())
 
 
 def open_split(folder: str, manifest: Dict, split: str) -> Split:
     """Open the shards of `split` and check sizes and counts against manifest and indexes; no payload is read."""
     rows = manifest["splits"].get(split, [])
+    paths = [os.path.join(folder, row["name"]) for row in rows]
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        raise DataError(
+            f"{missing[0]}: shard missing, {len(missing)} of {len(rows)} that the description of the data set lists "
+            f"for '{split}'; copy or prepare the data set again"
+        )
     _allow_open_files(2 * len(rows))  # a mapped file keeps its descriptor as well
-    paths, counts, starts = [], [0], []
-    for row in rows:
-        path = os.path.join(folder, row["name"])
-        if not os.path.exists(path):
-            raise DataError(f"{path}: shard missing that the manifest lists; copy or prepare the data set again")
-        index = read_index(path)
-        records, size = len(index) - 1, os.path.getsize(path)
-        if (records, size) != (row.get("examples", records), row.get("bytes", size)):
-            raise DataError(
-                f"{path}: {records} records in {size} bytes, but the data set's description says "
-                f"{row.get('examples')} in {row.get('bytes', size)}; copy or prepare the shard again"
-            )
-        paths.append(path)
-        counts.append(records)
-        starts.append(index)
+    readers, starts = [], []
+    if manifest.get("file_format") == array_records.FORMAT:
+        readers = [array_records.open_reader(path) for path in paths]
+        counts = [reader.num_records() for reader in readers]
+        for path, count, row in zip(paths, counts, rows):
+            if count != row["examples"]:
+                raise DataError(
+                    f"{path}: {count} records, but the data set's description says {row['examples']}; copy or prepare "
+                    "the shard again"
+                )
+    else:
+        starts = [_checked_index(path, row) for path, row in zip(paths, rows)]
+        counts = [len(index) - 1 for index in starts]
     if not sum(counts):
         raise DataError(f"{folder}: no examples in split '{split}'; prepare the data set again")
     return Split(
         tuple(paths),
-        np.cumsum(counts),
+        np.cumsum([0, *counts]),
         tuple(starts),
-        tuple(os.open(path, os.O_RDONLY) for path in paths),
+        () if readers else tuple(os.open(path, os.O_RDONLY) for path in paths),
+        tuple(readers),
     )
+
+
+def _checked_index(path: str, row: Mapping) -> np.ndarray:
+    """Return the index of the shard at `path`; raise DataError with the cause if shard, index and `row` differ."""
+    if os.path.isdir(path):
+        raise DataError(f"{path}: a folder, not a shard; copy or prepare the data set again")
+    size = os.path.getsize(path)
+    if not size and row.get("examples") != 0:
+        raise DataError(f"{path}: an empty file; copy or prepare the shard again")
+    starts = read_index(path)
+    described = row.get("examples"), row.get("bytes", size)
+    if size == int(starts[-1]) - _HEADER.size and described in ((len(starts) - 1, size), (None, size)):
+        return starts
+    records = len(scan(path)) - 1  # says what is wrong with a damaged shard
+    if described not in ((records, size), (None, size)):
+        raise DataError(
+            f"{path}: {records} records in {size} bytes, but the data set's description says {described[0]} in "
+            f"{described[1]}: truncated or replaced; copy or prepare the shard again"
+        )
+    _check_index(path, starts)
+    raise DataError(f"{path}: changed while it was opened; run again when it is no longer being written")
 
 
 def _allow_open_files(more: int) -> None:

@@ -18,7 +18,12 @@ Pixels = Optional[Tuple[Tuple[float, ...], Tuple[float, ...]]]  # mean and devia
 
 
 def of(
-    settings: Settings, resolved: Resolved, train_examples: int, pixels: Pixels, init_from: Optional[str] = None
+    settings: Settings,
+    resolved: Resolved,
+    train_examples: int,
+    pixels: Pixels,
+    init_from: Optional[str] = None,
+    classes: Optional[str] = None,
 ) -> Dict[str, Any]:
     """Return the signature of a run, as JSON holds it.
 
@@ -27,6 +32,7 @@ def of(
         train_examples: training examples that are used.
         pixels: measured mean and deviation of the data set's pixels, if they are used to normalise images.
         init_from: SHA-256 of the file of weights that the run started from.
+        classes: SHA-256 of the data set's list of classes, None if it has none.
     """
     found = {
         "model": deciding(settings.model),
@@ -34,6 +40,7 @@ def of(
             **deciding(settings.data),
             "train_examples": train_examples,
             "pixels": None if pixels is None else {"mean": pixels[0], "std": pixels[1]},
+            **({} if classes is None else {"classes": classes}),
         },
         "recipe": deciding(settings.recipe),
         "global_batch_size": resolved.batch.total,
@@ -128,10 +135,19 @@ def _default_of(prefix: str, name: str) -> Any:
     return next((field.default for field in dataclasses.fields(kind) if field.name == name), None) if kind else None
 
 
+def _comparable(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> Tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return two signatures, without the digest of the classes if only one has it: older runs recorded none."""
+    one, other = recorded.get("data"), now.get("data")
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping) or ("classes" in one) == ("classes" in other):
+        return recorded, now
+    one, other = ({key: value for key, value in data.items() if key != "classes"} for data in (one, other))
+    return {**recorded, "data": one}, {**now, "data": other}
+
+
 def check(path: str, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise CheckpointError that lists the differences if the run or checkpoint at `path` has another signature."""
     # The phases follow from other flags, which are therefore listed first.
-    found = sorted(differences(recorded, now), key=lambda text: text.startswith("phases."))
+    found = sorted(differences(*_comparable(recorded, now)), key=lambda text: text.startswith("phases."))
     if found:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise CheckpointError(

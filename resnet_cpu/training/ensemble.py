@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
+from resnet_cpu.data import folders
 from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.run import checkpoint
 from resnet_cpu.run.folder import read_json
@@ -35,7 +36,10 @@ class Predictions:
 def evaluation_settings(settings: Settings) -> Dict[str, Any]:
     """Return the settings that decide which pixels a member is scored on, as the predictions' manifest holds them."""
     data = settings.data
+    # Predictions of before --eval_split was a flag are those of auto.
+    split = {} if data.eval_split == folders.AUTO else {"eval_split": data.eval_split}
     return {
+        **split,
         "dataset": data.dataset,
         "data_dir": data.data_dir,
         "image_size": data.image_size,

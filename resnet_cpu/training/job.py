@@ -74,11 +74,16 @@ class Job:
         every = self.settings.run.checkpoint_every_steps
         return step == self.last_step or bool(self._ending_at(step)) or bool(every and step % every == 0)
 
+    @property
+    def evaluates(self) -> bool:
+        """Return whether there is anything to evaluate on: not with synthetic data, nor without such a split."""
+        return self.data is not None and self.validation_examples != 0
+
     def evaluation_due(self, step: int) -> bool:
-        """Return whether the network is evaluated after `step` steps; synthetic data has no evaluation set."""
+        """Return whether the network is evaluated after `step` steps."""
         every = self.settings.run.eval_every_epochs
         passed = bool(every) and self.epoch(step) // every > self.epoch(step - 1) // every
-        return self.data is not None and (passed or step == self.last_step or self.evaluated_phase(step) is not None)
+        return self.evaluates and (passed or step == self.last_step or self.evaluated_phase(step) is not None)
 
     def evaluated_phase(self, step: int) -> Optional[str]:
         """Return the phase that ends after `step` steps, if its end is a result: a member, or a start for no phase."""

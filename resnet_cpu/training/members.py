@@ -35,7 +35,7 @@ def scores(job: Job, step: int, beat: Callable[[], None]) -> Dict[str, Any]:
     """Return the scores of the members that are complete after `step` steps, and of their ensemble; {} without any."""
     ends = schedule.end_steps(job.phases)
     complete = [phase.name for phase in job.phases if phase.member and ends[phase.name] <= step]
-    if job.data is None or not complete:
+    if job.data is None or not job.evaluates or not complete:
         return {}
     paths = dict(zip(complete, job.world.on_rank0(lambda: ensemble.find(job.run_dir, complete))))
 

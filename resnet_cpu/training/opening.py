@@ -13,7 +13,7 @@ from resnet_cpu.cluster import control, seats
 from resnet_cpu.cluster.control import World
 from resnet_cpu.cluster.environment import Environment
 from resnet_cpu.cluster.machine import spans
-from resnet_cpu.data import folders
+from resnet_cpu.data import classes, folders
 from resnet_cpu.data.datasets import DATASETS, normalization_of
 from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.errors import CheckpointError, DataError, FlagError, RunFolderError
@@ -60,12 +60,16 @@ def open_job(settings: Settings, world: World, environment: Environment) -> Job:
     places = world.gather({**provenance.of_rank(environment), "own_cores": world.cores})
     with control.same_on_all_ranks():
         _check_threads(settings, places)
-    signature = signatures.of(settings, resolved, train_examples, _pixels(settings, data))
+    names = None if data is None else data.classes
+    listed = None if names is None else classes.digest(names)
+    signature = signatures.of(settings, resolved, train_examples, _pixels(settings, data), classes=listed)
     folder, begin = _hold_folder(settings, world, run_dir, signature)
     signature["init_from"] = begin.init_from and begin.init_from["sha256"]
     if folder is not None:
         _print_places(places)
-        _record(folder, settings, world, begin, places, signature)
+        if data is not None and settings.data.eval_split == folders.AUTO and not data.validation.examples:
+            print(f"WARNING: {folders.without_evaluation(settings.data.data_dir, data)}", file=sys.stderr, flush=True)
+        _record(folder, settings, world, begin, places, {"signature": signature, "classes": names})
     return Job(
         settings=settings,
         world=world,
@@ -96,7 +100,7 @@ def open_data(settings: Settings, world: World) -> Optional[ShardedData]:
 
     Each host may have its own copy. A missing or different one is an error that names the host.
     """
-    dataset, path = settings.data.dataset, settings.data.data_dir
+    dataset, path, eval_split = settings.data.dataset, settings.data.data_dir, settings.data.eval_split
     if dataset == "synthetic":
         return None
     if not path:
@@ -109,13 +113,16 @@ def open_data(settings: Settings, world: World) -> Optional[ShardedData]:
 
     def open_first() -> None:
         nonlocal opened
-        folders.make_indexes(folders.describe(path, dataset), path)
-        opened = folders.open_data(path, dataset)
+        description = folders.describe(path, dataset, eval_split)
+        folders.make_indexes(description, path)
+        opened = folders.open_data(path, dataset, eval_split)
         _check_data(settings, opened)
+        for warning in folders.count_warnings(description, opened):
+            print(f"WARNING: {warning}", file=sys.stderr, flush=True)
 
     def open_copy() -> Tuple[ShardedData, str]:
-        data = opened or folders.open_data(path, dataset)
-        return data, _digest(data) if world.size > 1 else ""  # a single rank has no other copy to compare with
+        data = opened or folders.open_data(path, dataset, eval_split)
+        return data, folders.digest(data) if world.size > 1 else ""  # a single rank has no other copy to compare with
 
     world.on_rank0(open_first)
     data, digest = world.on_all(open_copy)
@@ -142,21 +149,16 @@ def _check_data(settings: Settings, data: ShardedData) -> None:
         )
 
 
-def _digest(data: ShardedData) -> str:
-    """Return a digest of everything that is known without reading records: counts, record lengths, pixel statistics."""
-    digest = hashlib.sha256(repr((data.num_classes, data.label_base, data.pixel_mean, data.pixel_std)).encode())
-    for split in (data.train, data.validation):
-        digest.update(split.first.tobytes())
-        for path, starts in zip(split.paths, split.starts):
-            digest.update(os.path.basename(path).encode() + b"\0" + starts.tobytes())
-    return digest.hexdigest()
-
-
 def examples(settings: Settings, data: Optional[ShardedData]) -> Tuple[int, int]:
     """Return the numbers of (training, evaluation) examples to use; raise DataError if there are not enough."""
     wanted = settings.data.train_examples
     if data is None:
         return wanted or DATASETS["synthetic"].train_examples or 0, 0
+    if not data.train.examples:
+        raise DataError(
+            f"--data_dir={settings.data.data_dir}: has no split to train on, only one to evaluate on; name a folder "
+            "that has both, or use python -m resnet_cpu.evaluate"
+        )
     if wanted is not None and wanted > data.train.examples:
         raise DataError(f"--train_examples={wanted}: {settings.data.data_dir} holds {data.train.examples}; lower it")
     return wanted or data.train.examples, data.validation.examples
@@ -302,7 +304,7 @@ def _record(
     world: World,
     begin: _Beginning,
     places: List[Dict[str, Any]],
-    signature: Dict[str, Any],
+    data: Mapping[str, Any],
 ) -> None:
     folder.write_text("resolved.flags", settings.resolved_flags)
     record = {
@@ -313,7 +315,7 @@ def _record(
         "per_rank": places,
         "init_from": begin.init_from,
         "earlier_attempts": begin.earlier_attempts,
-        "signature": signature,
+        **data,
     }
     folder.write_json("run.json", record)
 

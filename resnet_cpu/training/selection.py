@@ -7,10 +7,12 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 
 from resnet_cpu import commandline
 from resnet_cpu.cluster.control import World
+from resnet_cpu.data import classes
 from resnet_cpu.data.folders import ShardedData
-from resnet_cpu.errors import CheckpointError, FlagError
+from resnet_cpu.errors import CheckpointError, DataError, FlagError
 from resnet_cpu.run import checkpoint
 from resnet_cpu.run import signature as signatures
+from resnet_cpu.run.folder import read_json
 from resnet_cpu.settings import Settings
 from resnet_cpu.training import ensemble
 from resnet_cpu.training.opening import open_data
@@ -59,6 +61,7 @@ def find_checkpoint(settings: Settings, world: World, path: Optional[str]) -> Tu
             found = newest
         signature = signatures.normalised(found[1]["signature"])
         check_model(settings, found[0], signature)
+        check_classes(settings.run.run_dir or "", found[0], signature, data)
         return [found[0], found[1]["step"], signature]
 
     folder, step, signature = world.on_rank0(find)
@@ -72,6 +75,21 @@ def check_model(settings: Settings, path: str, signature: Mapping[str, Any]) -> 
         {"model": {**model, "precision": None}} for model in (signature["model"], signatures.deciding(settings.model))
     )
     signatures.check(path, recorded, now)
+
+
+def check_classes(run_dir: str, path: str, signature: Mapping[str, Any], data: ShardedData) -> None:
+    """Raise DataError if the checkpoint at `path` was trained on other classes than those of `data`.
+
+    Nothing is refused where the run (of an earlier version) or the data set names no classes.
+    """
+    trained = signature["data"].get("classes")
+    if trained is None or data.classes is None or trained == classes.digest(data.classes):
+        return
+    names = (read_json(os.path.join(run_dir, "run.json")) or {}).get("classes")
+    raise DataError(
+        f"{path} was trained on other classes: {classes.first_difference(names, data.classes)}; evaluate on a data set "
+        "with the same classes in the same order"
+    )
 
 
 def with_pixels_of(signature: Mapping[str, Any], settings: Settings, data: ShardedData) -> ShardedData:
@@ -129,12 +147,25 @@ def members_without_predictions(members: Mapping[str, Member], asked: Settings, 
 def open_data_of(member: Member, world: World) -> ShardedData:
     """Return the evaluation data of a member, with the pixel mean and deviation that it was trained with."""
     data = _open_data(member.settings, world)
-    return with_pixels_of(world.on_rank0(lambda: _signature_of(member.path)), member.settings, data)
+
+    def find() -> Dict[str, Any]:
+        signature = _signature_of(member.path)
+        check_classes(ensemble.run_of(member.path), member.path, signature, data)
+        return signature
+
+    return with_pixels_of(world.on_rank0(find), member.settings, data)
 
 
 def _open_data(settings: Settings, world: World) -> ShardedData:
     data = open_data(settings, world)
     assert data is not None  # settings_of refuses synthetic data
+    if not data.validation.examples:
+        names = [*(["train"] if data.train.examples else []), *data.others]
+        raise DataError(
+            f"--data_dir={settings.data.data_dir}: no split to evaluate on (--eval_split={settings.data.eval_split}); "
+            f"name one, as in --eval_split={names[-1]}",
+            collective=True,
+        )
     return data
 
 
