@@ -10,9 +10,9 @@ import tensorflow as tf
 import whole_runs as runs
 from conftest import error_lines, last_line
 
-from resnet_cpu import commandline
+from resnet_cpu import commandline, evaluate
 from resnet_cpu.cluster.control import World
-from resnet_cpu.data import folders, shards
+from resnet_cpu.data import batches, folders, shards
 from resnet_cpu.errors import DataError, FlagError
 from resnet_cpu.training import opening as job
 
@@ -22,17 +22,17 @@ ALONE = World(1, 0)
 CLASSES = 1000
 
 
-def slim_example(label, generator, size=20):
+def slim_example(label, generator, size=20, synset=b"n0"):
     image = generator.integers(0, 255, [size + label % 7, size, 3]).astype(np.uint8)
     feature = {
         "image/encoded": tf.train.Feature(bytes_list=tf.train.BytesList(value=[tf.io.encode_jpeg(image).numpy()])),
         "image/class/label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label])),
-        "image/class/synset": tf.train.Feature(bytes_list=tf.train.BytesList(value=[b"n0"])),
+        "image/class/synset": tf.train.Feature(bytes_list=tf.train.BytesList(value=[synset])),
     }
     return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
 
 
-def write_slim(folder, base=1):
+def write_slim(folder, base=1, synset_of=lambda split, label: b"n0"):
     """Write two splits in several shards, with labels base ... base + 999, both ends included."""
     generator = np.random.Generator(np.random.Philox(9))
     for split, total, count in [("train", 3, 40), ("validation", 2, 13)]:
@@ -41,7 +41,7 @@ def write_slim(folder, base=1):
             path = os.path.join(folder, f"{split}-{shard:05d}-of-{total:05d}")
             with tf.io.TFRecordWriter(path) as writer:
                 for label in labels[shard::total]:
-                    writer.write(slim_example(int(label), generator))
+                    writer.write(slim_example(int(label), generator, synset=synset_of(split, int(label))))
     return folder
 
 
@@ -52,10 +52,13 @@ def slim(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tfds_dirs(tmp_path_factory):
-    """Two data sets prepared by TFDS itself: JPEG with a validation split, PNG with a test split."""
+    """Data sets prepared by TFDS itself: JPEG with a validation split, PNG with a test split, and some that lack one.
+
+    The last has two labels, one of which it names for classification.
+    """
     tfds = pytest.importorskip("tensorflow_datasets")
 
-    def builder(set_name, encoding, evaluation):
+    def builder(set_name, encoding, splits, supervised=None):
         class Builder(tfds.core.GeneratorBasedBuilder):
             VERSION = tfds.core.Version("1.2.3")
             name = set_name
@@ -66,23 +69,32 @@ def tfds_dirs(tmp_path_factory):
                     "label": tfds.features.ClassLabel(num_classes=7),
                     "file_name": tfds.features.Text(),
                 }
-                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+                if supervised:
+                    features["coarse_label"] = tfds.features.ClassLabel(names=["even", "odd"])
+                features = tfds.features.FeaturesDict(features)
+                return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=supervised)
 
             def _split_generators(self, dl_manager):
-                return {"train": self._generate_examples(40), evaluation: self._generate_examples(11)}
+                return {name: self._generate_examples(40 if name == "train" else 11) for name in splits}
 
             def _generate_examples(self, count):
                 generator = np.random.Generator(np.random.Philox(count))
                 for i in range(count):
                     image = generator.integers(0, 255, [18, 16 + i % 3, 3]).astype(np.uint8)
-                    yield i, {"image": image, "label": i % 7, "file_name": str(i)}
+                    coarse = {"coarse_label": i % 2} if supervised else {}
+                    yield i, {"image": image, "label": i % 7, "file_name": str(i), **coarse}
 
         return Builder
 
     folder = str(tmp_path_factory.mktemp("tfds"))
-    for set_name, encoding, evaluation in [("imagenet2012", "jpeg", "validation"), ("small_png", "png", "test")]:
-        made = builder(set_name, encoding, evaluation)(data_dir=folder)
-        made.download_and_prepare()
+    for row in [
+        ("imagenet2012", "jpeg", ["train", "validation"]),
+        ("small_png", "png", ["train", "test"]),
+        ("only_train", "jpeg", ["train"]),
+        ("only_test", "jpeg", ["test"]),
+        ("two_labels", "jpeg", ["train", "test"], ("image", "coarse_label")),
+    ]:
+        builder(*row)(data_dir=folder).download_and_prepare()
     return folder
 
 
@@ -120,6 +132,22 @@ def test_labels_from_0_in_the_slim_layout_are_refused(tmp_path):
         train(folder, tmp_path / "run", "--dataset=imagenet", "--image_size=16")
 
 
+def test_labels_in_another_order_than_the_wordnet_ids_are_refused(tmp_path):
+    def usual(split, label):
+        return b"n%08d" % (1440764 + 13 * label)
+
+    def check(name, synset_of):
+        os.makedirs(tmp_path / name)
+        data = folders.open_data(write_slim(str(tmp_path / name), synset_of=synset_of), "imagenet")
+        batches.check_label_base(data, CLASSES)
+
+    check("usual", usual)
+    with pytest.raises(DataError, match="train-.*labels must rise with the sorted WordNet ids"):
+        check("reversed", lambda split, label: usual(split, CLASSES + 1 - label))
+    with pytest.raises(DataError, match="validation-.* contradict each other"):
+        check("shifted", lambda split, label: usual(split, label - (split == "validation")))
+
+
 def test_an_incomplete_slim_set_is_refused(slim, tmp_path):
     folder = str(tmp_path / "data")
     shutil.copytree(slim, folder)
@@ -151,6 +179,23 @@ def test_tfds_sets_train_and_evaluate_exactly(tfds_dirs, tmp_path, dataset, jpeg
         image = tf.io.decode_image(feature[data.image_key].bytes_list.value[0], channels=3).numpy()
         found.append((feature[data.label_key].int64_list.value[0], image.tobytes()))
     assert sorted(found) == sorted(expected)
+
+
+def test_tfds_sets_that_lack_a_split_are_trained_on_or_evaluated(tfds_dirs, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    result = train(tfds_dirs, run_dir, "--dataset=tfds:only_train", "--num_classes=7", "--image_size=16")
+    assert result["complete"] and result["top1"] is None
+    assert capsys.readouterr().err.count("has neither a validation nor a test split") == 1
+    evaluate.main([f"--run_dir={run_dir}", "--dataset=tfds:only_test"])
+    assert json.loads(last_line(capsys.readouterr().out))["examples"] == 11
+    with pytest.raises(DataError, match="has no split to train on"):
+        train(tfds_dirs, tmp_path / "other", "--dataset=tfds:only_test", "--num_classes=7")
+
+
+def test_the_label_that_a_tfds_set_names_is_used(tfds_dirs):
+    data = folders.open_data(tfds_dirs, "tfds:two_labels")
+    assert (data.label_key, data.num_classes, data.classes) == ("coarse_label", 2, ("even", "odd"))
+    assert folders.open_data(tfds_dirs, "tfds:small_png").label_key == "label"
 
 
 def test_tfds_folders_are_found_or_refused(tfds_dirs, tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from resnet_cpu.cluster.control import World
-from resnet_cpu.data import order, preprocess, synthetic
+from resnet_cpu.data import classes, order, preprocess, synthetic
 from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.data.images import BadImage, read_header
 from resnet_cpu.data.shards import Split
@@ -206,28 +206,36 @@ def _checked(
 def check_label_base(settings: Settings, data: ShardedData) -> None:
     """Raise DataError if the labels of a sample from each split are not in the range of the layout.
 
-    The labels of all other records are checked when they are read, so that none outside the classes is trained on.
+    Labels beside WordNet ids must also be in their order, see `classes.check_order`. The labels of all other records
+    are checked when they are read, so that none outside the classes is trained on.
     """
-    for split, tolerance in ((data.train, _tolerance(settings)), (data.validation, 0)):
+    found: List[classes.Labelled] = []
+    for split in data.splits:
         ids = np.unique(np.linspace(0, split.examples - 1, LABEL_SAMPLE).astype(np.int64))
         try:
-            labels = _labels_of(data, split, ids)
+            labels, synsets = _labels_of(data, split, ids)
         except (tf.errors.OpError, DataError) as error:
             bad = _find_bad_records(data, split, ids)
             if not bad:
                 raise DataError(
                     f"{_where(split)}: labels cannot be read ({error}); prepare the data set again"
                 ) from None
-            _note(split, bad, tolerance)
+            _note(split, bad, _tolerance(settings) if split is data.train else 0)
             ids = np.array([example for example in ids.tolist() if example not in bad])
-            labels = _labels_of(data, split, ids)
+            labels, synsets = _labels_of(data, split, ids)
         _check_labels(split, ids, labels, settings.model.num_classes, data.label_base)
+        found += classes.labelled(split, ids, labels + data.label_base, synsets)
+    classes.check_order(found)
 
 
-def _labels_of(data: ShardedData, split: Split, ids: np.ndarray) -> np.ndarray:
-    """Return the labels of examples, counted from 0."""
-    label = {data.label_key: _features(data)[data.label_key]}
-    return tf.io.parse_example(split.read(ids), label)[data.label_key].numpy() - data.label_base
+def _labels_of(data: ShardedData, split: Split, ids: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Return the labels of examples, counted from 0, and their WordNet ids, empty where there are none."""
+    features = {
+        data.label_key: _features(data)[data.label_key],
+        classes.SYNSET_KEY: tf.io.FixedLenFeature([], tf.string, b""),
+    }
+    parsed = tf.io.parse_example(split.read(ids), features)
+    return parsed[data.label_key].numpy() - data.label_base, parsed[classes.SYNSET_KEY].numpy()
 
 
 def _tolerance(settings: Settings) -> int:

@@ -24,8 +24,9 @@ class Progress:
             return
         self._reported = now
         rate = self._done / (now - self._started)
+        digits = 0 if rate >= 10 else 1
         print(
-            f"{self._command}: {self._done:,} of {self._total:,} {self._things}, {rate:,.{0 if rate >= 10 else 1}f} a second, "
+            f"{self._command}: {self._done:,} of {self._total:,} {self._things}, {rate:,.{digits}f} a second, "
             f"{duration((self._total - self._done) / rate)} left",
             file=sys.stderr,
             flush=True,
