@@ -17,7 +17,7 @@ LEVELS = [
     {"report"},
     {"run", "data", "model", "optim", "scaling"},
     {"settings", "fields", "flagfiles", "resolve", "text"},
-    {"cluster", "recipe"},
+    {"cluster", "recipe", "faults"},
     {"errors"},
 ]
 WITHOUT_TENSORFLOW = [
@@ -29,6 +29,7 @@ WITHOUT_TENSORFLOW = [
     "text",
     "commandline",
     "errors",
+    "faults",
     "scaling",
     "simulator",
     "run",

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import threading
 import time
 
 import numpy as np
@@ -15,6 +16,7 @@ from resnet_cpu.cluster import control
 from resnet_cpu.data import order
 from resnet_cpu.errors import (
     NotFinite,
+    OutputError,
     StopRequested,
     UserError,
 )
@@ -198,6 +200,84 @@ def test_a_stop_saves_before_the_evaluation_that_is_due_and_the_next_attempt_eva
     assert train(tiny_data, run_dir, runs.EVERY_EPOCH)["complete"]
     assert scores(run_dir) == scores(finished)
     assert runs.losses(run_dir) == runs.losses(finished)
+
+
+def spy_on_steps(monkeypatch, see):
+    """Call `see` with the number of each step of an attempt (from 0) before it is taken."""
+    original, numbers = loop.TrainStep.take, iter(range(10**6))
+
+    def take(self, *arguments):
+        see(next(numbers))
+        return original(self, *arguments)
+
+    monkeypatch.setattr(loop.TrainStep, "take", take)
+
+
+def test_training_continues_while_a_checkpoint_is_written(tiny_data, finished, tmp_path, monkeypatch):
+    """The first save does not end before three more steps are done; it holds the state of its own step, bit by bit."""
+    train(tiny_data, tmp_path / "part", "--max_steps=4")
+    run_dir, original, copied = str(tmp_path / "run"), checkpoint.save, loop.State.arrays
+    later, writing = threading.Event(), []
+
+    def save(path, *more):
+        writing.append(path)
+        assert later.wait(120)
+        original(path, *more)
+        writing.remove(path)
+
+    def arrays(self):
+        assert not writing  # memory for one copy is enough
+        return copied(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save)
+        patch.setattr(loop.State, "arrays", arrays)
+        spy_on_steps(patch, lambda number: later.set() if number == 7 else None)
+        train(tiny_data, run_dir, "--checkpoint_every_steps=4", "--keep_checkpoints=9")
+    assert checkpoint.steps(run_dir) == [4, 8, 10, 12, 16]
+    assert not runs.differing(runs.state_after(run_dir, 4), runs.final_state(str(tmp_path / "part")))
+    assert not runs.differing(runs.final_state(run_dir), runs.final_state(finished))
+
+
+def test_a_failed_save_ends_the_run_after_the_next_step(tiny_data, tmp_path, monkeypatch):
+    """A full disk is not noticed only at the end of a phase."""
+    run_dir, writers, original = str(tmp_path / "run"), [], loop.Writer.start
+
+    def start(self, work):
+        writers.append(self)
+        original(self, work)
+
+    def save(*arguments):
+        raise OutputError("not saved (No space left on device)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save)
+        patch.setattr(loop.Writer, "start", start)
+        spy_on_steps(patch, lambda number: writers[0]._thread.join() if number == 4 else None)
+        with pytest.raises(OutputError, match="No space left on device"):
+            train(tiny_data, run_dir, "--checkpoint_every_steps=4")
+    assert len(runs.losses(run_dir)) == 6 and not checkpoint.steps(run_dir)
+    assert train(tiny_data, run_dir)["complete"]
+
+
+def test_a_stop_is_announced_only_once_its_checkpoint_is_published(tiny_data, tmp_path, monkeypatch):
+    run_dir, original, found = str(tmp_path / "run"), checkpoint.save, []
+
+    class Spied(StopRequested):
+        def __init__(self, *arguments, **more):
+            found.append(checkpoint.steps(run_dir))
+            super().__init__(*arguments, **more)
+
+    def save(*arguments):
+        time.sleep(0.5)
+        original(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(loop, "StopRequested", Spied)
+    monkeypatch.setattr(loop.guard, "stop_requested", lambda: True)
+    with pytest.raises(StopRequested, match="after step 1, checkpoint written"):
+        train(tiny_data, run_dir)
+    assert found == [[1]]
 
 
 def test_a_run_killed_in_its_last_evaluation_has_its_checkpoint_and_is_finished_without_a_step(

@@ -20,6 +20,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, Set, Tuple
 import google_crc32c
 import numpy as np
 
+from resnet_cpu import faults
 from resnet_cpu.data import array_records, kinds
 from resnet_cpu.data.datasets import MANIFEST
 from resnet_cpu.errors import DataError, OutputError
@@ -151,7 +152,9 @@ def write_shard(path: str, payloads: Iterable[bytes]) -> Dict[str, Any]:
                 digest.update(part)
         file.flush()
         os.fsync(file.fileno())
+    faults.point("prepare:shard")
     os.replace(temporary, path)
+    faults.point("prepare:index")
     size = os.path.getsize(path)
     return {"name": os.path.basename(path), "examples": write_index(path), "bytes": size, "sha256": digest.hexdigest()}
 
@@ -159,6 +162,7 @@ def write_shard(path: str, payloads: Iterable[bytes]) -> Dict[str, Any]:
 def write_manifest(folder: str, manifest: Dict) -> None:
     """Write the manifest, last: a folder without a manifest does not hold a data set yet."""
     content = {"format_version": FORMAT_VERSION, **manifest}
+    faults.point("prepare:manifest")
     write_atomically(os.path.join(folder, MANIFEST), (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -318,7 +322,7 @@ def open_split(folder: str, manifest: Dict, split: str) -> Split:
         np.cumsum([0, *counts]),
         tuple(starts),
         () if readers else tuple(os.open(path, os.O_RDONLY) for path in paths),
-        tuple(readers),
+        readers=tuple(readers),
     )
 
 

@@ -3,9 +3,10 @@
     checkpoints/step-00001234/  weights.npz  optimizer.npz  manifest.json
 
 A checkpoint is written to a temporary folder, flushed to the disk and renamed. The manifest holds the size and SHA-256
-of each file, and the shape and dtype of each array.
+of each file, the shape and dtype of each array, and its own SHA-256.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -17,11 +18,13 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple
 
 import numpy as np
 
+from resnet_cpu import faults
 from resnet_cpu.errors import CheckpointError, FlagError, NotFinite, OutputError
 from resnet_cpu.run.atomic import write_atomically
 
 Arrays = Dict[str, np.ndarray]
 MANIFEST = "manifest.json"
+_FORMAT = 2  # of the manifest; it had neither this field nor its own SHA-256 before
 _NAME = re.compile(r"step-(\d{8})")
 _UNFINISHED = ".tmp"  # suffix of folders that are being written; no phase, and so no member, has such a name
 _REPLACED = "+old.tmp"  # suffix of a published folder that is being replaced; "+" is not allowed in names of phases
@@ -48,19 +51,24 @@ def save(path: str, groups: Mapping[str, Arrays], info: Mapping[str, Any]) -> No
             if not np.isfinite(array).all():
                 raise NotFinite(f"{group} {name} is not finite after step {info.get('step')}; nothing was saved")
     _recover(path)
+    kind = os.path.basename(os.path.dirname(path))  # checkpoints, members, or a member's name for its predictions
     temporary = f"{path}{_UNFINISHED}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         os.makedirs(temporary)
+        faults.point(f"{kind}:folder")
         files = {}
         for group, arrays in groups.items():
             files[f"{group}.npz"] = _write_arrays(os.path.join(temporary, f"{group}.npz"), arrays)
-        manifest = {**info, "files": files}
-        _write(os.path.join(temporary, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
+            faults.point(f"{kind}:file")
+        _write(os.path.join(temporary, MANIFEST), _manifest(info, files))
+        faults.point(f"{kind}:manifest")
         _sync_folder(temporary)
         if os.path.isdir(path):
             os.rename(path, f"{path}{_REPLACED}")
+            faults.point(f"{kind}:aside")
         os.rename(temporary, path)
+        faults.point(f"{kind}:published")
         _sync_folder(os.path.dirname(path))
     except OSError as error:
         _recover(path)
@@ -87,6 +95,13 @@ def recover(run_dir: str) -> None:
         for name in os.listdir(parent) if os.path.isdir(parent) else ():
             if name.endswith(_REPLACED):
                 _recover(os.path.join(parent, name[: -len(_REPLACED)]))
+
+
+def _manifest(info: Mapping[str, Any], files: Mapping[str, Any]) -> bytes:
+    """Return the content of a manifest, with its own SHA-256 at the end: computed with "" in its place."""
+    text = json.dumps({"format": _FORMAT, **info, "files": files, "sha256": ""}, indent=1) + "\n"
+    start, _, end = text.rpartition('""')
+    return f'{start}"{hashlib.sha256(text.encode()).hexdigest()}"{end}'.encode()
 
 
 def _write_arrays(path: str, arrays: Arrays) -> Dict[str, Any]:
@@ -123,19 +138,26 @@ def _sync_folder(path: str) -> None:
 
 
 def read_manifest(path: str) -> Dict[str, Any]:
-    """Return the manifest of the checkpoint `path`, or raise CheckpointError."""
+    """Return the manifest of the checkpoint `path`; raise CheckpointError if it is missing or damaged."""
     try:
         with open(os.path.join(path, MANIFEST), encoding="utf-8") as file:
-            manifest = json.load(file)
+            text = file.read()
+        manifest = json.loads(text)
         if not isinstance(manifest["files"], dict) or not isinstance(manifest["step"], int):
             raise ValueError("not the manifest of a checkpoint")
+        # Neither of the two: written before they were introduced. A damaged name leaves only one of them.
+        if "format" in manifest or "sha256" in manifest:
+            digest = manifest.pop("sha256", "")
+            found = hashlib.sha256(text.replace(digest, "", 1).encode()).hexdigest()
+            if manifest.pop("format", None) is None or found != digest:
+                raise ValueError("its SHA-256 differs from the one at its end")
         return manifest
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:  # another error of I/O may pass: 74
         raise CheckpointError(
             f"{path}: not a checkpoint ({error.strerror}); name a folder that contains {MANIFEST}"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: unreadable {MANIFEST} ({error}); use another checkpoint") from None
+        raise CheckpointError(f"{path}/{MANIFEST}: damaged ({error}); use another checkpoint") from None
 
 
 def load(path: str, group: str) -> Arrays:
@@ -256,11 +278,20 @@ def prune(run_dir: str, keep: int, needed_from: Callable[[int], Set[int]] = lamb
         needed = needed_from(kept[0])
         for step in published:
             if step < kept[0] and step not in needed:
-                shutil.rmtree(folder(run_dir, step), ignore_errors=True)
+                _remove(folder(run_dir, step))
     if os.path.isdir(parent):
         for name in os.listdir(parent):
             if name.endswith(_UNFINISHED):
                 shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
+
+
+def _remove(path: str) -> None:
+    """Remove a published folder; renamed first, so that a kill leaves no part of it under its name."""
+    aside = f"{path}{_UNFINISHED}"
+    with contextlib.suppress(OSError):  # what cannot be removed now is removed after the next save
+        os.rename(path, aside)
+    faults.point("checkpoints:rotation")
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _looks_whole(path: str) -> bool:

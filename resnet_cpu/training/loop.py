@@ -6,12 +6,14 @@ from typing import Any, Dict
 
 import numpy as np
 
+from resnet_cpu import faults
 from resnet_cpu.cluster import guard, horovod
 from resnet_cpu.data.batches import check_label_base, training_batches
 from resnet_cpu.errors import CheckpointError, NotFinite, StopRequested
 from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.schedule import Rates, Span
 from resnet_cpu.run import checkpoint, provenance
+from resnet_cpu.run.writer import Writer
 from resnet_cpu.scaling.steptimes import StepTimes
 from resnet_cpu.training import ensemble, evaluation, members, modes
 from resnet_cpu.training.job import Job
@@ -24,9 +26,9 @@ def run(job: Job) -> Dict[str, Any]:
     """Train to the end of the recipe (or --max_steps); return the result, which rank 0 has also written."""
     report = open_report(job)
     try:
-        with guard.Watchdog(job.settings.system.stall_timeout) as watchdog:
+        with guard.Watchdog(job.settings.system.stall_timeout) as watchdog, Writer() as writer:
             horovod.start(job.world)
-            result = train(job, report, watchdog)
+            result = train(job, report, watchdog, writer)
         report.finish(result)
         return result
     except StopRequested:
@@ -36,13 +38,14 @@ def run(job: Job) -> Dict[str, Any]:
         report.close()
 
 
-def train(job: Job, report: AnyReport, watchdog: guard.Watchdog) -> Dict[str, Any]:
+def train(job: Job, report: AnyReport, watchdog: guard.Watchdog, writer: Writer) -> Dict[str, Any]:
     """Run the steps that are left of a run; return its result.
 
     All ranks execute the same lines: they differ in their share of the images and in the report, which is silent on
     all but rank 0. After a step comes first what must not be lost (member, checkpoint), then a stop that was
     requested, and only then the evaluation, which may take long. If a run is cut off before an evaluation that was
-    due, the next attempt makes up for it.
+    due, the next attempt makes up for it. A checkpoint is written while training continues; a stop and the end of a
+    phase wait for it. If writing fails, all ranks stop after the next step, and raise the error instead of saving.
     """
     recipe, world = job.settings.recipe, job.world
     model = build_model(job.settings)
@@ -71,18 +74,20 @@ def train(job: Job, report: AnyReport, watchdog: guard.Watchdog) -> Dict[str, An
         for step in span.steps:
             rates = schedule.rates(job.phases, span.phase, step - span.phase_first, recipe.momentum_correction)
             report.before(step)
-            outcome = train_step.take(batches, rates, guard.stop_requested(), watchdog.beat)
+            faults.point("step")
+            stop = guard.stop_requested() or writer.failed
+            outcome = train_step.take(batches, rates, stop, watchdog.beat)
             state.step = step + 1
             watchdog.beat()
-            check_loss(outcome.loss, step, span, rates, state)
+            check_loss(outcome.loss, span, rates, job, state, writer)
             step_times.add(step, outcome.started, outcome.data_wait_s, outcome.update_s, outcome.step_s)
             report.step(step, span, rates, outcome)
             member = job.member_due(state.step)
             if member is not None:
-                members.keep(job, state, member)
+                members.keep(job, state, member, writer)
             if outcome.stop or job.checkpoint_due(state.step):
                 modes.record(job, step_times, state.step)
-                save(job, state, report)
+                save(job, state, report, writer, wait=outcome.stop or step == span.steps[-1])
                 watchdog.beat()
                 step_times.pause()
             # At the very end there is nothing left to stop but an evaluation.
@@ -130,25 +135,29 @@ def enter(span: Span, job: Job, state: State, report: AnyReport) -> None:
         state.reset_slots()
 
 
-def check_loss(loss: float, step: int, span: Span, rates: Rates, state: State) -> None:
-    """Raise NotFinite, on all ranks alike, if the loss of a step is not finite."""
+def check_loss(loss: float, span: Span, rates: Rates, job: Job, state: State, writer: Writer) -> None:
+    """Raise NotFinite, on all ranks alike, if the loss of the last step is not finite."""
     if np.isfinite(loss):
         return
+    job.world.on_rank0(writer.finish)  # the message names the last checkpoint
     saved = "no checkpoint yet" if state.saved_step is None else f"last checkpoint after step {state.saved_step}"
     raise NotFinite(
-        f"loss is {loss} in step {step} (phase {span.phase.name}, LR {rates.lr:g}), {saved}; start again in another "
-        "--run_dir with a lower LR or a longer warm-up",
+        f"loss is {loss} in step {state.step - 1} (phase {span.phase.name}, LR {rates.lr:g}), {saved}; start again in "
+        "another --run_dir with a lower LR or a longer warm-up",
         collective=True,
     )
 
 
-def save(job: Job, state: State, report: AnyReport) -> None:
-    """Publish a checkpoint from rank 0; every rank learns whether that succeeded."""
+def save(job: Job, state: State, report: AnyReport, writer: Writer, wait: bool) -> None:
+    """Begin to publish a checkpoint from rank 0, or do so to the end if `wait`.
+
+    Every rank learns whether the one before, or with `wait` this one, was published.
+    """
     state.check_replicas(job.world, f"after step {state.step}")
 
-    def write() -> None:
-        assert job.folder is not None  # on rank 0
-        job.folder.check()
+    def begin() -> None:
+        writer.finish()  # before the copy: memory for one is enough
+        path, groups = checkpoint.folder(job.run_dir, state.step), state.arrays()
         info = {
             "step": state.step,
             "signature": job.signature,
@@ -157,19 +166,29 @@ def save(job: Job, state: State, report: AnyReport) -> None:
             **report.times(),
             "versions": provenance.versions(),
         }
-        checkpoint.save(checkpoint.folder(job.run_dir, state.step), state.arrays(), info)
-        keep = job.settings.run.keep_checkpoints
-        checkpoint.prune(job.run_dir, keep, lambda oldest: schedule.still_needed(job.phases, oldest))
+        writer.start(lambda: publish(job, path, groups, info))
 
-    job.world.on_rank0(write)
+    job.world.on_rank0(begin)
+    if wait:
+        job.world.on_rank0(writer.finish)
     state.saved_step = state.step
     report.saved(job.world.gather(provenance.peak_memory_gib()))
+
+
+def publish(job: Job, path: str, groups: Dict[str, checkpoint.Arrays], info: Dict[str, Any]) -> None:
+    """Publish a checkpoint on rank 0 and then remove those that it replaces."""
+    assert job.folder is not None  # on rank 0
+    job.folder.check()
+    checkpoint.save(path, groups, info)
+    keep = job.settings.run.keep_checkpoints
+    checkpoint.prune(job.run_dir, keep, lambda oldest: schedule.still_needed(job.phases, oldest))
 
 
 def evaluate(job: Job, state: State, evaluate_step: Any, report: AnyReport, watchdog: guard.Watchdog) -> None:
     """Evaluate on all ranks and record the score; at the end of a member's phase, keep its predictions as well."""
     assert job.data is not None  # Job.evaluation_due
     started = time.perf_counter()
+    faults.point("evaluation")
     inputs = evaluate_step, job.settings, job.world, job.data, job.batch.per_rank, watchdog.beat
     member = job.member_due(state.step)
     if member is None:

@@ -8,27 +8,30 @@ from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.batch import DEFAULT_BATCH_PER_RANK
 from resnet_cpu.run import checkpoint
+from resnet_cpu.run.writer import Writer
 from resnet_cpu.settings import Settings
 from resnet_cpu.training import ensemble, evaluation
 from resnet_cpu.training.job import Job
 from resnet_cpu.training.state import State
 
 
-def keep(job: Job, state: State, name: str) -> None:
+def keep(job: Job, state: State, name: str, writer: Writer) -> None:
     """Publish the weights of the member `name`, whose phase has just ended.
 
-    The loop calls this before it saves the checkpoint of the same step: if the run is cut off in between, it is
-    resumed from an earlier checkpoint and publishes the same bits again.
+    The loop calls this before it saves the checkpoint of the same step, which waits for it: if the run is cut off in
+    between, it is resumed from an earlier checkpoint and publishes the same bits again.
     """
     state.check_replicas(job.world, f"at the end of {name}")
 
-    def save() -> None:
+    def begin() -> None:
+        writer.finish()
         assert job.folder is not None  # on rank 0
         job.folder.check()
+        path, groups = checkpoint.member_folder(job.run_dir, name), {"weights": state.arrays()["weights"]}
         info = {"step": state.step, "signature": job.signature, "phase": name}
-        checkpoint.save(checkpoint.member_folder(job.run_dir, name), {"weights": state.arrays()["weights"]}, info)
+        writer.start(lambda: checkpoint.save(path, groups, info))
 
-    job.world.on_rank0(save)
+    job.world.on_rank0(begin)
 
 
 def scores(job: Job, step: int, beat: Callable[[], None]) -> Dict[str, Any]:

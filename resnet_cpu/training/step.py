@@ -6,6 +6,7 @@ from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 import tensorflow as tf
 
+from resnet_cpu import faults
 from resnet_cpu.cluster import horovod
 from resnet_cpu.data.batches import TrainingBatch
 from resnet_cpu.optim import lars, sgd
@@ -110,6 +111,7 @@ class TrainStep:
         for left in reversed(range(self._micro_batches)):
             asked = time.perf_counter()
             images, labels = next(batches)
+            images = faults.point("batch", images)
             waited += time.perf_counter() - asked
             if left:
                 self.gather(images, labels)
