@@ -18,6 +18,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 from absl import flags
 
 from resnet_cpu import flagfiles, settings
+from resnet_cpu.command_settings import SOURCES
 from resnet_cpu.data.datasets import DATASETS, facts_of
 from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.settings import GROUPS, Settings
@@ -273,7 +274,7 @@ def recorded_flags(run_dir: str) -> List[str]:
 def help_text(command: str) -> str:
     """Return what `--help` of a command prints: its flags with their defaults, wrapped to the terminal's width."""
     width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 120))
-    source = f" {'|'.join(settings.SOURCES)}" if command == "prepare" else ""
+    source = f" {'|'.join(SOURCES)}" if command == "prepare" else ""
     usage = (
         f"usage: python -m resnet_cpu.{command}{source} [--flagfile=FILE] [--flag=value ...]"
         f"{_AFTER_FLAGS.get(command, '')}"

@@ -6,8 +6,9 @@ from typing import Dict, List
 
 from resnet_cpu import commandline
 from resnet_cpu.cluster import guard, machine, placement
+from resnet_cpu.command_settings import SOURCES
 from resnet_cpu.errors import FlagError
-from resnet_cpu.settings import SOURCES, Settings
+from resnet_cpu.settings import Settings
 
 OF_IMAGE_FILES = ("imagenet", "folder", "tiny_imagenet")
 

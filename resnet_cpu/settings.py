@@ -1,20 +1,21 @@
 """Every setting, exactly once: a field with its default, bounds, help, the commands that take it, and what it decides.
 
 `commandline.py` derives flags, `--help` and docs/flags.md from the fields, `run/signature.py` what two runs must have
-in common. A new setting is one field here and its use. `fields.setting` explains the arguments.
+in common. A new setting is one field here, or in `command_settings.py` if a single command takes it, and its use.
+`fields.setting` explains the arguments.
 """
 
 import dataclasses
 from typing import Dict, FrozenSet, Optional, Tuple
 
+from resnet_cpu.command_settings import Benchmark, Evaluate, Launch, Prediction, Prepare, Simulate, Tables
 from resnet_cpu.errors import FlagError
-from resnet_cpu.fields import parse_count_or_auto, parse_crop, parse_phases, parse_steps, setting
+from resnet_cpu.fields import parse_crop, parse_phases, parse_steps, setting
 from resnet_cpu.recipe.batch import SCALINGS
 from resnet_cpu.recipe.phases import PhaseText
 
 #: Commands that take the settings of a run.
 OF_A_RUN = ("train", "evaluate", "benchmark", "plan", "simulate")
-SOURCES = ("imagenet", "folder", "tiny_imagenet", "fashion_mnist", "digits", "verify")  # of resnet_cpu.prepare
 
 #: name -> (blocks of each stage, whether blocks are bottlenecks)
 DEPTHS: Dict[str, Tuple[Tuple[int, ...], bool]] = {
@@ -240,136 +241,6 @@ class System:
         also=("launch", "prepare"),
     )
     stall_timeout: float = setting(600.0, "End the job if no step has finished for this many seconds.", low=1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluate:
-    """evaluate: what is scored"""
-
-    checkpoint: Optional[str] = setting(None, "Checkpoint to score, instead of the newest of --run_dir.", path=True)
-    export: Optional[str] = setting(
-        None,
-        "Write the scored weights to an .npz file, or to a folder as a SavedModel (pixels in, logits out). With "
-        "--ensemble: the mean of the members' weights, to an .npz file.",
-        path=True,
-    )
-    ensemble: bool = setting(
-        False,
-        "Score the ensemble of the members of --run_dir, or of --members: the mean of their probabilities. "
-        "Predictions are kept beside the members' weights.",
-    )
-    members: Tuple[str, ...] = setting(
-        (),
-        "With --ensemble: members to combine, separated by commas: folders RUN/members/NAME, or run folders, which "
-        "stand for all of their members.",
-        path=True,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Benchmark:
-    """benchmark: what is timed"""
-
-    benchmark: str = setting(
-        "synthetic",
-        "synthetic: training steps on synthetic images; pipeline: reading and decoding of --data_dir; evaluation: the "
-        "forward pass; allreduce: messages between ranks by size.",
-        choices=("synthetic", "pipeline", "evaluation", "allreduce"),
-    )
-    warmup_steps: int = setting(3, "Steps (allreduce: messages) that are not timed; the first traces.", low=1)
-    timed_steps: int = setting(20, "Steps that are timed (allreduce: at most this many messages of each size).", low=2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """output: what is printed, and at which speed"""
-
-    format: str = setting(
-        "table",
-        "Output format; png draws to COMMAND.png (plan.png, simulate.png) in the current folder.",
-        choices=("table", "csv", "png"),
-    )
-    speed: Optional[str] = setting(
-        None,
-        "Speed to assume: a number of images/s (plan: of all ranks together; simulate: of a single node without "
-        "communication), or the folder of a past run of the same network.",
-        path=True,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Simulate:
-    """simulate: the cluster"""
-
-    nodes: int = setting(1536, "Largest number of nodes; the time to train is estimated for it.", low=1)
-    network: str = setting(
-        "omnipath",
-        "omnipath, infiniband_hdr, ena25, ethernet25, ethernet10, ethernet1, or a JSON file of measured constants "
-        "(docs/simulate.md).",
-        path=True,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """launch: hosts and ranks"""
-
-    ranks_per_node: Optional[int] = setting(
-        None,
-        "Ranks per host. auto: as the batch job asks, else the number that --tune found best, else one per NUMA "
-        "domain (simulate: 2).",
-        parse=parse_count_or_auto,
-        shown="auto",
-        also=("simulate",),
-    )
-    hosts: Tuple[str, ...] = setting(
-        (), "NAME or NAME:SLOTS, separated by commas (default: the hosts of the batch job, or this one)."
-    )
-    mpi: str = setting(
-        "auto",
-        "The launcher. auto: ibrun in a batch job that has it, else that of mpirun in PATH, else srun in a batch job.",
-        choices=("auto", "openmpi", "intel", "mpich", "ibrun", "srun"),
-    )
-    interface: Optional[str] = setting(None, "Network interface for TCP, such as eth1 (default: the launcher chooses).")
-    dry_run: bool = setting(
-        False,
-        "Print the command line and do not start it. prepare: print what would be written and how long it would take.",
-        also=("prepare",),
-    )
-    tune: bool = setting(
-        False,
-        "Time several numbers of ranks on this host, about a minute and a half each, with python -m "
-        "resnet_cpu.benchmark and the flags after --, and remember the best one for hosts of this type.",
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepare:
-    """prepare: the raw data"""
-
-    source: Optional[str] = None  # the one argument that is not a flag
-    raw_dir: Optional[str] = setting(
-        None, "Folder of the raw files (fashion_mnist: default is that of the Debian package).", path=True
-    )
-    short_side: Optional[int] = setting(
-        None, "Make larger images this small, pixels of the short side, as 256 (default: keep their sizes).", low=8
-    )
-    jpeg_quality: int = setting(
-        95, "JPEG quality of images that are made smaller or converted; all others keep their bytes.", low=1, high=100
-    )
-    validation_share: Optional[float] = setting(
-        None, "Share of the images for validation, for a tree of folders without one, by a hash.", low=0.001, high=0.9
-    )
-    allow_incomplete: bool = setting(
-        False, "Prepare a set that is not whole, without the images that cannot be decoded."
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Tables:
-    """tables: the runs"""
-
-    runs: Optional[str] = setting(None, "Collect every finished run below this folder first.", path=True)
 
 
 #: name in Settings -> (dataclass, commands that take its flags)

@@ -16,13 +16,14 @@ LEVELS = [
     {"training", "bench", "simulator", "commandline"},
     {"report"},
     {"run", "data", "model", "optim", "scaling"},
-    {"settings", "fields", "flagfiles", "resolve", "text"},
+    {"settings", "command_settings", "fields", "flagfiles", "resolve", "text"},
     {"cluster", "recipe", "faults"},
     {"errors"},
 ]
 WITHOUT_TENSORFLOW = [
     "recipe",
     "settings",
+    "command_settings",
     "fields",
     "flagfiles",
     "resolve",

@@ -74,6 +74,11 @@ class Job:
         every = self.settings.run.checkpoint_every_steps
         return step == self.last_step or bool(self._ending_at(step)) or bool(every and step % every == 0)
 
+    def skipped_records(self) -> Dict[str, str]:
+        """Return why each training example was skipped that this rank has skipped, by its number."""
+        bad = self.data.train.bad if self.data is not None else {}
+        return {str(example): str(error) for example, error in bad.items()}
+
     @property
     def evaluates(self) -> bool:
         """Return whether there is anything to evaluate on: not with synthetic data, nor without such a split."""

@@ -172,7 +172,9 @@ def save(job: Job, state: State, report: AnyReport, writer: Writer, wait: bool) 
     if wait:
         job.world.on_rank0(writer.finish)
     state.saved_step = state.step
-    report.saved(job.world.gather(provenance.peak_memory_gib()))
+    report.saved(
+        job.world.gather({"peak_memory_gib": provenance.peak_memory_gib(), "bad_records": job.skipped_records()})
+    )
 
 
 def publish(job: Job, path: str, groups: Dict[str, checkpoint.Arrays], info: Dict[str, Any]) -> None:

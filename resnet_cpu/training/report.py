@@ -185,10 +185,19 @@ class Report:
         """Return the times of the run so far, as a checkpoint and clock.json hold them."""
         return {"wall_seconds": self._job.wall_seconds(), "seconds_to_top1": dict(self._seconds_to_top1)}
 
-    def saved(self, peak_memory_gib: List[float]) -> None:
-        """Record each rank's peak memory, GiB, after a checkpoint was saved."""
+    def saved(self, ranks: List[Dict[str, Any]]) -> None:
+        """Record each rank's peak memory, GiB, and the bad records that it has skipped, when a checkpoint is saved."""
         record = read_json(self._folder.file("run.json")) or {}
-        self._folder.write_json("run.json", {**record, "peak_memory_gib_per_rank": peak_memory_gib})
+        peaks = [rank["peak_memory_gib"] for rank in ranks]
+        self._folder.write_json("run.json", {**record, "peak_memory_gib_per_rank": peaks})
+        skipped = {
+            example: {"rank": rank, "attempt": self._job.attempt, "reason": reason}
+            for rank, facts in enumerate(ranks)
+            for example, reason in facts["bad_records"].items()
+        }
+        if skipped:
+            before = read_json(self._folder.file("bad_records.json")) or {}
+            self._folder.write_json("bad_records.json", {**skipped, **before})
         self._write_clock()
 
     def result(self, step: int, additions: Mapping[str, Any]) -> Dict[str, Any]:
@@ -287,7 +296,7 @@ class Silent:
         """Return nothing."""
         return {}
 
-    def saved(self, peak_memory_gib: List[float]) -> None:
+    def saved(self, ranks: List[Dict[str, Any]]) -> None:
         """Do nothing."""
 
     def result(self, step: int, additions: Mapping[str, Any]) -> Dict[str, Any]:
