@@ -119,6 +119,8 @@ def test_the_reference_is_that_of_the_code():
 # A value for every flag of a run that differs from its default and changes the settings.
 CHANGES = {
     "experiment": "scaling",
+    "bad_records": "skip",
+    "max_bad": "5",
     "accumulate_steps": "2",
     "optimizer": "lars",
     "momentum_correction": "true",
@@ -169,6 +171,10 @@ CHANGES = {
 
 
 OF_OTHER_COMMANDS = {
+    "short_side": "prepare",
+    "jpeg_quality": "prepare",
+    "validation_share": "prepare",
+    "allow_incomplete": "prepare",
     "checkpoint": "evaluate",
     "export": "evaluate",
     "ensemble": "evaluate",

@@ -21,7 +21,7 @@ def test_a_tree_with_two_splits(tmp_path, capsys):
     assert found.classes == ("cat", "dog", "eel") and found.label_base == 0
     assert len(names(found)["train"]) == 19 and "cat/more/0.jpg" in names(found)["train"]
     assert names(found)["validation"][:2] == ["cat/0.jpg", "cat/1.png"]
-    assert "ignored 1 files that are no images" in capsys.readouterr().err
+    assert "ignored 1 files that are not images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "test"])

@@ -29,7 +29,7 @@ def test_the_header_says_format_and_size(kind, header):
     assert read_header(encoded(kind)) == header
 
 
-def test_progressive_jpegs_and_long_comments_are_no_obstacle():
+def test_progressive_jpegs_and_long_comments_are_read():
     whole = encoded(progressive=True)
     comment = b"\xff\xfe" + struct.pack(">H", 60_000) + b"\xff" * 59_998
     assert read_header(whole[:2] + comment + whole[2:]) == Header("JPEG", 40, 48, 3)

@@ -1,4 +1,4 @@
-"""What lies in a folder of raw ImageNet files: images, labels in all their forms, and what is missing."""
+"""A folder of raw ImageNet files: its images, its labels in all their forms, and what is missing."""
 
 import tarfile
 
@@ -85,7 +85,7 @@ def refusal(folder):
     return str(refused.value)
 
 
-def test_foreign_files_labels_and_classes_are_named(tmp_path):
+def test_unknown_files_labels_and_classes_are_named(tmp_path):
     imagenet(tmp_path)
     extra = {"README": b"text", f"{SYNSETS[0]}_1.JPEG": b""}
     (tmp_path / "train").mkdir()

@@ -17,6 +17,8 @@ NOT_DECIDING = {
     "batch_size",  # only how the global batch is divided, which each checkpoint records
     "accumulate_steps",
     "data_threads",
+    "bad_records",  # good data are not affected
+    "max_bad",
 }
 RECIPE = ["--phase=m:steps=2,lr_per_256=1", "--global_batch_size=20"]
 

@@ -184,7 +184,7 @@ def alive(data):
     return found.stdout.split()
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(archives, tmp_path):
+def test_killed_at_any_moment_it_continues_to_the_same_bytes(archives, tmp_path):
     whole = start(archives, tmp_path / "whole")
     out, errors = whole.communicate(timeout=120)
     assert whole.returncode == 0, errors

@@ -229,7 +229,7 @@ def check_label_base(settings: Settings, data: ShardedData) -> None:
 
 
 def _labels_of(data: ShardedData, split: Split, ids: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """Return the labels of examples, counted from 0, and their WordNet ids, empty where there are none."""
+    """Return the labels of examples, counted from 0, and their WordNet ids, empty for records without one."""
     features = {
         data.label_key: _features(data)[data.label_key],
         classes.SYNSET_KEY: tf.io.FixedLenFeature([], tf.string, b""),

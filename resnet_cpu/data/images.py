@@ -1,4 +1,4 @@
-"""Facts of an encoded image that its first bytes tell: format, size, channels. Nothing is decoded.
+"""Read format, size and channels of an encoded image from its first bytes. Nothing is decoded.
 
 Sizes are checked before anything is decoded: a JPEG of a few kilobytes may claim billions of pixels.
 """
@@ -20,7 +20,7 @@ class BadImage(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What the header of an image says."""
+    """The facts in the header of an image."""
 
     format: str  # JPEG, PNG, GIF or BMP
     height: int  # pixels

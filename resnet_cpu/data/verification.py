@@ -24,7 +24,7 @@ _NAME, _SYNSET = "image/filename", "image/class/synset"
 
 @dataclasses.dataclass
 class _Found:
-    """What was found in one shard."""
+    """The facts that were found in one shard."""
 
     path: str
     examples: int = 0

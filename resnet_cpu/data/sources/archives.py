@@ -29,9 +29,6 @@ class _Part(io.RawIOBase):
         self._position = start + position
         return self._position
 
-    def tell(self) -> int:
-        return self._position
-
     def read(self, size: int = -1) -> bytes:
         left = max(self._size - self._position, 0)
         wanted = left if size < 0 else min(size, left)

@@ -19,7 +19,7 @@ AS_THEY_ARE = ("L", "RGB")  # Pillow's names of grey and RGB
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is done to all images."""
+    """Changes that are made to all images."""
 
     short_side: Optional[int]  # pixels; larger images are made this small. None: sizes stay
     jpeg_quality: int  # of images that are encoded again

@@ -1,4 +1,4 @@
-"""What prepare would write, and how long that would take."""
+"""Estimate what prepare would write and how long it would take."""
 
 import sys
 import time

@@ -102,7 +102,7 @@ class _Tree:
         tables = {split: collector.table() for split, collector in self._splits.items()}
         if self._ignored:
             print(
-                f"prepare: ignored {len(self._ignored):,} files that are no images: {some(self._ignored, 3)}",
+                f"prepare: ignored {len(self._ignored):,} files that are not images: {some(self._ignored, 3)}",
                 file=sys.stderr,
             )
         names = list(self.classes)

@@ -53,19 +53,19 @@ def find(raw_dir: str, allow_incomplete: bool) -> Listing:
     splits = {"train": Collector("train"), "validation": Collector("validation")}
     for image in train:
         _add(splits["train"], image, number[image.name.split("_")[0]], files)
-    unlabelled, foreign = [], set()
+    unlabelled, unknown = [], set()
     for image in validation:
         synset = synset_of.get(image.name)
         if synset is None:
             unlabelled.append(image.name)
         elif synset not in number:
-            foreign.add(synset)
+            unknown.add(synset)
         else:
             _add(splits["validation"], image, number[synset], files)
     if unlabelled:
         problems.append(f"{len(unlabelled):,} validation images without a label: {some(unlabelled)}")
-    if foreign:
-        problems.append(f"{len(foreign):,} classes without training images: {some(sorted(foreign))}")
+    if unknown:
+        problems.append(f"{len(unknown):,} classes without training images: {some(sorted(unknown))}")
     without = sorted(set(classes) - set(synset_of.values()))
     if without:
         problems.append(f"{len(without):,} classes that the validation labels do not name: {some(without)}")

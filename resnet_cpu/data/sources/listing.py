@@ -1,4 +1,4 @@
-"""What lies in raw data: which image has which label, and where its bytes are. A pure description: nothing is decoded.
+"""Describe raw data: which image has which label, and where its bytes are. Nothing is decoded.
 
 A listing of ImageNet has 1.3 million images; it is held in arrays, about 100 bytes per image.
 """

@@ -101,7 +101,7 @@ def _prepare(
     rows = {task.name: row for task in tasks for row in [_finished_row(folder, work, task)] if row is not None}
     left = [task for task in tasks if task.name not in rows]
     if rows:
-        print(f"prepare: {len(rows):,} of {len(tasks):,} shards are finished; going on", file=sys.stderr, flush=True)
+        print(f"prepare: {len(rows):,} of {len(tasks):,} shards are finished; continuing", file=sys.stderr, flush=True)
     _check_space(folder, images, left, options)
     for name, row in _made(left, folder, options, processes):
         rows[name] = row
@@ -278,7 +278,7 @@ def _made(
     except BrokenProcessPool:
         raise OutputError(
             "prepare: a process that makes shards was killed, perhaps because memory ran out; use fewer with "
-            "--threads, and repeat the command to go on"
+            "--threads, and repeat the command to continue"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
