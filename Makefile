@@ -90,7 +90,7 @@ LOCK = uv pip compile setup.cfg --extra mpi --extra tfds --extra plots --extra d
   --generate-hashes --no-header --no-annotate
 lock:
 	$(LOCK) --extra intel --python-version 3.9 --constraint requirements/intel.in --output-file requirements/intel.txt
-	$(LOCK) --extra current --python-version 3.10 --output-file requirements/current.txt
+	$(LOCK) --extra current --python-version 3.10 --override requirements/current.overrides --output-file requirements/current.txt
 
 clean:
 	rm -rf .venv .venv-intel .venv-current build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
