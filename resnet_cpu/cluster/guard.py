@@ -16,7 +16,7 @@ import traceback
 from types import FrameType
 from typing import Any, Callable, List, NoReturn, Optional
 
-from resnet_cpu.cluster import control
+from resnet_cpu.cluster import control, streams
 from resnet_cpu.errors import OutputError, PeerLost, UserError
 
 _PEER_GRACE_S = 3.0  # how long a rank that learned of a failure from others waits for the rank that knows the cause
@@ -32,6 +32,7 @@ _stop_signal: Optional[int] = None
 
 def run(main: Callable[[List[str]], Optional[int]]) -> NoReturn:
     """Run an entry point to the end of the process, with the exit codes of `resnet_cpu.errors`."""
+    streams.open_closed()
     faulthandler.enable()
     try:
         code = main(sys.argv[1:]) or 0
@@ -78,7 +79,8 @@ def _print_error(message: str) -> None:
     # A file name may hold control characters.
     printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     start = "\n" if sys.stderr.isatty() else ""  # after a progress line that is rewritten in place
-    print(f"{start}resnet_cpu{where}: {printable}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a log on a full disk must not hide the exit code
+        print(f"{start}resnet_cpu{where}: {printable}", file=sys.stderr, flush=True)
 
 
 def _mpi() -> Any:
