@@ -26,6 +26,7 @@ OF_OTHERS = {
     "TF2_BEHAVIOR": "0",
     "KERAS_HOME": "/no/such",
     "KMP_AFFINITY": "granularity=fine,compact,1,0",
+    "KMP_HW_SUBSET": "1c,1t",
     "OMP_PROC_BIND": "true",
     "HOROVOD_CONTROLLER": "gloo",
     "HOROVOD_CPU_OPERATIONS": "gloo",
@@ -84,6 +85,17 @@ def test_a_variable_can_be_kept_by_its_name():
 def test_other_variables_cannot_be_kept(name):
     with pytest.raises(FlagError, match=f"RESNET_CPU_KEEP: {name} "):
         environment.settle({name: "1", environment.KEEP: name})
+
+
+@pytest.mark.parametrize("switch, code", [("-OO", 64), ("-O", 0), ("-B", 0)])
+def test_python_without_docstrings_is_refused(switch, code):
+    """Fault: a traceback out of TensorFlow."""
+    program = "from resnet_cpu.cluster import environment, guard; guard.run(lambda argv: environment.settle() and 0)"
+    process = subprocess.run(
+        [sys.executable, switch, "-c", program], cwd=ROOT, env=OUTSIDE, capture_output=True, text=True, timeout=60
+    )
+    assert process.returncode == code and len(error_lines(process)) == (code > 0), process.stderr
+    assert "PYTHONOPTIMIZE=2" in process.stderr or code == 0
 
 
 def test_secrets_and_what_the_launcher_passes_are_not_recorded():
@@ -157,6 +169,38 @@ def test_negative_control_a_kept_variable_changes_the_bits(trained, tmp_path):
     assert losses(plain) != losses(kept)
     (rank,) = json.loads((kept / "run.json").read_text())["per_rank"]
     assert rank["environment"]["ONEDNN_MAX_CPU_ISA"] == "SSE41" and not rank["environment_ignored"]
+
+
+@pytest.mark.parametrize(
+    "exported, kept",
+    [
+        ({"TF_NUM_INTRAOP_THREADS": "", "OMP_NUM_THREADS": "  "}, {}),
+        (
+            {"TF_NUM_INTRAOP_THREADS": " 4 ", "OMP_NUM_THREADS": "02"},
+            {"TF_NUM_INTRAOP_THREADS": "4", "OMP_NUM_THREADS": "2"},
+        ),
+        ({"OMP_NUM_THREADS": "2, 1"}, {"OMP_NUM_THREADS": "2,1"}),
+    ],
+)
+def test_numbers_of_threads_are_read_as_shells_and_people_write_them(exported, kept):
+    environ = dict(exported)
+    environment.check_threads(environ)
+    assert environ == kept
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "auto", "2.0", "4 cores", "2,", ",", "²", "9999999999", "65537"])
+@pytest.mark.parametrize("name", environment.NUMBERS_OF_THREADS)
+def test_what_is_not_a_number_of_threads_is_refused(name, value):
+    with pytest.raises(FlagError) as caught:
+        environment.check_threads({name: value})
+    assert f"{name}={value}: must be a whole number from 1 to 65536" in str(caught.value)
+    assert ("level of nesting" in str(caught.value)) == (name == "OMP_NUM_THREADS")
+
+
+def test_a_list_of_threads_is_only_for_openmp():
+    """Fault: TF_NUM_INTRAOP_THREADS=2,1 was a traceback."""
+    with pytest.raises(FlagError, match="TF_NUM_INTRAOP_THREADS=2,1"):
+        environment.check_threads({"TF_NUM_INTRAOP_THREADS": "2,1"})
 
 
 @pytest.mark.parametrize("name", ["TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS"])

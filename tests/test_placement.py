@@ -10,7 +10,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resnet_cpu.cluster import placement
+from resnet_cpu.cluster import environment, placement
 from resnet_cpu.cluster.machine import Cpu, Machine, Node
 from resnet_cpu.errors import FlagError
 
@@ -256,7 +256,7 @@ def test_an_exported_number_of_threads_is_reported_when_it_decides(
     monkeypatch, capsys, exported, threads, environ, warned
 ):
     """Fault: without the launcher, evaluate and benchmark computed with an exported OMP_NUM_THREADS silently."""
-    for name in (*placement.THREADS, "RESNET_CPU_RANKS", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+    for name in (*environment.THREADS, "RESNET_CPU_RANKS", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"OMP_NUM_THREADS": exported, **environ}.items():
         monkeypatch.setenv(name, value)

@@ -8,6 +8,7 @@ returns what it found for run.json. RESNET_CPU_KEEP names variables that are mea
 
 import os
 import re
+import sys
 from importlib import metadata
 from typing import Dict, List, Mapping, MutableMapping, NamedTuple
 
@@ -25,7 +26,8 @@ _REMOVED = re.compile(
     r"|TF_(SET_)?(ONEDNN|MKL)_.*|TF_DISABLE_MKL|TF_ENABLE_MKL.*|TF_.*AUTO_MIXED_PRECISION.*|TF_DETERMINISTIC_OPS"
     r"|(TF_)?XLA_FLAGS"  # clustering
     r"|HOROVOD_(CONTROLLER|CPU_OPERATIONS)"  # left over from an installation with Gloo: a segmentation fault here
-    r"|(KMP|GOMP_CPU|HOROVOD_THREAD)_AFFINITY|OMP_(PROC_BIND|PLACES)"  # see placement.variables
+    # See placement.variables.
+    r"|(KMP|GOMP_CPU|HOROVOD_THREAD)_AFFINITY|OMP_(PROC_BIND|PLACES)|KMP_(HW_SUBSET|PLACE_THREADS)"
 )
 # Recorded with their values. Messages between launcher and ranks, which may hold keys, are not among them.
 _RECORDED = re.compile(
@@ -33,6 +35,11 @@ _RECORDED = re.compile(
     r"|OMPI_MCA_(btl|coll|mpi|mtl|osc|pml)(_[a-z0-9_]+)?|I_MPI_(ADJUST|FABRICS|OFI|PIN)[A-Z0-9_]*|MPIR_CVAR_[A-Z0-9_]+"
     r"|KERAS_(BACKEND|HOME)|CUDA_VISIBLE_DEVICES|GLIBC_TUNABLES|LD_PRELOAD|PYTHONPATH|RESNET_CPU_KEEP"
 )
+#: Numbers of compute threads, which --threads replaces.
+THREADS = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
+NUMBERS_OF_THREADS = (*THREADS, "TF_NUM_INTEROP_THREADS", "OMP_THREAD_LIMIT")
+_BY_LEVEL = ("OMP_NUM_THREADS",)  # a list is allowed: a number for each level of nested parallel regions
+_MOST_THREADS = 65536
 _MPI_PARAMETERS = "~/.openmpi/mca-params.conf"
 
 
@@ -98,24 +105,36 @@ def remarks(environ: Mapping[str, str] = os.environ) -> List[str]:
     return lines
 
 
-def check_numbers(*names: str) -> None:
-    """Raise FlagError unless these variables hold numbers of threads, one or several by level of nesting.
+def check_threads(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Raise FlagError unless the exported numbers of threads are whole numbers from 1 on.
 
-    An empty one is removed: `export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK` in a job without --cpus-per-task.
+    Empty variables are removed, as after `export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK` in a job without
+    --cpus-per-task; so are spaces.
     """
-    for name in names:
-        exported = os.environ.get(name, "").strip()
+    for name in NUMBERS_OF_THREADS:
+        exported = environ.get(name, "").strip()
         if not exported:
-            os.environ.pop(name, None)
-        elif not all(part.strip().isdigit() and int(part) for part in exported.split(",")):
-            raise FlagError(f"{name}={exported}: must be a whole number of at least 1; correct it, or unset it")
+            environ.pop(name, None)
+            continue
+        parts = exported.split(",") if name in _BY_LEVEL else [exported]
+        numbers = [int(part) if re.fullmatch(r"\s*[0-9]{1,9}\s*", part) else 0 for part in parts]
+        if all(1 <= number <= _MOST_THREADS for number in numbers):
+            environ[name] = ",".join(map(str, numbers))
+        else:
+            several = ", or one for each level of nesting" if name in _BY_LEVEL else ""
+            raise FlagError(
+                f"{name}={exported}: must be a whole number from 1 to {_MOST_THREADS}{several}; correct it, or unset it"
+            )
 
 
 def settle(environ: MutableMapping[str, str] = os.environ) -> Environment:
     """Give the variables that decide what is computed their values; return what is in force and what was not obeyed.
 
-    To be called before TensorFlow is imported. Raises FlagError if RESNET_CPU_KEEP names something else.
+    To be called before TensorFlow is imported. Raises FlagError if RESNET_CPU_KEEP names something else, and if Python
+    was started without docstrings, which TensorFlow reads.
     """
+    if sys.flags.optimize > 1:
+        raise FlagError("PYTHONOPTIMIZE=2, or python -OO: TensorFlow does not load without docstrings; unset it")
     kept = _kept(environ)
     for name in kept:
         if name == _LEGACY or (name not in decided() and not _REMOVED.fullmatch(name)):

@@ -45,6 +45,7 @@ def launch(
     """
     if not command:
         raise FlagError("no command; write it after --, as in -- python -m resnet_cpu.train --flagfile=F")
+    environments.check_threads()
     host = machine.read()
     remembered = tuning.remembered(host)
     best = remembered or placement.suitable_ranks(host)
@@ -59,7 +60,7 @@ def launch(
         )
     environment = _without_exported(placed.environment)
     if threads:
-        environment.update({name: str(threads) for name in placement.THREADS})
+        environment.update({name: str(threads) for name in environments.THREADS})
     line = launchers.line(launcher, rank_map, environment, os.environ, command)
     if remembered and distribution.decided_by == "auto":
         _say(f"{remembered} ranks per host were the fastest on hosts of this type (--tune, {tuning.file()})")
@@ -143,7 +144,7 @@ def _exported(proposed: Mapping[str, str], set_for_ranks: Mapping[str, str]) -> 
                 f"warning: {name}={os.environ[name]} is set in your environment and overrides the proposed {value}; "
                 "unset it unless you mean it"
             )
-        elif name in placement.THREADS:
+        elif name in environments.THREADS:
             yield f"{name}={value} is set in your environment and is kept; it is also what is proposed"
     yield from environments.remarks()
 

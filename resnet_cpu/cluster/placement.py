@@ -19,7 +19,6 @@ from resnet_cpu.cluster.environment import Environment
 from resnet_cpu.cluster.machine import Cpu, Machine, spans
 from resnet_cpu.errors import FlagError
 
-THREADS = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
 _RANK_BYTES = 5.4e9  # memory of one rank of ResNet-50 at 224x224 and batch 32
 _MAX_CORES_PER_RANK = 40  # the paper's authors used 24, Intel's scripts a whole NUMA domain
 _MIN_CORES_PER_DOMAIN = 8  # a smaller NUMA domain gets no rank of its own if there are several
@@ -99,11 +98,11 @@ def apply(threads: int, cores: int) -> Environment:
     reports = (
         launchers.EXPECTED_RANKS not in os.environ and control.announced()[1] == 0
     )  # else the launcher has done so
-    environment.check_numbers(*THREADS, "TF_NUM_INTEROP_THREADS")
+    environment.check_threads()
     if not threads and reports:
         _report_exported_threads(cores)
     for name, value in variables(threads or cores).items():
-        if threads and name in THREADS:
+        if threads and name in environment.THREADS:
             os.environ[name] = value
         os.environ.setdefault(name, value)
     for line in environment.remarks() if reports else []:
