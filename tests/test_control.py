@@ -1,9 +1,13 @@
 """Rank and number of cores of a process, from what launchers and the kernel report; messages between ranks."""
 
+import os
+
 import pytest
 
 from resnet_cpu.cluster import control
 from resnet_cpu.errors import DataError, FlagError, OutputError
+
+STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
 
 
 @pytest.mark.parametrize(
@@ -14,6 +18,12 @@ from resnet_cpu.errors import DataError, FlagError, OutputError
         ({"PMI_SIZE": "8", "PMI_RANK": "0"}, (8, 0)),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, (2, 1)),
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, (1, 0)),  # a batch script is not a rank
+        ({**STEP, "SLURM_PTY_PORT": "40000"}, (1, 0)),  # typed into the shell of srun --pty
+        ({**STEP, "SLURM_PTY_PORT": "40000", "SLURM_TASK_PID": "1"}, (1, 0)),
+        ({**STEP, "SLURM_PTY_PORT": "40000", "SLURM_TASK_PID": str(os.getpid())}, (4, 2)),  # started by srun itself
+        ({**STEP, "SLURM_PTY_PORT": "40000", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, (2, 1)),
+        (STEP, (4, 2)),
+        ({"PMI_SIZE": "", "PMI_RANK": "0"}, (1, 0)),
     ],
 )
 def test_launchers(environment, expected):

@@ -54,6 +54,7 @@ WITHOUT_TENSORFLOW = [
     "cluster/machine",
     "cluster/placement",
     "cluster/seats",
+    "cluster/allocation",
     "cluster/streams",
     "cluster/launchers",
     "cluster/start",

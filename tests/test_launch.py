@@ -119,7 +119,7 @@ def starts(bare_machine, monkeypatch, tmp_path):
     """Call `launch` on two cores with stand-ins in PATH; return the command line that it became."""
     put, _ = bare_machine
     put("mpirun", "echo 'mpirun (Open MPI) 4.1.4'")
-    prefixes = ("SLURM_", "OMP_", "TF_", "KMP_", "HOROVOD_", "LD_PRELOAD", "RESNET_CPU_")
+    prefixes = ("SLURM", "PBS_", "LSB_", "OMP_", "TF_", "KMP_", "HOROVOD_", "LD_PRELOAD", "RESNET_CPU_")
     for name in [name for name in os.environ if name.startswith(prefixes)]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -247,8 +247,11 @@ def test_the_placement_is_worked_out_once(starts, monkeypatch):
         (["--ranks_per_node=0", "--", "cat"], ["--ranks_per_node=0"]),
         (["--model=resnet18", "--", "cat"], ["--model", "after --"]),
         (["--", "no-such-command"], ["no-such-command", "PATH"]),
-        (["--mpi=srun", "--", "cat"], ["--mpi=srun", "batch job"]),
+        (["--mpi=srun", "--", "cat"], ["--mpi=srun", "job of Slurm"]),
         (["--hosts=-x", "--", "cat"], ["'-x'", "host"]),
+        (["--hosts=", "--", "cat"], ["--hosts=: the value is empty"]),
+        (["--hosts=,", "--", "cat"], ["'' is not a host"]),
+        (["--mpi=ibrun", "--hosts=a", "--", "cat"], ["ibrun", "remove --hosts"]),
         (["--dryrun", "--", "cat"], ["--dryrun", "--dry_run"]),
         (["--mpi=ibrun", "--ranks_per_node=1", "--", "cat"], ["ibrun", "--ntasks-per-node=1"]),
         (["--mpi=ibrun", "--", "cat"], ["ibrun", "PATH"]),
@@ -299,7 +302,73 @@ def test_hosts_that_do_not_answer_or_are_full_are_named_before_the_start(starts,
     assert "good1" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "here", "here.cluster", "HERE"])
+def test_the_hosts_of_a_batch_job_are_started_and_reported(starts, monkeypatch, capsys, tmp_path):
+    """Fault: in a job of PBS or LSF with four nodes the ranks were started on one, silently."""
+    (tmp_path / "nodes").write_text("".join(f"n{i}\nn{i}\n" for i in range(1, 13)))
+    monkeypatch.setenv("PBS_JOBID", "1.server")
+    monkeypatch.setenv("PBS_NODEFILE", str(tmp_path / "nodes"))
+    starts("--mpi=openmpi", "--dry_run", "--", "cat")
+    line, report = capsys.readouterr()
+    assert "-np 24 --host n1:2,n2:2,n3:2," in line and "--map-by ppr:2:node:PE=1" in line
+    assert f"n7, n8 and 4 more (PBS, PBS_NODEFILE={tmp_path}/nodes)" in report
+    starts("--mpi=openmpi", "--ranks=4", "--dry_run", "--", "cat")
+    line, report = capsys.readouterr()
+    assert "-np 4 --host n1:2,n2:2 " in line and "launch: hosts: n1, n2 (PBS, " in report
+    starts("--mpi=openmpi", "--hosts=localhost:2", "--dry_run", "--", "cat")  # whatever the batch system says
+    line, report = capsys.readouterr()
+    assert "--host localhost:2 " in line and "launch: hosts: localhost (--hosts)" in report
+    monkeypatch.delenv("PBS_NODEFILE")
+    with pytest.raises(FlagError, match="--hosts=NAME:SLOTS"):
+        starts("--ranks=2", "--", "cat")
+    monkeypatch.delenv("PBS_JOBID")
+    starts("--mpi=openmpi", "--dry_run", "--", "cat")  # negative control
+    assert f"launch: hosts: this one, {socket.gethostname()} (no batch job, no --hosts)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "hosts, remedy", [("n1 8 n2 8", "give --ranks_per_node=2"), ("n1 1 n2 1", "submit with 2 slots per host")]
+)
+def test_slots_that_do_not_suit_the_hosts_are_warned_of(starts, monkeypatch, capsys, hosts, remedy):
+    """Many batch systems count each core as a slot."""
+    monkeypatch.setenv("RESNET_CPU_OVERSUBSCRIBE", "1")  # the stand-in has two cores
+    monkeypatch.setenv("LSB_MCPU_HOSTS", hosts)
+    starts("--dry_run", "--", "cat")
+    assert f"slots per host; for hosts of this type {remedy}" in capsys.readouterr().err
+    monkeypatch.setenv("LSB_MCPU_HOSTS", "n1 2 n2 2")  # negative control
+    starts("--dry_run", "--", "cat")
+    assert "slots per host;" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--ranks=2", "--ranks_per_node=2"])
+def test_on_one_node_the_cores_decide_and_not_the_tasks(starts, monkeypatch, flag):
+    """Fault: in an interactive job of one task with two CPUs two ranks were refused."""
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_NTASKS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    line = starts("--mpi=openmpi", flag, "--", "cat")
+    assert line[2:4] == ["-np", "2"] and "--oversubscribe" in line and "ppr:2:node:PE=1" in line and "core" in line
+    with pytest.raises(FlagError, match="2 cores"):
+        starts("--mpi=openmpi", flag.replace("=2", "=3"), "--", "cat")
+    with pytest.raises(FlagError, match="ibrun places ranks as the batch job asks"):
+        starts("--mpi=ibrun", flag, "--", "cat")
+    for name in ("SLURM_NNODES", "SLURM_NTASKS"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(FlagError, match="more ranks than slots"):  # negative control
+        starts("--mpi=openmpi", flag.replace("=2", "=3"), "--", "cat")
+
+
+def own_address():
+    """Return an address of this host that is not that of the loopback interface, or that if there is no other."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            return "127.0.0.1"
+        return probe.getsockname()[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["localhost", "127.0.0.1", "127.0.1.1", "here", "here.cluster", "HERE", socket.gethostname(), own_address()]
+)
 def test_this_host_needs_no_ssh(starts, monkeypatch, capsys, name):
     """Fault: a host was reached by ssh to itself. Negative control: another host still needs it."""
     monkeypatch.setattr(start.socket, "gethostname", lambda: "here.cluster")
@@ -309,6 +378,20 @@ def test_this_host_needs_no_ssh(starts, monkeypatch, capsys, name):
         starts(f"--hosts={name}:1,there:1", "--", "cat")
     with pytest.raises(FlagError, match="ssh: no such program"):
         starts("--hosts=here.elsewhere:1", "--", "cat")
+    with pytest.raises(FlagError, match="ssh: no such program"):
+        starts("--hosts=192.0.2.1:1", "--", "cat")  # an address that is never given to a host
+    if name != "localhost":
+        with pytest.raises(FlagError, match=f"localhost and {name} are the same host"):
+            starts(f"--hosts=localhost:1,{name}:1", "--", "cat")
+
+
+@pytest.mark.parametrize("name", ["TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS", "TF_NUM_INTEROP_THREADS"])
+def test_a_number_of_threads_that_is_none_is_refused_before_the_start(starts, monkeypatch, name):
+    monkeypatch.setenv(name, "auto")
+    with pytest.raises(FlagError, match=f"{name}=auto: must be a whole number"):
+        starts("--ranks=1", "--", "cat")
+    monkeypatch.setenv(name, " 1 ")
+    assert starts("--ranks=1", "--", "cat")
 
 
 def test_full_shared_memory_is_reported(monkeypatch, tmp_path):

@@ -57,6 +57,20 @@ GOLDEN = [
     ),
     (
         "openmpi",
+        dataclasses.replace(HERE, slots_counted=True, in_batch_job=True),
+        "mpirun --quiet -np 2 --oversubscribe --map-by ppr:2:node:PE=1 --bind-to core --mca mpi_yield_when_idle 1 "
+        f"--mca btl self,vader --mca pml ob1 --allow-run-as-root {OMPI}2 {TRAIN}",
+    ),
+    (
+        "openmpi",
+        dataclasses.replace(HERE, hosts=("a",), elsewhere=True),
+        "mpirun --quiet -np 2 --host a:2 --map-by slot:PE=1 --bind-to core --mca mpi_yield_when_idle 1 "
+        "--mca btl self,vader --mca pml ob1 --mca oob_tcp_if_exclude lo,docker0,virbr0 --mca oob_tcp_keepalive_time 10 "
+        "--mca oob_tcp_keepalive_intvl 5 --mca oob_tcp_keepalive_probes 3 --allow-run-as-root "
+        f"{OMPI}2 {NAMES} {TRAIN}",
+    ),
+    (
+        "openmpi",
         NODES,
         f"mpirun --quiet -np 8 --host n1:2,n2:2,n3:2,n4:2 --map-by ppr:2:node:PE=24 --bind-to core {AWAY} "
         f"{OMPI}8 {NAMES} {TRAIN}",
@@ -150,7 +164,7 @@ def test_srun_does_not_count_hyper_threads_if_the_job_excludes_them():
 
 
 def test_srun_needs_a_batch_job():
-    with pytest.raises(FlagError, match="not inside a batch job"):
+    with pytest.raises(FlagError, match="not inside a job of Slurm"):
         launchers.line("srun", HERE, SET, OUTSIDE, COMMAND)
 
 
@@ -176,6 +190,8 @@ def test_an_unknown_launcher_is_refused(version, part):
 
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4"}
+ONE_TASK = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "1"}
+LSF = {"LSB_JOBID": "7", "LSB_MCPU_HOSTS": "n1 2 n2 2"}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +209,17 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4"}
         (JOB, [], None, None, (16, 4, (), True)),
         (JOB, [], None, 2, (8, 2, (), True)),
         ({**JOB, "SLURM_NTASKS_PER_NODE": "2"}, [], 1, None, (1, 1, (), True)),
-        ({"SLURM_JOB_ID": "7"}, [], None, None, (4, 4, (), False)),
+        (ONE_TASK, [], None, None, (1, 1, (), True)),
+        (ONE_TASK, [], 2, None, (2, 2, (), True)),  # on one host the cores decide
+        (ONE_TASK, [], None, 3, (3, 3, (), True)),
+        ({"SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}, [], None, None, (4, 4, (), True)),
+        (LSF, [], None, None, (4, 2, ("n1", "n2"), False)),
+        (LSF, [], 2, None, (2, 2, ("n1",), False)),
+        (LSF, [], None, 1, (2, 1, ("n1", "n2"), False)),
+        (LSF, ["a:3"], None, None, (3, 3, ("a",), False)),
+        (LSF, ["localhost"], None, None, (4, 4, ("localhost",), False)),
+        ({"LSB_MCPU_HOSTS": "n1 1"}, [], 2, None, (2, 2, ("n1",), False)),
+        ({"LSB_MCPU_HOSTS": "n1 3 n2 2"}, [], None, 2, (4, 2, ("n1", "n2"), False)),
         (JOB, ["a:2", "b:2"], None, None, (4, 2, ("a", "b"), True)),
     ],
 )
@@ -217,6 +243,15 @@ def test_ranks_are_distributed_over_hosts(environ, hosts, ranks, per_node, expec
         ({}, ["a:2", "b:2"], 3, None, ["--ranks=3", "evenly"]),
         ({**JOB, "SLURM_NTASKS_PER_NODE": "2"}, [], 9, None, ["--ranks=9", "4 nodes x 2 tasks"]),
         ({**JOB, "SLURM_NTASKS_PER_NODE": "2"}, [], None, 3, ["--ranks_per_node=3", "--ntasks-per-node=3"]),
+        (LSF, [], 5, None, ["--ranks=5", "2 hosts x 2 slots"]),
+        (LSF, [], None, 3, ["--ranks_per_node=3", "2 slots per host; submit with 3 slots per host"]),
+        ({"LSB_MCPU_HOSTS": "n1 3 n2 2"}, [], None, None, ["n2: 2, n1: 3", "--ranks_per_node=1, up to 2", "--hosts="]),
+        ({"LSB_MCPU_HOSTS": "n1 3 n2 2"}, [], 4, None, ["unequal"]),
+        ({"LSB_MCPU_HOSTS": "n1 3 n2 2"}, [], None, 3, ["--ranks_per_node=3", "2 slots"]),
+        (ONE_TASK, [], 3, 2, ["--ranks=3", "--ranks_per_node=2", "one host of the batch job"]),
+        ({"SLURM_JOB_ID": "7"}, [], None, None, ["SLURM_JOB_NUM_NODES", "--hosts="]),
+        ({"PBS_JOBID": "7"}, [], 2, None, ["PBS_NODEFILE", "--hosts="]),
+        ({}, ["/tmp/hosts"], None, None, ["'/tmp/hosts' is not a host", "$(sort -u FILE | paste -sd,)"]),
     ],
 )
 def test_ranks_that_cannot_be_distributed_are_refused(environ, hosts, ranks, per_node, parts):
@@ -237,9 +272,27 @@ def test_ranks_that_cannot_be_distributed_are_refused(environ, hosts, ranks, per
         ({}, ["a", "b"], None, 5, "--ranks_per_node=5"),
         ({}, ["a", "b"], None, None, "auto"),
         ({**JOB, "SLURM_NTASKS_PER_NODE": "2"}, [], None, None, "--ntasks-per-node=2 of the batch job"),
+        (ONE_TASK, [], None, None, "--ntasks-per-node=1 of the batch job"),
+        (ONE_TASK, [], 2, None, "--ranks=2"),
+        (LSF, [], None, None, "2 slots per host of the batch job"),
+        (LSF, [], None, 1, "--ranks_per_node=1"),
         (JOB, [], None, None, "auto"),
     ],
 )
 def test_what_decided_the_number_of_ranks_is_named(environ, hosts, ranks, per_node, expected):
     """Fault: "more ranks than cores" named --ranks_per_node, which the user had not typed."""
     assert launchers.distribute(environ, hosts, ranks, per_node, default=4).decided_by == expected
+
+
+@pytest.mark.parametrize(
+    "environ, hosts, part",
+    [
+        ({}, [], "no batch job, no --hosts"),
+        (JOB, ["a"], "--hosts"),
+        (JOB, [], "Slurm, SLURM_JOB_NODELIST"),
+        (LSF, [], "LSF, LSB_MCPU_HOSTS=n1 2 n2 2"),
+        ({"LSB_MCPU_HOSTS": "batch 1 n1 2 n2 2"}, [], "; batch is left out as the launch node"),
+    ],
+)
+def test_where_the_hosts_come_from_is_named(environ, hosts, part):
+    assert part in launchers.distribute(environ, hosts, None, None, default=4).source

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import socket
 import sys
 import traceback
@@ -25,12 +26,19 @@ _LAUNCHERS = (
     ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),  # srun; a batch script itself does not have the first
 )
+_TERMINAL = "SLURM_PTY_PORT"  # of a step that srun --pty started
 
 
 def announced(environ: Mapping[str, str] = os.environ) -> Tuple[int, int]:
-    """Return (ranks, rank) as the launcher announced them; (1, 0) without a launcher."""
+    """Return (ranks, rank) as the launcher announced them; (1, 0) without a launcher.
+
+    A process that was started from the shell of `srun --pty` has the variables of that shell's step, but is not a
+    rank of it: only a process that srun itself started is.
+    """
     for size, rank in _LAUNCHERS:
-        if size in environ and rank in environ:
+        if not all(re.fullmatch("[0-9]+", environ.get(name, "")) for name in (size, rank)):
+            continue
+        if rank != "SLURM_PROCID" or _TERMINAL not in environ or environ.get("SLURM_TASK_PID") == str(os.getpid()):
             return int(environ[size]), int(environ[rank])
     return 1, 0
 
@@ -180,7 +188,7 @@ def connect(expected: Optional[int]) -> World:
     if expected is not None and expected != size:
         raise FlagError(f"--ranks={expected}: the launcher started {size}; start {expected}, or remove --ranks")
     asked = os.environ.get(EXPECTED_RANKS)
-    if asked is not None and asked != str(size):
+    if asked and asked != str(size):
         raise FlagError(
             f"{asked} ranks were asked for, this process is one of {size}: the launcher belongs to another MPI, or not "
             "all ranks were started; choose the launcher with python -m resnet_cpu.launch --mpi=..., and see "

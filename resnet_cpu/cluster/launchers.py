@@ -9,6 +9,8 @@ import dataclasses
 import re
 from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
+from resnet_cpu.cluster import allocation
+from resnet_cpu.cluster.allocation import Allocation
 from resnet_cpu.errors import FlagError
 
 EXPECTED_RANKS = "RESNET_CPU_RANKS"  # set for every rank: how many ranks were asked for
@@ -41,9 +43,11 @@ class Distribution(NamedTuple):
 
     ranks: int
     per_host: int
-    hosts: Tuple[str, ...]  # empty: this host, or those of the batch job
-    in_batch_job: bool
+    hosts: Tuple[str, ...]  # empty: this host, or those of the job of Slurm
+    in_batch_job: bool  # of Slurm, whose nodes the launchers know; other batch systems' hosts are in `hosts`
     decided_by: str  # what decided `per_host`, as the user knows it: a flag with its value, or "auto"
+    source: str  # where the hosts come from, for people
+    slots: Optional[int] = None  # of each host, as the batch job says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +58,10 @@ class RankMap:
     per_host: int
     cores: int  # physical cores per rank
     cpus_per_core: int = 1  # hyper-threads that the system shows
-    hosts: Tuple[str, ...] = ()  # empty: this host, or those of the batch job
-    in_batch_job: bool = False
+    hosts: Tuple[str, ...] = ()  # empty: this host, or those of the job of Slurm
+    in_batch_job: bool = False  # of Slurm
+    elsewhere: bool = False  # this host gets no rank
+    slots_counted: bool = False  # a batch system counts the slots of the one host, where cores are to decide
     bound: bool = True  # False: ranks share the cores of their host
     yields: bool = False  # a waiting rank gives its core away
     interface: Optional[str] = None  # network interface for TCP; None: the launcher chooses
@@ -65,6 +71,10 @@ class RankMap:
     @property
     def several_hosts(self) -> bool:
         return self.ranks > self.per_host or len(self.hosts) > 1
+
+    @property
+    def other_hosts(self) -> bool:
+        return self.several_hosts or self.elsewhere
 
 
 Line = List[str]
@@ -86,7 +96,7 @@ def line(
 
 
 def _passed(rank_map: RankMap, environment: Mapping[str, str], outside: Mapping[str, str]) -> List[str]:
-    if not rank_map.several_hosts:
+    if not rank_map.other_hosts:
         return []  # ranks on this host inherit the whole environment
     return sorted(name for name in outside if _PASSED.fullmatch(name) and name not in environment)
 
@@ -97,7 +107,8 @@ def _open_mpi(rank_map: RankMap, environment: Dict[str, str], outside: Mapping[s
         words += ["--host", ",".join(f"{host}:{rank_map.per_host}" for host in rank_map.hosts)]
     if not rank_map.bound:
         words += ["--oversubscribe", "--bind-to", "none"]
-    elif rank_map.several_hosts:
+    elif rank_map.several_hosts or rank_map.slots_counted:
+        words += ["--oversubscribe"] if rank_map.slots_counted else []
         words += ["--map-by", f"ppr:{rank_map.per_host}:node:PE={rank_map.cores}", "--bind-to", "core"]
     else:
         words += ["--map-by", f"slot:PE={rank_map.cores}", "--bind-to", "core"]
@@ -105,14 +116,15 @@ def _open_mpi(rank_map: RankMap, environment: Dict[str, str], outside: Mapping[s
         words += ["--mca", "mpi_yield_when_idle", "1"]
     if not rank_map.several_hosts:  # shared memory only: do not look for a network
         words += ["--mca", "btl", "self,vader", "--mca", "pml", "ob1"]
-    else:
-        for layer in ("btl", "oob"):
-            if rank_map.interface:
-                words += ["--mca", f"{layer}_tcp_if_include", rank_map.interface]
-            elif not any(f"OMPI_MCA_{layer}_tcp_if_{which}" in outside for which in ("include", "exclude")):
-                words += ["--mca", f"{layer}_tcp_if_exclude", _LOCAL_INTERFACES]
-        for name, value in {**_DAEMONS, **IN_PARTS}.items():
-            words += ["--mca", name, outside.get(f"OMPI_MCA_{name}", value)]
+    layers = (["btl"] if rank_map.several_hosts else []) + (["oob"] if rank_map.other_hosts else [])
+    for layer in layers:
+        if rank_map.interface:
+            words += ["--mca", f"{layer}_tcp_if_include", rank_map.interface]
+        elif not any(f"OMPI_MCA_{layer}_tcp_if_{which}" in outside for which in ("include", "exclude")):
+            words += ["--mca", f"{layer}_tcp_if_exclude", _LOCAL_INTERFACES]
+    given = {**(_DAEMONS if rank_map.other_hosts else {}), **(IN_PARTS if rank_map.several_hosts else {})}
+    for name, value in given.items():
+        words += ["--mca", name, outside.get(f"OMPI_MCA_{name}", value)]
     if rank_map.agent:
         words += ["--mca", "plm_rsh_agent", rank_map.agent]
     if rank_map.as_root:
@@ -177,7 +189,7 @@ def _ibrun(rank_map: RankMap, environment: Dict[str, str], outside: Mapping[str,
 
 def _srun(rank_map: RankMap, environment: Dict[str, str], outside: Mapping[str, str]) -> Line:
     if not rank_map.in_batch_job:
-        raise FlagError("--mpi=srun: not inside a batch job; submit a launch/*.sbatch file, or call salloc first")
+        raise FlagError("--mpi=srun: not inside a job of Slurm; submit a launch/*.sbatch file, or call salloc first")
     cpus_per_core = 1 if outside.get("SLURM_HINT") == "nomultithread" else rank_map.cpus_per_core
     # Another MPI than Open MPI ignores these.
     parts = {f"OMPI_MCA_{name}": value for name, value in IN_PARTS.items() if rank_map.several_hosts}
@@ -236,36 +248,24 @@ def distribute(
 
     `hosts` are NAME or NAME:SLOTS. `ranks` and `ranks_per_node` are the flags, None if not given; `default` is the
     number of ranks per host if neither they nor the hosts nor the batch job decide it. Without `hosts` and outside a
-    batch job all ranks run on this host. Raises FlagError if there are more ranks than slots.
+    batch job all ranks run on this host. Raises FlagError if there are more ranks than slots; on a single host a
+    batch job's slots do not limit the ranks, its cores do (`placement.propose`).
     """
     flag = f"--ranks_per_node={ranks_per_node}"
+    job = None if hosts else allocation.read(environ)
     if hosts:
         names, slots = _with_slots(hosts)
         if slots and ranks_per_node and ranks_per_node > slots:
             raise FlagError(f"{flag}: more ranks than slots: --hosts gives {slots} slots per host; lower the number")
         given = "auto" if slots is None else f"--hosts=...:{slots}"
-        asked = Distribution(0, slots or default, names, "SLURM_JOB_ID" in environ, given)
+        asked = Distribution(0, slots or default, names, bool(environ.get("SLURM_JOB_ID")), given, "--hosts")
         count, room, unit = len(names), f"--hosts gives {_plural(len(names), 'host')}", "slot"
-    elif "SLURM_JOB_ID" in environ and ("SLURM_JOB_NUM_NODES" in environ or "SLURM_NNODES" in environ):
-        count = int(environ.get("SLURM_JOB_NUM_NODES") or environ["SLURM_NNODES"])
-        tasks = _tasks_per_node(environ, count)
-        if tasks and ranks_per_node and ranks_per_node > tasks:
-            raise FlagError(
-                f"{flag}: more ranks than slots: the batch job has {tasks} tasks per node; submit with "
-                f"--ntasks-per-node={ranks_per_node}"
-            )
-        given = "auto" if tasks is None else f"--ntasks-per-node={tasks} of the batch job"
-        asked = Distribution(0, tasks or default, (), True, given)
-        room, unit = f"the batch job has {_plural(count, 'node')}", "task"
+    elif job is not None and job.nodes > 1:
+        asked = _of_job(job, ranks_per_node, default)
+        count, unit = job.nodes, "task" if asked.in_batch_job else "slot"
+        room = f"the batch job has {_plural(count, 'node' if asked.in_batch_job else 'host')}"
     else:
-        if ranks and ranks_per_node and ranks > ranks_per_node:
-            raise FlagError(
-                f"--ranks={ranks}: {flag} allows {ranks_per_node} on this host; name more hosts with --hosts, or give "
-                "only one of the two flags"
-            )
-        count = ranks or ranks_per_node or default
-        decided_by = f"--ranks={ranks}" if ranks else flag if ranks_per_node else "auto"
-        return Distribution(count, count, (), False, decided_by)
+        return _on_one_host(job, ranks, ranks_per_node, default)
     if ranks_per_node:
         asked = asked._replace(per_host=ranks_per_node, decided_by=flag)
     room += f" x {_plural(asked.per_host, unit)}"
@@ -274,13 +274,63 @@ def distribute(
     return _shared_out(ranks, asked, count, room)
 
 
+def _of_job(job: Allocation, ranks_per_node: Optional[int], default: int) -> Distribution:
+    """Return the most ranks that the hosts of a batch job hold; their number is still open."""
+    slurm = job.system == "Slurm"
+    if job.slots and ranks_per_node and ranks_per_node > job.slots:
+        remedy = f"--ntasks-per-node={ranks_per_node}" if slurm else f"{ranks_per_node} slots per host"
+        raise FlagError(
+            f"--ranks_per_node={ranks_per_node}: more ranks than slots: the batch job has {job.slots} "
+            f"{'tasks per node' if slurm else 'slots per host'}; submit with {remedy}"
+        )
+    if job.unequal and not ranks_per_node:
+        raise FlagError(
+            f"{job.source}: the hosts have unequal numbers of slots ({job.unequal}), but all ranks wait for the "
+            f"fullest host; give --ranks_per_node=1, up to {job.slots}, or name the hosts with --hosts=NAME:SLOTS,..."
+        )
+    return Distribution(0, job.slots or default, job.hosts, slurm, _decided_by(job), _source(job), job.slots)
+
+
+def _decided_by(job: Allocation) -> str:
+    if job.slots is None:
+        return "auto"
+    what = f"--ntasks-per-node={job.slots}" if job.system == "Slurm" else f"{_plural(job.slots, 'slot')} per host"
+    return f"{what} of the batch job"
+
+
+def _source(job: Allocation) -> str:
+    return f"{job.system}, {job.source}{'; ' if job.left_out else ''}{job.left_out}"
+
+
+def _on_one_host(
+    job: Optional[Allocation], ranks: Optional[int], ranks_per_node: Optional[int], default: int
+) -> Distribution:
+    """Return the ranks of a batch job with one host, or of this host outside a batch job."""
+    flag = f"--ranks_per_node={ranks_per_node}"
+    if ranks and ranks_per_node and ranks > ranks_per_node:
+        where = (
+            "this host; name more hosts with --hosts"
+            if job is None
+            else "the one host of the batch job; submit it with more hosts"
+        )
+        raise FlagError(
+            f"--ranks={ranks}: {flag} allows {ranks_per_node} on {where}, or give only one of the two flags"
+        )
+    slots = job.slots if job is not None else None
+    count = ranks or ranks_per_node or slots or default
+    decided_by = f"--ranks={ranks}" if ranks else flag if ranks_per_node else _decided_by(job) if job else "auto"
+    if job is None:
+        return Distribution(count, count, (), False, decided_by, "no batch job, no --hosts")
+    return Distribution(count, count, job.hosts, job.system == "Slurm", decided_by, _source(job), slots)
+
+
 def _with_slots(hosts: Sequence[str]) -> Tuple[Tuple[str, ...], Optional[int]]:
     names, counts = [], set()
     for host in hosts:
-        # ssh and mpirun would take a name that starts with a dash for an option.
-        match = re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)(?::([1-9][0-9]*))?", host)
+        match = re.fullmatch(f"({allocation.HOST})(?::([1-9][0-9]*))?", host)
         if not match:
-            raise FlagError(f"--hosts: '{host}' is not a host; write names, or NAME:SLOTS, separated by commas")
+            file = "; the hosts of a file are --hosts=$(sort -u FILE | paste -sd,)" if "/" in host else ""
+            raise FlagError(f"--hosts: '{host}' is not a host; write names, or NAME:SLOTS, separated by commas{file}")
         names.append(match[1])
         counts.add(int(match[2]) if match[2] else None)
     if len(counts) > 1:
@@ -291,14 +341,6 @@ def _with_slots(hosts: Sequence[str]) -> Tuple[Tuple[str, ...], Optional[int]]:
     if len(set(names)) < len(names):
         raise FlagError("--hosts: a host is named twice; write NAME:SLOTS for several ranks on it")
     return tuple(names), counts.pop()
-
-
-def _tasks_per_node(environ: Mapping[str, str], nodes: int) -> Optional[int]:
-    if environ.get("SLURM_NTASKS_PER_NODE", "").isdigit():
-        return int(environ["SLURM_NTASKS_PER_NODE"])
-    if environ.get("SLURM_NTASKS", "").isdigit() and int(environ["SLURM_NTASKS"]) % nodes == 0:
-        return int(environ["SLURM_NTASKS"]) // nodes
-    return None
 
 
 def _shared_out(ranks: Optional[int], most: Distribution, hosts: int, room: str) -> Distribution:

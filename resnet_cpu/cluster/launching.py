@@ -7,8 +7,8 @@ import subprocess
 import sys
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
+from resnet_cpu.cluster import allocation, launchers, machine, placement, start, tuning
 from resnet_cpu.cluster import environment as environments
-from resnet_cpu.cluster import launchers, machine, placement, start, tuning
 from resnet_cpu.cluster.launchers import Distribution, RankMap
 from resnet_cpu.cluster.machine import Machine
 from resnet_cpu.cluster.placement import Placement
@@ -16,6 +16,7 @@ from resnet_cpu.errors import FlagError
 
 AGENT = "RESNET_CPU_LAUNCH_AGENT"  # program that runs PROGRAM HOST COMMAND..., instead of ssh
 OVERSUBSCRIBE = "RESNET_CPU_OVERSUBSCRIBE"  # 1: more ranks than cores may share them
+_MAX_NAMED = 8  # hosts that one line names
 
 
 def split(argv: Sequence[str]) -> Tuple[List[str], List[str]]:
@@ -51,25 +52,24 @@ def launch(
     best = remembered or placement.suitable_ranks(host)
     distribution = launchers.distribute(os.environ, hosts, ranks, ranks_per_node, best)
     placed = _placement(host, distribution)
-    rank_map = _rank_map(host, distribution, placed, interface)
-    launcher = mpi if mpi != "auto" else _recognise(rank_map.in_batch_job and not rank_map.hosts)
-    if launcher == "ibrun" and ranks_per_node is not None:
+    here = start.on_this_host(distribution.hosts)
+    if len(here) > 1:
         raise FlagError(
-            f"--ranks_per_node={ranks_per_node}: ibrun places ranks as the batch job asks; submit with "
-            f"--ntasks-per-node={ranks_per_node}"
+            f"{distribution.source}: {' and '.join(here)} are the same host; write --hosts=NAME:SLOTS for several "
+            "ranks on it"
         )
+    rank_map = _rank_map(host, distribution, placed, interface, bool(here))
+    launcher = mpi if mpi != "auto" else _recognise(rank_map.in_batch_job and not rank_map.hosts)
+    if launcher == "ibrun":
+        _check_ibrun(hosts, ranks_per_node, distribution)
     environment = _without_exported(placed.environment)
     if threads:
         environment.update({name: str(threads) for name in environments.THREADS})
     line = launchers.line(launcher, rank_map, environment, os.environ, command)
     if remembered and distribution.decided_by == "auto":
         _say(f"{remembered} ranks per host were the fastest on hosts of this type (--tune, {tuning.file()})")
-    if distribution.decided_by.startswith("--ntasks-per-node") and ranks is None and distribution.per_host != best:
-        _say(
-            f"warning: the batch job has {distribution.per_host} tasks per node; for nodes of this type submit with "
-            f"--ntasks-per-node={best}"
-        )
-    for text in [*_exported(placed.environment, environment), *_warnings(rank_map, placed), *placed.explanation()]:
+    texts = [*_exported(placed.environment, environment), *_warnings(rank_map, placed)]
+    for text in [*texts, *_slots(distribution, best), _hosts(distribution), *placed.explanation()]:
         _say(text)
     if dry_run:
         print(shlex.join(line))
@@ -78,7 +78,7 @@ def launch(
     start.check_shared_memory(rank_map.per_host)
     start.check_hosts(rank_map.hosts, rank_map.per_host, rank_map.agent)
     _say(shlex.join(line))
-    if launcher == "openmpi" and rank_map.several_hosts:
+    if launcher == "openmpi" and rank_map.other_hosts:
         start.follow(line)
     os.execvp(line[0], line)
 
@@ -98,7 +98,13 @@ def _placement(host: Machine, distribution: Distribution) -> Placement:
     return placement.propose(host, distribution.per_host, several_hosts, decided_by=distribution.decided_by)
 
 
-def _rank_map(host: Machine, distribution: Distribution, placed: Placement, interface: Optional[str]) -> RankMap:
+def _rank_map(
+    host: Machine, distribution: Distribution, placed: Placement, interface: Optional[str], here: bool
+) -> RankMap:
+    """Return the map of the ranks; `here`: this host is one of those of the distribution."""
+    one_host = distribution.ranks == distribution.per_host
+    # Slurm's nodes are not listed; the shell of salloc may run on another host.
+    outside = distribution.in_batch_job and "SLURMD_NODENAME" not in os.environ
     return RankMap(
         ranks=distribution.ranks,
         per_host=distribution.per_host,
@@ -106,12 +112,25 @@ def _rank_map(host: Machine, distribution: Distribution, placed: Placement, inte
         cpus_per_core=max(len(core) for core in host.cores()),
         hosts=distribution.hosts,
         in_batch_job=distribution.in_batch_job,
+        elsewhere=not here if distribution.hosts else outside,
+        slots_counted=one_host and allocation.in_job(os.environ),
         bound=placed.bound,
         yields=placed.yield_when_idle,
         interface=interface,
         agent=os.environ.get(AGENT) or None,
         as_root=os.geteuid() == 0,
     )
+
+
+def _check_ibrun(hosts: Sequence[str], ranks_per_node: Optional[int], distribution: Distribution) -> None:
+    """Raise FlagError for what ibrun would not obey."""
+    if hosts:
+        raise FlagError("--mpi=ibrun: takes its hosts from the batch job; remove --hosts, or choose another launcher")
+    if ranks_per_node is not None or (distribution.slots and distribution.per_host > distribution.slots):
+        asked = f"--ranks_per_node={ranks_per_node}" if ranks_per_node else distribution.decided_by
+        raise FlagError(
+            f"{asked}: ibrun places ranks as the batch job asks; submit with --ntasks-per-node={distribution.per_host}"
+        )
 
 
 def _recognise(in_batch_job: bool) -> str:
@@ -149,10 +168,38 @@ def _exported(proposed: Mapping[str, str], set_for_ranks: Mapping[str, str]) -> 
     yield from environments.remarks()
 
 
+def _hosts(distribution: Distribution) -> str:
+    """Return the line that says on which hosts ranks are started, and where these hosts come from."""
+    count = distribution.ranks // distribution.per_host
+    if distribution.hosts:
+        named = ", ".join(distribution.hosts[:_MAX_NAMED])
+        named += f" and {count - _MAX_NAMED} more" if count > _MAX_NAMED else ""
+    elif distribution.in_batch_job:
+        nodes = os.environ.get("SLURM_JOB_NODELIST")
+        named = f"{count} node{'s' * (count != 1)}{f' of {nodes}' if nodes else ''}"
+    else:
+        named = f"this one, {start.host_name()}"
+    return f"hosts: {named} ({distribution.source})"
+
+
+def _slots(distribution: Distribution, best: int) -> Iterator[str]:
+    """Yield a warning if the slots of a batch job are not the number of ranks that suits hosts of this type."""
+    slots = distribution.per_host
+    if not distribution.decided_by.endswith(" of the batch job") or slots == best:
+        return
+    given = f"give --ranks_per_node={best}"
+    on_one_host = distribution.ranks == slots  # whose cores decide
+    if distribution.in_batch_job:
+        remedy = f"submit with --ntasks-per-node={best}{f', or {given}' if on_one_host or slots > best else ''}"
+        yield f"warning: the batch job has {slots} tasks per node; for nodes of this type {remedy}"
+    else:
+        remedy = given if on_one_host or slots > best else f"submit with {best} slots per host"
+        yield f"warning: the batch job has {slots} slots per host; for hosts of this type {remedy}"
+
+
 def _warnings(rank_map: RankMap, placed: Placement) -> Iterator[str]:
     """Yield what may be wrong about the placement of these ranks."""
-    elsewhere = rank_map.hosts and not any(map(start.is_this_host, rank_map.hosts))
-    if elsewhere or (rank_map.in_batch_job and not rank_map.hosts and "SLURMD_NODENAME" not in os.environ):
+    if rank_map.elsewhere:
         yield (
             f"warning: the placement was computed for the processors of {start.host_name()}, which will run no rank; "
             "if the hosts of the job have others, run this on one of them"

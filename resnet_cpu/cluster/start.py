@@ -10,11 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
-from typing import List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, List, NoReturn, Optional, Sequence, Tuple
 
 from resnet_cpu.errors import FlagError, OutputError, PeerLost
 
 _ANSWER_S = 20.0  # a host that does not answer within this time counts as lost
+_AT_ONCE = 64  # hosts that are asked at the same time
 _LOST_HOST = (205, 255)  # exit codes of mpirun: its daemon does not answer, or the program that started it ended
 _SHM = "/dev/shm"
 _SHM_PER_RANK = 8 * 2**20  # bytes; Open MPI uses 4 MiB per rank there
@@ -43,11 +44,33 @@ def host_name() -> str:
 
 
 def is_this_host(name: str) -> bool:
-    """Return whether `name` is this host: localhost, 127.0.0.1, or its name with or without the domain."""
+    """Return whether `name` is this host: its name with or without the domain, or whatever leads to its addresses."""
     name, own = name.lower(), host_name().lower()
-    if name in ("localhost", "127.0.0.1") or name == own:
+    if name == own or (("." not in name or "." not in own) and name.split(".")[0] == own.split(".")[0]):
         return True
-    return ("." not in name or "." not in own) and name.split(".")[0] == own.split(".")[0]
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError):
+        return False
+    return any(_is_own_address(family, address) for family, _, _, _, address in found)
+
+
+def _is_own_address(family: int, address: Any) -> bool:
+    """Return whether an address, as `socket.getaddrinfo` gives it, belongs to this host: only those can be bound."""
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind(address)
+    except OSError:
+        return False
+    return True
+
+
+def on_this_host(hosts: Sequence[str]) -> List[str]:
+    """Return those of `hosts` that are this host."""
+    if not hosts:
+        return []
+    with concurrent.futures.ThreadPoolExecutor(min(_AT_ONCE, len(hosts))) as pool:  # a name server may be slow
+        return [host for host, here in zip(hosts, pool.map(is_this_host, hosts)) if here]
 
 
 def check_hosts(hosts: Sequence[str], ranks: int, agent: Optional[str]) -> None:
@@ -57,17 +80,19 @@ def check_hosts(hosts: Sequence[str], ranks: int, agent: Optional[str]) -> None:
     does not answer within 20 s, since mpirun would wait for it, and OutputError naming those whose shared memory is
     too full.
     """
-    others = [host for host in hosts if not is_this_host(host)]
+    here = on_this_host(hosts)
+    others = [host for host in hosts if host not in here]
     if not others:
         return
     remote = [agent] if agent else ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_ANSWER_S / 2:.0f}"]
     check_programs(remote[0])
-    with concurrent.futures.ThreadPoolExecutor(min(64, len(others))) as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(_AT_ONCE, len(others))) as pool:
         problems = [problem for problem in pool.map(lambda host: _problem(remote, host, ranks), others) if problem]
     lost = sorted(text for kind, text in problems if kind is PeerLost)
     if lost:
         raise PeerLost(
-            f"hosts that do not answer: {', '.join(lost)}; remove them from --hosts, or repair {remote[0]} access"
+            f"hosts that do not answer: {', '.join(lost)}; leave them out with --hosts, or repair {remote[0]} access "
+            "(RESNET_CPU_LAUNCH_AGENT names another program)"
         )
     if problems:
         raise OutputError("; ".join(sorted(text for _, text in problems)))

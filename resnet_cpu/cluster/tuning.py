@@ -12,7 +12,7 @@ import sys
 import tempfile
 from typing import Any, Collection, Dict, List, Mapping, NoReturn, Optional, Sequence
 
-from resnet_cpu.cluster import machine, placement
+from resnet_cpu.cluster import allocation, machine, placement
 from resnet_cpu.cluster.machine import Machine
 from resnet_cpu.errors import FlagError
 
@@ -86,12 +86,15 @@ def images_per_second(ranks: int, mpi: str, benchmark_flags: Sequence[str]) -> f
     """
     launch = [sys.executable, "-m", "resnet_cpu.launch", f"--mpi={mpi}", f"--ranks_per_node={ranks}"]
     work = [sys.executable, "-m", "resnet_cpu.benchmark", *_TIMED, *benchmark_flags]
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
             signal.signal(signum, _exit)
     process = subprocess.Popen(
-        [*launch, "--", *work], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=outside
+        [*launch, "--", *work],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=allocation.without(os.environ),
     )
     try:
         out, err = process.communicate()

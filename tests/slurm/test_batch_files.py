@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import signal
 import subprocess
@@ -428,3 +429,23 @@ def test_the_lab_listens_only_on_this_machine(lab):
     daemons = {int(file.read_text()) for file in pathlib.Path(lab.folder).glob("*.pid")}
     found = [c for c in psutil.net_connections("inet") if c.pid in daemons and c.status == psutil.CONN_LISTEN]
     assert len(daemons) == 3 and found and {c.laddr.ip for c in found} == {"127.0.0.1"}
+
+
+def test_an_interactive_job_of_one_task_starts_as_many_ranks_as_its_cores_hold(lab):
+    """Fault: `--ranks=2` was refused in `salloc --ntasks=1 --cpus-per-task=2`."""
+    program = "from resnet_cpu.cluster import control; print(control.connect(2).size)"
+    job = ["salloc", "--quiet", "--ntasks=1", "--cpus-per-task=2"]
+    launch = [sys.executable, "-m", "resnet_cpu.launch", "--mpi=openmpi"]
+    for flags in (["--ranks=2"], ["--ranks_per_node=2"], ["--hosts=localhost:2"]):
+        assert lab.run(*job, *launch, *flags, "--", sys.executable, "-c", program).split() == ["2", "2"], flags
+
+
+def test_a_command_in_the_terminal_of_a_step_of_two_tasks_is_one_rank(lab):
+    """Fault: it was reported that launcher and mpi4py belong to different MPIs."""
+    script = (
+        'import os; from resnet_cpu.cluster import control; print(control.announced(), "SLURM_PTY_PORT" in os.environ)'
+    )
+    typed = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)}"
+    for command, expected in ((f"{typed}; true", "(1, 0) True"), (f"exec {typed}", "(2, 0) True")):
+        step = shlex.join(["srun", "--pty", "--ntasks=2", "bash", "-c", command])
+        assert expected in lab.run("script", "--quiet", "--return", "--command", step, "/dev/null")
