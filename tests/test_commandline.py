@@ -239,8 +239,6 @@ def test_paths_expand_the_home_folder_and_variables(monkeypatch):
         ("${NOT_DEFINED:-runs}/a", "${NOT_DEFINED:-runs} is not defined"),
         ("$EMPTY/run", "$EMPTY is empty"),  # would be /run
         ("~no_such_user/run", "~no_such_user is not known"),
-        ("runs/$(date +%F)", "only a shell runs commands"),
-        ("runs/`date`", "only a shell runs commands"),
         ('"runs/a"', "quotes"),
         ("'runs/a'", "quotes"),
         ('"$HOME"/runs', "quotes"),
@@ -249,19 +247,19 @@ def test_paths_expand_the_home_folder_and_variables(monkeypatch):
         ("runs/a\udcf6", "not UTF-8"),  # as Python gives a name in Latin-1
     ],
 )
-@pytest.mark.parametrize("command, flag", [("train", "run_dir"), ("evaluate", "members"), ("plan", "flagfile")])
+@pytest.mark.parametrize("command, flag", [("train", "run_dir"), ("evaluate", "checkpoint"), ("plan", "flagfile")])
 def test_paths_that_a_shell_would_have_to_read_are_refused(path, part, command, flag, monkeypatch):
     """Fault: folders named ~, $SCRATCH and "runs were made in the current folder."""
     monkeypatch.delenv("NOT_DEFINED", raising=False)
     monkeypatch.setenv("EMPTY", "")
-    if flag == "members" and path.startswith((" ", '"')):
-        pytest.skip("spaces and quotes around the elements of a list do not count")
     with pytest.raises(FlagError) as caught:
         commandline.parse([f"--{flag}={path}"], command)
     assert part in str(caught.value) and f"--{flag}" in str(caught.value), caught.value
 
 
-@pytest.mark.parametrize("path", ["runs/a~", "runs/~/a", "bob's/runs", "a$", "$", "runs/$FULL$EMPTY", "läufe/a b"])
+@pytest.mark.parametrize(
+    "path", ["runs/a~", "runs/~/a", "bob's/runs", "a$", "$", "$(date)", "`date`", "runs/$FULL$EMPTY", "läufe/a b"]
+)
 def test_negative_control_other_paths_stay(path, monkeypatch):
     monkeypatch.setenv("FULL", "$x")  # a value is not expanded again
     monkeypatch.setenv("EMPTY", "")

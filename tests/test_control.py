@@ -22,6 +22,9 @@ STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
         ({**STEP, "SLURM_PTY_PORT": "40000", "SLURM_TASK_PID": "1"}, (1, 0)),
         ({**STEP, "SLURM_PTY_PORT": "40000", "SLURM_TASK_PID": str(os.getpid())}, (4, 2)),  # started by srun itself
         ({**STEP, "SLURM_PTY_PORT": "40000", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, (2, 1)),
+        ({**STEP, "SLURM_PTY_PORT": "40000", "PMI_SIZE": "4", "PMI_RANK": "0"}, (1, 0)),  # Slurm's PMI2
+        ({**STEP, "SLURM_PTY_PORT": "40000", "PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALNRANKS": "2"}, (2, 1)),
+        ({**STEP, "SLURM_PTY_PORT": "40000", "RESNET_CPU_RANKS": "4"}, (4, 2)),  # by launch in that shell, with srun
         (STEP, (4, 2)),
         ({"PMI_SIZE": "", "PMI_RANK": "0"}, (1, 0)),
     ],

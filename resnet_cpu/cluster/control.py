@@ -27,6 +27,7 @@ _LAUNCHERS = (
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),  # srun; a batch script itself does not have the first
 )
 _TERMINAL = "SLURM_PTY_PORT"  # of a step that srun --pty started
+_OF_MPIEXEC = "MPI_LOCALNRANKS"  # of MPICH and Intel MPI; Slurm sets PMI_SIZE and PMI_RANK without it
 
 
 def announced(environ: Mapping[str, str] = os.environ) -> Tuple[int, int]:
@@ -35,10 +36,12 @@ def announced(environ: Mapping[str, str] = os.environ) -> Tuple[int, int]:
     A process that was started from the shell of `srun --pty` has the variables of that shell's step, but is not a
     rank of it: only a process that srun itself started is.
     """
+    started = EXPECTED_RANKS in environ or environ.get("SLURM_TASK_PID") == str(os.getpid())
+    typed = _TERMINAL in environ and not started
+    of_the_step = ("SLURM_PROCID",) if _OF_MPIEXEC in environ else ("SLURM_PROCID", "PMI_RANK")
     for size, rank in _LAUNCHERS:
-        if not all(re.fullmatch("[0-9]+", environ.get(name, "")) for name in (size, rank)):
-            continue
-        if rank != "SLURM_PROCID" or _TERMINAL not in environ or environ.get("SLURM_TASK_PID") == str(os.getpid()):
+        given = all(re.fullmatch("[0-9]+", environ.get(name, "")) for name in (size, rank))
+        if given and not (typed and rank in of_the_step):
             return int(environ[size]), int(environ[rank])
     return 1, 0
 
@@ -177,8 +180,8 @@ def _outcome_of(work: Callable[[], Any]) -> Dict[str, Any]:
 
 def describe_os_error(error: OSError) -> str:
     """Return an error of the file system as one line with the remedy."""
-    reason = error.strerror or error
-    return f"{error.filename or 'I/O'}: {reason}; check its permissions and the free space, then run again"
+    reason, where = error.strerror or error, error.filename or "a file or standard output"
+    return f"{where}: {reason}; check its permissions and the free space, then run again"
 
 
 def connect(expected: Optional[int]) -> World:
