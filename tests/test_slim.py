@@ -90,6 +90,11 @@ def test_missing_shards_are_named_as_they_would_be(tmp_path):
     assert "7 shards missing, the first is train/train-00001-of-00009.tfrecord" in refusal(folder)
 
 
+def test_a_file_is_not_a_folder(tmp_path):
+    folder = write(tmp_path, TRAIN)
+    assert f"--data_dir={folder}/{TRAIN[0]}: a file, not a folder" in refusal(f"{folder}/{TRAIN[0]}")
+
+
 def test_compressed_shards_are_recognised_by_their_content(tmp_path):
     import gzip
 

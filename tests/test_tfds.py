@@ -193,6 +193,9 @@ def test_an_interrupted_preparation_does_not_count(tmp_path):
     folder = write_set(tmp_path)
     write_set(tmp_path, "small/1.0.0.incompleteAB12CD")
     assert described(tmp_path)["folder"] == folder
+    write_set(tmp_path, "other/1.0.0.incompleteAB12CD")
+    assert "contains no other prepared by TFDS" in refusal(tmp_path, "tfds:other")
+    assert tfds.sets_in(str(tmp_path)) == ["small"]
 
 
 @pytest.mark.parametrize(

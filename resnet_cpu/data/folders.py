@@ -60,7 +60,8 @@ def describe(folder: str, dataset: str, eval_split: Optional[str] = None) -> Dic
     name of the latter, or None. Without `eval_split`, the value of the flag, a set may lack any of them.
     """
     if not os.path.isdir(folder):
-        raise DataError(f"--data_dir={folder}: the folder does not exist; {_how_to_get(dataset)}")
+        problem = "a file, not a folder" if os.path.exists(folder) else "the folder does not exist"
+        raise DataError(f"--data_dir={folder}: {problem}; {_how_to_get(dataset)}")
     found = _describe(folder, dataset)
     splits = found["splits"]
     if eval_split in (None, AUTO):
@@ -197,8 +198,8 @@ def count_warnings(description: Mapping[str, Any], data: ShardedData) -> List[st
         if name in description["splits"] and split.examples != expected:
             found.append(
                 f"{os.path.dirname(split.paths[0])}: {split.examples:,} examples in the {len(split.paths)} shards of "
-                f"{name}, ImageNet has {expected:,}; unless this is a subset on purpose, shards are truncated: copy "
-                "them again"
+                f"{name}, ImageNet has {expected:,}; unless this is a subset on purpose, shards end too early or do "
+                "not belong there: copy the data set again"
             )
     return found
 

@@ -1,6 +1,7 @@
 """Sets prepared by TensorFlow Datasets (TFDS): their folder, features and shards, from the description files alone."""
 
 import glob
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from resnet_cpu.errors import DataError
 PREFIX = "tfds:"  # of --dataset
 IMAGENET = "imagenet2012"
 _INFO, _FEATURES = "dataset_info.json", "features.json"
+_MOST_SETS = 100  # folders that a message is based on
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
@@ -30,18 +32,20 @@ def folders_of(folder: str, name: str) -> List[str]:
     """
     if os.path.exists(os.path.join(folder, _INFO)):
         return [folder]
-    parents = [os.path.join(folder, *name.split("/")), folder]
-    for parent in parents:
-        found = [
-            os.path.dirname(info)
-            for inside in ("", "*", os.path.join("*", "*"))
-            for info in glob.glob(os.path.join(glob.escape(parent), inside, _INFO))
-            if ".incomplete" not in info  # of a preparation that was interrupted
-        ]
-        found = [one for one in found if parent != folder or _name_in(one) == name.split("/")[0]]
-        if found:
-            return sorted(found, key=_version)
-    return []
+    below = ("", "*", os.path.join("*", "*"))  # of a version, of all versions, of all configurations
+    found = [one for inside in below for one in _described(os.path.join(folder, *name.split("/")), inside)]
+    if not found:
+        # Two levels only where a set is expected: a folder of images may have a million files there.
+        depth = 3 if os.path.basename(os.path.abspath(folder)) == name.split("/")[0] else 2
+        found = [one for inside in below[1:depth] for one in _described(folder, inside)]
+        found = [one for one in found if _name_in(one) == name.split("/")[0]]
+    return sorted(found, key=_version)
+
+
+def _described(folder: str, inside: str) -> List[str]:
+    """Return the folders that match `inside` and hold a description, without preparations that were interrupted."""
+    infos = glob.glob(os.path.join(glob.escape(folder), inside, _INFO))
+    return [os.path.dirname(info) for info in infos if ".incomplete" not in info]
 
 
 def _version(folder: str) -> Tuple[str, List[int]]:
@@ -57,9 +61,10 @@ def _name_in(folder: str) -> Optional[str]:
 
 
 def sets_in(folder: str) -> List[str]:
-    """Return the names of the sets that a TFDS data_dir contains."""
-    infos = glob.glob(os.path.join(glob.escape(folder), "*", "*", _INFO))
-    return sorted({os.path.basename(os.path.dirname(os.path.dirname(info))) for info in infos})
+    """Return the names of the sets among the first folders of a TFDS data_dir."""
+    with os.scandir(folder) as entries:
+        inner = itertools.islice((entry.name for entry in entries if entry.is_dir()), _MOST_SETS)
+        return sorted(name for name in inner if _described(os.path.join(folder, name), "*"))
 
 
 def describe(folder: str, name: str) -> Dict[str, Any]:
