@@ -241,19 +241,23 @@ def test_training_continues_while_a_checkpoint_is_written(tiny_data, finished, t
 
 def test_a_failed_save_ends_the_run_after_the_next_step(tiny_data, tmp_path, monkeypatch):
     """A full disk is not noticed only at the end of a phase."""
-    run_dir, writers, original = str(tmp_path / "run"), [], loop.Writer.start
-
-    def start(self, work):
-        writers.append(self)
-        original(self, work)
+    run_dir, threads, later = str(tmp_path / "run"), [], threading.Event()
 
     def save(*arguments):
+        threads.append(threading.current_thread())
+        assert later.wait(120)
         raise OutputError("not saved (No space left on device)")
+
+    def see(number):
+        if number == 4:  # the first step after the save, which fails during this step
+            later.set()
+            while not threads:
+                time.sleep(0.01)
+            threads[0].join()
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", save)
-        patch.setattr(loop.Writer, "start", start)
-        spy_on_steps(patch, lambda number: writers[0]._thread.join() if number == 4 else None)
+        spy_on_steps(patch, see)
         with pytest.raises(OutputError, match="No space left on device"):
             train(tiny_data, run_dir, "--checkpoint_every_steps=4")
     assert len(runs.losses(run_dir)) == 6 and not checkpoint.steps(run_dir)

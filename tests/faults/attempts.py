@@ -51,15 +51,17 @@ def run(command: Sequence[str], fault: Optional[str], within: float) -> Ended:
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
         left: List[int] = []
-        while process.poll() is None or processes(token):
-            if time.monotonic() > (happened[0] + within if happened else began + LONGEST_S):
-                left = processes(token)
-                for pid in left:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                break
-            time.sleep(_POLL_S)
-        ended = time.monotonic()
+        try:
+            while process.poll() is None or processes(token):
+                if time.monotonic() > (happened[0] + within if happened else began + LONGEST_S):
+                    left = processes(token)
+                    break
+                time.sleep(_POLL_S)
+            ended = time.monotonic()
+        finally:  # also if the campaign is interrupted
+            for pid in processes(token):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         code = process.wait(timeout=30)
         reader.join(timeout=30)
         out.seek(0)
