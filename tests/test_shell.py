@@ -87,7 +87,7 @@ def test_batch_files_read_settings_as_training_does(tmp_path):
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60).stdout
 
     assert value("run_dir", f"--flagfile={nested}") == "/home/x/a b"
-    assert value("run_dir", f"--flagfile={nested}", "--run_dir=$(touch x)") == ""  # refused
+    assert value("run_dir", f"--flagfile={nested}", "--run_dir=$(touch x)") == "$(touch x)"
     assert value("dataset", f"--flagfile={nested}") == "synthetic"
     assert value("run_dir", "--no_such_flag") == ""
 

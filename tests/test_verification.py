@@ -95,7 +95,7 @@ def test_examples_that_occur_twice_are_listed(tmp_path, capsys):
     lines = listed(write(tmp_path, [*GOOD, GOOD[2]]), capsys)
     assert lines == ["train-00001-of-00002: record 4: the same image as record 2 of train-00000-of-00002"]
     folder = write(tmp_path / "unnamed", [example(number, filename=None) for number in range(2)], [GOOD[0]])
-    assert verification.verify(str(folder), "imagenet", 2)["train"] == 2  # the same bytes under two names may be intended
+    assert verification.verify(str(folder), "imagenet", 2)["train"] == 2  # the same bytes, two names
 
 
 def test_a_class_with_two_labels_is_listed(tmp_path, capsys):
