@@ -356,6 +356,17 @@ def test_on_one_node_the_cores_decide_and_not_the_tasks(starts, monkeypatch, fla
         starts("--mpi=openmpi", flag.replace("=2", "=3"), "--", "cat")
 
 
+def test_more_slots_than_cores_are_not_ranks(starts, monkeypatch, capsys):
+    """Some batch systems count hardware threads."""
+    monkeypatch.setenv("LSB_MCPU_HOSTS", "n1 4 n2 4")
+    starts("--mpi=openmpi", "--dry_run", "--", "cat")
+    line, report = capsys.readouterr()
+    assert "-np 4 --host n1:2,n2:2 " in line
+    assert "4 slots per host, more than the 2 cores of this one" in report and "--ranks_per_node=2" in report
+    with pytest.raises(FlagError, match="2 cores"):  # negative control: what was asked for is not changed
+        starts("--mpi=openmpi", "--ranks_per_node=4", "--", "cat")
+
+
 def own_address():
     """Return an address of this host that is not that of the loopback interface, or that if there is no other."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

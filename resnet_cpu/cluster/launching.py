@@ -51,6 +51,12 @@ def launch(
     remembered = tuning.remembered(host)
     best = remembered or placement.suitable_ranks(host)
     distribution = launchers.distribute(os.environ, hosts, ranks, ranks_per_node, best)
+    if _slots_are_threads(host, distribution):
+        _say(
+            f"warning: the batch job has {distribution.slots} slots per host, more than the {host.offered} cores of "
+            f"this one, so that a slot is not a rank: {best} ranks per host, as --ranks_per_node={best}"
+        )
+        distribution = launchers.distribute(os.environ, hosts, ranks, best, best)
     placed = _placement(host, distribution)
     here = start.on_this_host(distribution.hosts)
     if len(here) > 1:
@@ -85,6 +91,12 @@ def launch(
 
 def _say(text: str) -> None:
     print(f"launch: {text}", file=sys.stderr, flush=True)
+
+
+def _slots_are_threads(host: Machine, distribution: Distribution) -> bool:
+    """Return whether a batch system other than Slurm, which counts tasks, decides on more ranks than cores."""
+    decides = distribution.decided_by.endswith(" of the batch job") and not distribution.in_batch_job
+    return decides and distribution.per_host > host.offered and os.environ.get(OVERSUBSCRIBE) != "1"
 
 
 def _placement(host: Machine, distribution: Distribution) -> Placement:
