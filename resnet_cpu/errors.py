@@ -5,6 +5,11 @@ batch scripts can decide what to submit again: 75 always, 74 and 76 with a cap, 
 """
 
 
+def printable(text: str) -> str:
+    """Return `text` on one line, with control characters escaped, as file names and variables may hold them."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class UserError(Exception):
     """An error that is reported in one line, without a traceback; the process ends with its `exit_code`."""
 

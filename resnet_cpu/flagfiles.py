@@ -7,6 +7,7 @@ from typing import List, Sequence, Tuple
 from resnet_cpu.errors import FlagError
 
 _QUOTES = ("'", '"')
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # in a log they would be commands to the terminal
 
 
 def inserted(words: Sequence[str], within: Tuple[str, ...] = ()) -> List[str]:
@@ -46,9 +47,11 @@ def _read_lines(path: str) -> List[str]:
 
 
 def check_characters(name: str, text: str) -> None:
-    """Raise FlagError for a value on several lines, in another encoding than UTF-8, or in quotes."""
+    """Raise FlagError for a value on several lines, with control characters, not in UTF-8, or in quotes."""
     if "\n" in text or "\r" in text:
         raise FlagError(f"--{name}={text!r}: the value contains a newline; write it on one line")
+    if _CONTROL.search(text):
+        raise FlagError(f"--{name}={text!r}: the value contains a control character; remove it")
     if not _is_unicode(text):
         raise FlagError(f"--{name}={text!r}: the value is not UTF-8 text; write it in UTF-8, or rename the file")
     if text[:1] in _QUOTES or text[-1:] in _QUOTES:

@@ -40,7 +40,10 @@ THREADS = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
 NUMBERS_OF_THREADS = (*THREADS, "TF_NUM_INTEROP_THREADS", "OMP_THREAD_LIMIT")
 _BY_LEVEL = ("OMP_NUM_THREADS",)  # a list is allowed: a number for each level of nested parallel regions
 _MOST_THREADS = 65536
-_MPI_PARAMETERS = "~/.openmpi/mca-params.conf"
+# Other programs use some of these prefixes, too: Terraform has TF_VAR_DB_PASSWORD.
+_SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|KEY|AUTH", re.IGNORECASE)
+#: The file of the user's own parameters of Open MPI.
+MPI_PARAMETERS = "~/.openmpi/mca-params.conf"
 
 
 class Environment(NamedTuple):
@@ -92,7 +95,7 @@ def not_obeyed(environ: Mapping[str, str] = os.environ) -> Dict[str, str]:
 
 def remarks(environ: Mapping[str, str] = os.environ) -> List[str]:
     """Return lines for people about variables that are not obeyed and files that are."""
-    ignored, parameters, lines = not_obeyed(environ), _mpi_parameters(), []
+    ignored, parameters, lines = not_obeyed(environ), mpi_parameters(), []
     if ignored:
         named = ", ".join(f"{name}={value}" for name, value in ignored.items())
         lines.append(
@@ -101,7 +104,7 @@ def remarks(environ: Mapping[str, str] = os.environ) -> List[str]:
         )
     if parameters:
         named = ", ".join(f"{name}={value}" for name, value in parameters.items())
-        lines.append(f"Open MPI obeys {_MPI_PARAMETERS}: {named}; results may depend on it")
+        lines.append(f"Open MPI obeys {MPI_PARAMETERS}: {named}; results may depend on it")
     return lines
 
 
@@ -144,8 +147,8 @@ def settle(environ: MutableMapping[str, str] = os.environ) -> Environment:
         del environ[name]
     for name, value in decided().items():
         environ.setdefault(name, value)
-    variables = {name: value for name, value in sorted(environ.items()) if value and _RECORDED.fullmatch(name)}
-    return Environment(variables, ignored, _mpi_parameters())
+    variables = {name: value for name, value in sorted(environ.items()) if value and _is_recorded(name)}
+    return Environment(variables, ignored, mpi_parameters())
 
 
 def _kept(environ: Mapping[str, str]) -> Dict[str, str]:
@@ -153,7 +156,7 @@ def _kept(environ: Mapping[str, str]) -> Dict[str, str]:
     return {name: environ[name] for name in names if name in environ}
 
 
-def _mpi_parameters(path: str = _MPI_PARAMETERS) -> Dict[str, str]:
+def mpi_parameters(path: str = MPI_PARAMETERS) -> Dict[str, str]:
     """Return the parameters of Open MPI that the user's file sets and that affect messages between ranks."""
     try:
         with open(os.path.expanduser(path), encoding="utf-8", errors="replace") as text:
@@ -161,4 +164,8 @@ def _mpi_parameters(path: str = _MPI_PARAMETERS) -> Dict[str, str]:
     except OSError:
         return {}
     found = {name.strip(): value.strip() for name, value in pairs}
-    return {name: value for name, value in found.items() if _RECORDED.fullmatch(f"OMPI_MCA_{name}")}
+    return {name: value for name, value in found.items() if _is_recorded(f"OMPI_MCA_{name}")}
+
+
+def _is_recorded(name: str) -> bool:
+    return bool(_RECORDED.fullmatch(name)) and not _SECRET.search(name)

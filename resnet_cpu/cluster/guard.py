@@ -9,6 +9,7 @@ import faulthandler
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from types import FrameType
 from typing import Any, Callable, List, NoReturn, Optional
 
 from resnet_cpu.cluster import control, streams
-from resnet_cpu.errors import OutputError, PeerLost, UserError
+from resnet_cpu.errors import OutputError, PeerLost, UserError, printable
 
 _PEER_GRACE_S = 3.0  # how long a rank that learned of a failure from others waits for the rank that knows the cause
 # Within this time mpirun notices that a host is gone (cluster/launchers.py configures it) and ends the job. If it is
@@ -34,6 +35,7 @@ def run(main: Callable[[List[str]], Optional[int]]) -> NoReturn:
     """Run an entry point to the end of the process, with the exit codes of `resnet_cpu.errors`."""
     streams.open_closed()
     faulthandler.enable()
+    os.umask(os.umask(stat.S_IWOTH) | stat.S_IWOTH)  # what this process and the libraries in it write is not for others
     try:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()
@@ -76,11 +78,9 @@ def _print_error(message: str) -> None:
     size, rank = control.announced()
     host = f" on {socket.gethostname()}" if control.several_hosts() else ""
     where = f" rank {rank}{host}" if size > 1 and rank else ""
-    # A file name may hold control characters.
-    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     start = "\n" if sys.stderr.isatty() else ""  # after a progress line that is rewritten in place
     with contextlib.suppress(OSError):  # a log on a full disk must not hide the exit code
-        print(f"{start}resnet_cpu{where}: {printable}", file=sys.stderr, flush=True)
+        print(f"{start}resnet_cpu{where}: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def _mpi() -> Any:

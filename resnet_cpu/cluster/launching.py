@@ -12,7 +12,7 @@ from resnet_cpu.cluster import environment as environments
 from resnet_cpu.cluster.launchers import Distribution, RankMap
 from resnet_cpu.cluster.machine import Machine
 from resnet_cpu.cluster.placement import Placement
-from resnet_cpu.errors import FlagError
+from resnet_cpu.errors import FlagError, printable
 
 AGENT = "RESNET_CPU_LAUNCH_AGENT"  # program that runs PROGRAM HOST COMMAND..., instead of ssh
 OVERSUBSCRIBE = "RESNET_CPU_OVERSUBSCRIBE"  # 1: more ranks than cores may share them
@@ -90,7 +90,7 @@ def launch(
 
 
 def _say(text: str) -> None:
-    print(f"launch: {text}", file=sys.stderr, flush=True)
+    print(f"launch: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _slots_are_threads(host: Machine, distribution: Distribution) -> bool:

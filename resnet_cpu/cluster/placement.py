@@ -17,9 +17,9 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 from resnet_cpu.cluster import control, environment, launchers
 from resnet_cpu.cluster.environment import Environment
 from resnet_cpu.cluster.machine import Cpu, Machine, spans
-from resnet_cpu.errors import FlagError
+from resnet_cpu.errors import FlagError, printable
 
-_RANK_BYTES = 5.4e9  # memory of one rank of ResNet-50 at 224x224 and batch 32
+RANK_BYTES = 5.4e9  # memory of one rank of ResNet-50 at 224x224 and batch 32
 _MAX_CORES_PER_RANK = 40  # the paper's authors used 24, Intel's scripts a whole NUMA domain
 _MIN_CORES_PER_DOMAIN = 8  # a smaller NUMA domain gets no rank of its own if there are several
 _MAX_RESERVED = 2
@@ -106,7 +106,7 @@ def apply(threads: int, cores: int) -> Environment:
             os.environ[name] = value
         os.environ.setdefault(name, value)
     for line in environment.remarks() if reports else []:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
     return environment.settle()
 
 
@@ -243,14 +243,14 @@ def _cut(unit: _Unit, pieces: int) -> List[_Unit]:
 
 def _fits(machine: Machine, units: List[_Unit], per_unit: int) -> bool:
     """Return whether `per_unit` ranks in each unit have enough memory, as far as the kernel reports it."""
-    if machine.memory_bytes and machine.memory_bytes < per_unit * len(units) * _RANK_BYTES:
+    if machine.memory_bytes and machine.memory_bytes < per_unit * len(units) * RANK_BYTES:
         return False
     memory = {node.id: node.memory_bytes for node in machine.nodes}
     if len([node for node in machine.nodes if node.cpus]) < 2:
         return True  # one domain: its memory is the machine's, checked above
     for unit in units:
         near = [memory.get(node, 0) for node in {core[0].node for core in unit}]
-        if all(near) and sum(near) < per_unit * _RANK_BYTES:
+        if all(near) and sum(near) < per_unit * RANK_BYTES:
             return False
     return True
 

@@ -12,7 +12,7 @@ import statistics
 import sys
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from resnet_cpu.errors import DataError
+from resnet_cpu.errors import DataError, printable
 from resnet_cpu.report.tables import NOT_RUN, Column, Row, Table, cell, find_published, find_runs, origin, run_folders
 from resnet_cpu.run import signature
 from resnet_cpu.run.folder import read_json, read_rows
@@ -42,7 +42,10 @@ def collect(folder: str) -> Tuple[List[Row], List[Row]]:
         if result and result.get("experiment") == "scaling":
             continue
         if not result or not record or not result.get("complete"):
-            print(f"tables: {path}: skipped, because this run has not finished; run its command again", file=sys.stderr)
+            where = printable(path)
+            print(
+                f"tables: {where}: skipped, because this run has not finished; run its command again", file=sys.stderr
+            )
             continue
         evaluations = read_rows(os.path.join(path, "eval.jsonl"))
         runs += [_row(name, what, scores, result, record) for what, scores in _scores(result, evaluations)]

@@ -12,7 +12,9 @@ def write_atomically(path: str, content: Union[bytes, memoryview]) -> None:
     """
     temporary = f"{path}.tmp{os.getpid()}"
     try:
-        with open(temporary, "wb") as file:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)  # of a killed process with the same number; or a link that another user put there
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

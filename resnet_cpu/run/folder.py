@@ -5,6 +5,7 @@ Rows are appended over all attempts of a run.
 
 import json
 import os
+import sys
 import time
 from typing import IO, Any, Dict, Iterator, List, Mapping, Optional
 
@@ -13,6 +14,7 @@ import numpy as np
 from resnet_cpu.errors import RunFolderError
 from resnet_cpu.run import lock
 from resnet_cpu.run.atomic import write_atomically
+from resnet_cpu.run.rights import others_may_write
 
 
 class RunFolder:
@@ -33,6 +35,14 @@ class RunFolder:
             raise RunFolderError(
                 f"--run_dir={path}: cannot be written and locked ({error.strerror}); choose another folder"
             ) from None
+        others = others_may_write(path)
+        if others:
+            print(
+                f"warning: --run_dir={path}: {others}, and could replace its checkpoints; chmod o-w, or choose a "
+                "folder of your own",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def file(self, *parts: str) -> str:
         """Return the path of a file in the folder."""
