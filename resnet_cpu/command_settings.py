@@ -136,3 +136,11 @@ class Tables:
     """tables: the runs"""
 
     runs: Optional[str] = setting(None, "Collect every finished run below this folder first.", path=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """doctor: what is checked"""
+
+    quick: bool = setting(False, "Start no ranks, and do not load TensorFlow: one second instead of ten to twenty.")
+    json: bool = setting(False, "Print all checks as one JSON document, the last line on standard output.")

@@ -8,7 +8,7 @@ in common. A new setting is one field here, or in `command_settings.py` if a sin
 import dataclasses
 from typing import Dict, FrozenSet, Optional, Tuple
 
-from resnet_cpu.command_settings import Benchmark, Evaluate, Launch, Prediction, Prepare, Simulate, Tables
+from resnet_cpu.command_settings import Benchmark, Doctor, Evaluate, Launch, Prediction, Prepare, Simulate, Tables
 from resnet_cpu.errors import FlagError
 from resnet_cpu.fields import parse_crop, parse_phases, parse_steps, setting
 from resnet_cpu.recipe.batch import SCALINGS
@@ -91,7 +91,7 @@ class Data:
         None,
         "Folder of the shards, as python -m resnet_cpu.prepare, TF-slim (imagenet) or TFDS write them. Not needed for "
         "synthetic data.",
-        also=("prepare",),
+        also=("prepare", "doctor"),
         path=True,
     )
     eval_split: str = setting(
@@ -195,7 +195,7 @@ class Run:
         choices=("train", "scaling", "lr_scaling", "collapsed_ensemble"),
     )
     run_dir: Optional[str] = setting(
-        None, "Folder of the run; the same command run again continues where the run stopped.", path=True
+        None, "Folder of the run; the same command again continues where the run stopped.", also=("doctor",), path=True
     )
     resume: str = setting(
         "auto",
@@ -257,6 +257,7 @@ GROUPS: Dict[str, Tuple[type, Tuple[str, ...]]] = {
     "launch": (Launch, ("launch",)),
     "prepare": (Prepare, ("prepare",)),
     "tables": (Tables, ("tables",)),
+    "doctor": (Doctor, ("doctor",)),
 }
 
 
@@ -276,6 +277,7 @@ class Settings:
     launch: Launch
     prepare: Prepare
     tables: Tables
+    doctor: Doctor
     given: FrozenSet[str] = dataclasses.field(default=frozenset(), compare=False)
     resolved_flags: str = ""
 

@@ -84,6 +84,15 @@ def test_one_process_trains_evaluates_and_plans(bare, tmp_path, tiny_data):
     assert planned.returncode == 0 and "16 steps" in planned.stdout, planned.stderr
 
 
+def test_the_doctor_reports_what_is_missing_and_finds_one_process_whole(bare, tmp_path):
+    process = run(bare, tmp_path, "-m", "resnet_cpu.doctor", "--json")
+    found = {row["name"]: row for row in json.loads(last_line(process.stdout))["checks"]}
+    assert found["packages"]["state"] == "ok" and "tensorflow" in found["packages"]["what"], found["packages"]
+    assert found["horovod"]["state"] == "warning" and "not installed" in found["horovod"]["what"]
+    assert found["ranks"]["state"] == "warning" and "mpi4py is missing" in found["ranks"]["what"]
+    assert found["tensorflow"]["state"] in ("ok", "warning") and process.stderr == "", found["tensorflow"]
+
+
 def test_two_ranks_without_mpi_report_what_is_missing(bare, tmp_path):
     announced = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
     process = run(bare, tmp_path, "-m", "resnet_cpu.train", "--dataset=synthetic", "--run_dir=run", **announced)

@@ -28,6 +28,7 @@ PHASE = "--phase=main:steps=1,lr=1"
         (["--dataset=synthetic", "--data_dir=x"], ["--data_dir=x", "synthetic", "remove one"]),
         (["--run_dir=a\nb"], ["run_dir", "newline"]),
         (["--phase=main:steps=1\n,lr=1"], ["phase", "newline"]),
+        (["--run_dir=a\x1b[2J"], ["--run_dir='a\\x1b[2J'", "control character"]),
         (["--phase=main:steps=1"], ["main", "lr"]),
         (["--flagfile=/no/such.flags"], ["/no/such.flags"]),
         (["--keep_checkpoints=1"], ["keep_checkpoints", "1"]),
@@ -89,7 +90,7 @@ def test_resolved_flags_are_a_fixed_point(tmp_path):
 def test_help_shows_the_flags_of_its_command_and_no_others():
     every = commandline.all_flags()
     assert {flag.name for flag in every} == set(CHANGES) | set(OF_OTHER_COMMANDS)
-    for command in (*settings.OF_A_RUN, "launch", "prepare", "tables"):
+    for command in (*settings.OF_A_RUN, "launch", "prepare", "tables", "doctor"):
         shown = {
             line.split()[0].split("=")[0] for line in commandline.help_text(command).splitlines() if "  --" in line
         }
@@ -194,6 +195,8 @@ OF_OTHER_COMMANDS = {
     "tune": "launch",
     "raw_dir": "prepare",
     "runs": "tables",
+    "quick": "doctor",
+    "json": "doctor",
 }
 
 
