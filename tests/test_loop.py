@@ -284,6 +284,27 @@ def test_a_stop_is_announced_only_once_its_checkpoint_is_published(tiny_data, tm
     assert found == [[1]]
 
 
+def test_the_first_step_has_its_grace_also_after_an_evaluation_that_is_made_up_for(tiny_data, tmp_path, monkeypatch):
+    """Found by a campaign on a busy machine: tracing the step after such an evaluation counted as a stall."""
+    run_dir, happened = str(tmp_path / "run"), []
+
+    def spy(owner, name):
+        original = getattr(owner, name)
+
+        def call(*arguments, **more):
+            happened.append(name)
+            return original(*arguments, **more)
+
+        monkeypatch.setattr(owner, name, call)
+
+    train(tiny_data, run_dir, "--max_steps=5")
+    os.remove(f"{run_dir}/eval.jsonl")
+    for owner, name in [(loop, "evaluate"), (loop.guard.Watchdog, "expect_first_step"), (loop.TrainStep, "take")]:
+        spy(owner, name)
+    train(tiny_data, run_dir, runs.EVERY_EPOCH, "--max_steps=6")
+    assert happened[:4] == ["expect_first_step", "evaluate", "expect_first_step", "take"]
+
+
 def test_a_run_killed_in_its_last_evaluation_has_its_checkpoint_and_is_finished_without_a_step(
     tiny_data, finished, tmp_path, monkeypatch
 ):

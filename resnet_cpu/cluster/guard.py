@@ -189,7 +189,7 @@ class Watchdog:
         """Start with the first beat due in `timeout` seconds plus five minutes, the later ones in `timeout`."""
         self.timeout = timeout
         self._suspended = 0.0  # seconds in which the process did not run
-        self._last = self._running_time() + _FIRST_STEP_GRACE_S
+        self.expect_first_step()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -204,6 +204,10 @@ class Watchdog:
     def beat(self) -> None:
         """Note that something was finished."""
         self._last = self._running_time()
+
+    def expect_first_step(self) -> None:
+        """Allow five minutes more until the next beat: the graph is traced and kernels are created."""
+        self._last = self._running_time() + _FIRST_STEP_GRACE_S
 
     def _running_time(self) -> float:
         return time.monotonic() - self._suspended

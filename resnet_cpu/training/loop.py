@@ -57,6 +57,7 @@ def train(job: Job, report: AnyReport, watchdog: guard.Watchdog, writer: Writer)
     start(job, state, report)
     if state.step and job.evaluation_due(state.step) and not job.evaluated:
         evaluate(job, state, evaluate_step, report, watchdog)
+    watchdog.expect_first_step()  # the evaluation above has beaten the watchdog already
     for span in schedule.spans(job.phases, state.step, job.last_step):
         enter(span, job, state, report)
         batches = training_batches(

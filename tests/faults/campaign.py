@@ -35,7 +35,7 @@ from resnet_cpu.errors import CheckpointError
 from resnet_cpu.run import checkpoint
 from resnet_cpu.run.folder import read_json, read_rows
 
-STALL_S = 30.0  # --stall_timeout
+STALL_S = 30.0  # --stall_timeout of an attempt in which a rank stops
 ENDS_S = 60.0  # after which a process that is left counts as left; the table shows how long they take
 FIELDS = ("seed", "fault", "number", "asked", "reached", "code", "seconds", "step", "finished", "problems")
 # A member in a branch, then a phase that does not start from the end of the one before it.
@@ -48,7 +48,6 @@ FLAGS = [
     "--phase=collapse:steps=6,lr=0.01,power=2,augment=light,branch=1,member=1",
     "--checkpoint_every_steps=2",
     "--eval_every_epochs=3",
-    f"--stall_timeout={STALL_S:g}",
 ]
 # Everything that is written with a manifest: checkpoints, members, predictions of the members.
 WRITES = "*:*"
@@ -257,9 +256,11 @@ class Table:
         return "\n".join(lines)
 
 
-def command(run_dir: str, data_dir: str) -> List[str]:
-    """Return the command of an attempt."""
-    train = [sys.executable, "-m", "resnet_cpu.train", *FLAGS, f"--data_dir={data_dir}", f"--run_dir={run_dir}"]
+def command(run_dir: str, data_dir: str, fault: Optional[Fault] = None) -> List[str]:
+    """Return the command of an attempt that meets `fault`."""
+    stall = [f"--stall_timeout={STALL_S:g}"] if fault is not None and fault.kind == "stop" else []
+    flags = [*FLAGS, *stall, f"--data_dir={data_dir}", f"--run_dir={run_dir}"]
+    train = [sys.executable, "-m", "resnet_cpu.train", *flags]
     return ["launch/local.sh", "2", *train]
 
 
@@ -288,7 +289,7 @@ def attack(name: str, wanted: int, table: Table, work: str) -> None:
         generator = np.random.default_rng([table.seed, zlib.crc32(name.encode()), number])
         fault, asked = choose(name, number, generator) if met < wanted else (None, None)
         before = newest_step(run_dir)
-        ended = attempts.run(command(run_dir, data_dir), asked, fault.within if fault else 0.0)
+        ended = attempts.run(command(run_dir, data_dir, fault), asked, fault.within if fault else 0.0)
         found, finished = judge(fault, ended, run_dir, before), ""
         if is_finished(run_dir):
             different = [key for key, value in fingerprint(run_dir).items() if value != expected[key]]
@@ -306,7 +307,11 @@ def attack(name: str, wanted: int, table: Table, work: str) -> None:
         )
         if finished or found:
             keep = os.path.join(work, f"{name}-{number}")  # to look at
-            os.rename(run_dir, keep) if found else shutil.rmtree(run_dir)
+            if found:
+                os.rename(run_dir, keep)
+                pathlib.Path(keep, "log").write_text(ended.err)
+            else:
+                shutil.rmtree(run_dir)
 
 
 def attack_writer(wanted: int, table: Table, work: str, wrong: str = "", name: str = "writer") -> None:
