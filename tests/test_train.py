@@ -244,3 +244,15 @@ def test_a_signal_stops_cleanly_with_75_and_the_rest_is_bit_identical(tiny_data,
             assert run_command("train", *command(tiny_data, folder, *long)).returncode == 0
         assert not runs.differing(runs.final_state(str(run_dir)), runs.final_state(str(whole)))
         assert runs.losses(str(run_dir)) == runs.losses(str(whole))
+
+
+def test_a_network_of_few_channels_repeats_its_losses_on_any_processor(run_command, tmp_path):
+    """Without AVX-512, the Intel extension corrupted memory: runs hung, crashed or gave other losses each time."""
+    flags = ["--dataset=synthetic", "--train_examples=32", "--num_classes=10", "--image_size=16", "--model=resnet18"]
+    flags += ["--width=0.05", "--stem=small", "--batch_size=8", "--phase=main:steps=20,lr=0.01", "--log_every_steps=1"]
+    losses = []
+    for name in "ab":
+        process = run_command("train", *flags, f"--run_dir={tmp_path / name}", timeout=120)
+        assert process.returncode == 0, process.stderr
+        losses.append([row["loss"] for row in map(json.loads, (tmp_path / name / "metrics.jsonl").open())])
+    assert len(losses[0]) == 20 and losses[0] == losses[1]

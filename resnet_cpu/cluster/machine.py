@@ -160,16 +160,17 @@ def precision_problem(precision: str, instruction_sets: Sequence[str], intel_ext
 
 
 def narrow_layers_problem(channels: int, instruction_sets: Sequence[str], intel_extension: bool) -> Optional[str]:
-    """Return why layers of `channels` channels cannot be trained on this processor, None if they can.
+    """Return why layers of `channels` channels need the kernels of an older processor, None if they do not.
 
     Seen with intel-extension-for-tensorflow 2.15.0.0 on a processor without AVX-512: networks with layers of 4 and 6
-    channels gave other losses in each run and crashed in some; with 8 and more each run gave the same bits.
+    channels gave other losses in each run and crashed or hung in some; with 8 and more, or with oneDNN's kernels for
+    SSE4.1, each run gave the same bits.
     """
     if channels >= _LEAST_CHANNELS or not _uses_avx2_kernels(instruction_sets, intel_extension):
         return None
     return (
-        f"layers of {channels} channels: with fewer than {_LEAST_CHANNELS}, the Intel extension corrupts memory on "
-        "processors without AVX-512 (BUILD_NOTES.md)"
+        f"layers of {channels} channels: with fewer than {_LEAST_CHANNELS}, the Intel extension's kernels for AVX2 "
+        "corrupt memory; the slower ones for SSE4.1 are used (BUILD_NOTES.md)"
     )
 
 

@@ -100,13 +100,12 @@ def _cores(asked: Asked) -> Check:
 def _threads(asked: Asked) -> Check:
     from resnet_cpu.cluster import placement
 
-    names = (*placement.THREADS, "TF_NUM_INTEROP_THREADS")
+    exported = {name: os.environ[name] for name in environment.NUMBERS_OF_THREADS if os.environ.get(name)}
     try:
-        environment.check_numbers(*names)
+        environment.check_threads(dict(os.environ))
         refused = ""
     except FlagError as error:
         refused = str(error)
-    exported = {name: os.environ[name] for name in names if os.environ.get(name)}
     return checks.threads(exported, refused, placement.propose(asked.host).threads)
 
 

@@ -1,11 +1,13 @@
 """Everything that training changes, by the names it is saved under: weights, statistics, the optimizer's slots."""
 
 import dataclasses
+import os
+import sys
 from typing import Dict, List, Optional, Tuple
 
 import tensorflow as tf
 
-from resnet_cpu.cluster import horovod
+from resnet_cpu.cluster import control, horovod
 from resnet_cpu.cluster.control import World
 from resnet_cpu.cluster.machine import narrow_layers_problem, precision_problem
 from resnet_cpu.cluster.placement import has_intel_openmp
@@ -14,13 +16,17 @@ from resnet_cpu.model import resnet
 from resnet_cpu.run import checkpoint, provenance, signature
 from resnet_cpu.settings import Settings
 
+_ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"  # the newest instruction set whose kernels oneDNN chooses
+
 
 def build_model(settings: Settings) -> tf.keras.Model:
     """Return the network of the settings, initialised from their seed; raise FlagError if it cannot be trained here."""
     processor = provenance.instruction_sets(), has_intel_openmp()
     problem = narrow_layers_problem(max(1, round(64 * settings.model.width)), *processor)
-    if problem is not None:
-        raise FlagError(f"--width={settings.model.width:g}: {problem}; use a width of at least 0.125")
+    if problem is not None and _ISA_LIMIT not in os.environ:
+        os.environ[_ISA_LIMIT] = "SSE41"  # oneDNN reads it at its first use, which is in the first step
+        if control.announced()[1] == 0:
+            print(f"warning: --width={settings.model.width:g}: {problem}", file=sys.stderr, flush=True)
     problem = precision_problem(settings.model.precision, *processor)
     if problem is not None:
         raise FlagError(f"--precision={settings.model.precision}: {problem}; use float32")
