@@ -40,7 +40,7 @@ def test_a_problem_gives_exit_code_1_and_its_remedy(run_command, tmp_path):
     assert process.returncode == 1 and "Traceback" not in process.stderr
     problems = [line for line in process.stdout.splitlines() if line.startswith("problem")]
     assert [line.split()[1] for line in problems] == ["threads:", "data_dir:"]
-    assert "must be a whole number of at least 1; correct it" in problems[0] and "no such folder" in problems[1]
+    assert "must be a whole number from 1 to 65536" in problems[0] and "no such folder" in problems[1]
 
 
 def test_bad_flags_are_refused_as_by_every_command(run_command):

@@ -20,6 +20,8 @@ from resnet_cpu.data.sources.image_folders import find_folder
 from resnet_cpu.errors import DataError, OutputError, RunFolderError
 from resnet_cpu.run import lock
 
+pytestmark = pytest.mark.training
+
 KEEP = conversion.Options(None, 95)
 
 
