@@ -73,7 +73,7 @@ def test_supervised_keys_name_image_and_label(tmp_path, features, supervised, ex
     write_set(tmp_path, features=features, supervised=supervised)
     found = described(tmp_path)
     assert (found["image_key"], found["label_key"], found["num_classes"]) == expected
-    assert found["jpeg"] and found["label_base"] == 0
+    assert found["label_base"] == 0
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_set_of_an_early_version_is_read(tmp_path):
     with open(f"{folder}/label.labels.txt", "w") as file:
         file.write("cat\ndog\n")
     data = folders.open_data(str(tmp_path), "tfds:small")
-    assert (data.image_key, data.label_key, data.num_classes, data.jpeg) == ("image", "label", 2, False)
+    assert (data.image_key, data.label_key, data.num_classes) == ("image", "label", 2)
     assert data.classes == ("cat", "dog") and data.train.read(np.arange(5)) == [b"x"] * 5
 
 

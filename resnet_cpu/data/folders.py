@@ -41,7 +41,6 @@ class ShardedData:
     label_base: int  # stored label of the first class
     image_key: str
     label_key: str
-    jpeg: bool  # whether all images are JPEG; else any format that TensorFlow decodes
     pixel_mean: Optional[Tuple[float, ...]]  # RGB, of pixels 0..255; None if not measured
     pixel_std: Optional[Tuple[float, ...]]
     classes: Optional[Tuple[str, ...]] = None  # names in the order of the labels; None if not recorded
@@ -105,8 +104,10 @@ def _describe(folder: str, dataset: str) -> Dict[str, Any]:
 
 
 def _how_to_get(dataset: str) -> str:
-    if dataset == "imagenet" or dataset.startswith(tfds.PREFIX):
-        return "name the folder that TF-slim or TFDS has written"
+    if dataset.startswith(tfds.PREFIX):
+        return "name the folder that TFDS has written"
+    if dataset == "imagenet":
+        return "name the folder of its shards; python -m resnet_cpu.prepare imagenet makes them from the raw archives"
     return f"create it with python -m resnet_cpu.prepare {dataset} --data_dir=..."
 
 
@@ -178,7 +179,6 @@ def open_data(folder: str, dataset: str, eval_split: Optional[str] = None) -> Sh
         label_base,
         description.get("image_key", "image/encoded"),
         description.get("label_key", "image/class/label"),
-        bool(description.get("jpeg", True)),
         mean,
         deviation,
         classes,
@@ -224,7 +224,7 @@ def digest(data: ShardedData) -> str:
     return found.hexdigest()
 
 
-def verify(folder: str, dataset: str) -> Dict[str, int]:
+def check_records(folder: str, dataset: str) -> Dict[str, int]:
     """Read every record of every split with its checksum; return the number of examples of each split."""
     own = os.path.exists(os.path.join(folder, shards.MANIFEST))
     description = shards.read_manifest(folder) if own else describe(folder, dataset)

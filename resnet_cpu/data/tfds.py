@@ -106,7 +106,6 @@ def describe(folder: str, name: str) -> Dict[str, Any]:
         "label_base": 0,
         "image_key": image_key,
         "label_key": label_key,
-        "jpeg": features.images[image_key] == "jpeg",
         "splits": {split: rows for split, rows in splits.items() if any(row["examples"] for row in rows)},
     }
 

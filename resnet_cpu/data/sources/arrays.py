@@ -1,7 +1,6 @@
 """Write arrays of images as verified JPEG shards; read IDX files, the format of the MNIST family."""
 
 import gzip
-import os
 import struct
 import sys
 import zlib
@@ -11,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from resnet_cpu.data import folders, shards
-from resnet_cpu.errors import DataError, RunFolderError
-from resnet_cpu.run import lock
+from resnet_cpu.data.sources.exclusive import preparing
+from resnet_cpu.errors import DataError
 
 JPEG_QUALITY = 100  # size hardly matters for tiny images, and a lower quality is visible at 28 pixels
 EXAMPLES_PER_SHARD = 8192
@@ -64,27 +63,13 @@ def write_data_set(
 
     Raises DataError if the folder contains another data set, RunFolderError if another process is writing to it.
     """
-    os.makedirs(folder, exist_ok=True)
-    try:
-        held = lock.FolderLock(folder, ".prepare.lock")
-    except lock.InUse as holder:
-        raise RunFolderError(
-            f"--data_dir={folder}: another process is preparing this folder ({holder}); start prepare once, not on "
-            "several ranks"
-        ) from None
-    try:
+    with preparing(folder, dataset):
         return _write_data_set(folder, dataset, source, splits, num_classes)
-    finally:
-        held.release()
 
 
 def _write_data_set(
     folder: str, dataset: str, source: str, splits: Dict[str, Tuple[np.ndarray, np.ndarray]], num_classes: int
 ) -> Dict[str, int]:
-    if os.path.exists(os.path.join(folder, shards.MANIFEST)):
-        stored = shards.read_manifest(folder).get("dataset")
-        if stored != dataset:
-            raise DataError(f"--data_dir={folder}: contains {stored} already; choose another folder for {dataset}")
     rows = {}
     for split, (images, labels) in splits.items():
         if labels.min() < 0 or labels.max() >= num_classes or len(images) != len(labels):
@@ -103,4 +88,4 @@ def _write_data_set(
         "splits": rows,
     }
     shards.write_manifest(folder, manifest)
-    return folders.verify(folder, dataset)
+    return folders.check_records(folder, dataset)

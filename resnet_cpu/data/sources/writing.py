@@ -24,16 +24,15 @@ from resnet_cpu.data import shards
 from resnet_cpu.data.images import BadImage
 from resnet_cpu.data.progress import REPORT_EVERY_S, Progress
 from resnet_cpu.data.sources import conversion, listing, serialization
+from resnet_cpu.data.sources.exclusive import preparing
 from resnet_cpu.data.sources.listing import Listing, some
-from resnet_cpu.errors import DataError, OutputError, RunFolderError
-from resnet_cpu.run import lock
+from resnet_cpu.errors import DataError, OutputError
 from resnet_cpu.run.atomic import write_atomically
 
 MEASURED_IMAGES = 10_000  # training images, at least, whose pixels make up the mean and the deviation
 IMAGES_PER_SHARD = 2048  # of sets other than ImageNet
 _SHARDS_OF_IMAGENET = {"train": 1024, "validation": 128}  # as written by TF-slim
 _WORK = ".prepare"
-_LOCK = ".prepare.lock"
 _BAD_IMAGES = "bad_images.txt"
 
 
@@ -74,30 +73,33 @@ def prepare(
     Raises DataError for images that cannot be decoded (for all of them, at the end, unless `leave_out_bad`) and for a
     folder with other data; RunFolderError if another process writes to it; OutputError if the disk is full.
     """
-    os.makedirs(folder, exist_ok=True)
-    try:
-        held = lock.FolderLock(folder, _LOCK)
-    except lock.InUse as holder:
-        raise RunFolderError(
-            f"--data_dir={folder}: another process is preparing this folder ({holder}); start prepare once, not on "
-            "several ranks"
-        ) from None
-    try:
-        return _prepare(images, folder, seed, options, processes, leave_out_bad)
-    finally:
-        held.release()
+    made_of = {"listing": images.identity(), "seed": seed, **dataclasses.asdict(options)}
+    with preparing(folder, images.dataset) as manifest:
+        if manifest is None:
+            manifest = _prepare(images, folder, made_of, options, processes, leave_out_bad)
+        elif manifest.get("made_of") == made_of:
+            print(f"prepare: {folder} is prepared already; prepare verify checks it", file=sys.stderr, flush=True)
+        else:
+            raise DataError(
+                f"--data_dir={folder}: contains {images.dataset} already, prepared from other files or with other "
+                "flags; choose another folder, or remove this one"
+            )
+    return {split: sum(row["examples"] for row in rows) for split, rows in manifest["splits"].items()}
 
 
 def _prepare(
-    images: Listing, folder: str, seed: int, options: conversion.Options, processes: int, leave_out_bad: bool
-) -> Dict[str, int]:
-    made_of = {"listing": images.identity(), "seed": seed, **dataclasses.asdict(options)}
-    if os.path.exists(os.path.join(folder, shards.MANIFEST)):
-        return _finished_before(folder, images.dataset, made_of)
+    images: Listing,
+    folder: str,
+    made_of: Dict[str, Any],
+    options: conversion.Options,
+    processes: int,
+    leave_out_bad: bool,
+) -> Dict[str, Any]:
+    """Write what is not finished, and then the manifest, which is returned."""
     work = os.path.join(folder, _WORK)
     _begin(folder, work, made_of)
     images.save(os.path.join(work, "listing.npz"))
-    tasks = tasks_of(images, seed)
+    tasks = tasks_of(images, made_of["seed"])
     rows = {task.name: row for task in tasks for row in [_finished_row(folder, work, task)] if row is not None}
     left = [task for task in tasks if task.name not in rows]
     if rows:
@@ -111,22 +113,7 @@ def _prepare(
     shards.write_manifest(folder, manifest)
     shutil.rmtree(work, ignore_errors=True)
     _print_summary(manifest)
-    return {split: sum(row["examples"] for row in kept) for split, kept in manifest["splits"].items()}
-
-
-def _finished_before(folder: str, dataset: str, made_of: Dict[str, Any]) -> Dict[str, int]:
-    manifest = shards.read_manifest(folder)
-    if manifest.get("dataset") != dataset:
-        raise DataError(
-            f"--data_dir={folder}: contains {manifest.get('dataset')} already; choose another folder for {dataset}"
-        )
-    if manifest.get("made_of") != made_of:
-        raise DataError(
-            f"--data_dir={folder}: contains {dataset} already, prepared from other files or with other flags; choose "
-            "another folder, or remove this one"
-        )
-    print(f"prepare: {folder} is prepared already; prepare verify checks it", file=sys.stderr, flush=True)
-    return {split: sum(row["examples"] for row in rows) for split, rows in manifest["splits"].items()}
+    return manifest
 
 
 def _begin(folder: str, work: str, made_of: Dict[str, Any]) -> None:
