@@ -139,7 +139,7 @@ def test_labels_in_another_order_than_the_wordnet_ids_are_refused(tmp_path):
     def check(name, synset_of):
         os.makedirs(tmp_path / name)
         data = folders.open_data(write_slim(str(tmp_path / name), synset_of=synset_of), "imagenet")
-        batches.check_label_base(data, CLASSES)
+        batches.check_label_base(commandline.parse(["--dataset=imagenet"]), data)
 
     check("usual", usual)
     with pytest.raises(DataError, match="train-.*labels must rise with the sorted WordNet ids"):

@@ -104,6 +104,12 @@ def test_a_class_with_two_labels_is_listed(tmp_path, capsys):
     assert f"class {SYNSETS[5]} has the label 7, but 6 in record 1 of" in lines[0]
 
 
+def test_a_label_that_contradicts_the_list_of_classes_is_listed(tmp_path, capsys):
+    folder = write(tmp_path, [*GOOD, example(5, class_label=8, filename=b"other.JPEG")], manifest={"classes": SYNSETS})
+    (line,) = listed(folder, capsys)
+    assert f"class {SYNSETS[5]} has the label 8, which is that of {SYNSETS[7]} in the list of classes" in line
+
+
 def test_damage_to_a_shard_is_listed_and_the_others_are_still_checked(tmp_path, capsys):
     folder = write(tmp_path, [*GOOD[:7], example(10, b"")], manifest={})
     path = folder / "train-00000-of-00002"

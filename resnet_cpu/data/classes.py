@@ -12,7 +12,7 @@ from resnet_cpu.data.shards import Split
 from resnet_cpu.errors import DataError
 
 SYNSET_KEY = "image/class/synset"  # WordNet id in the records of TF-slim
-_WORDNET_ID = re.compile(rb"n\d{8}")
+WORDNET_ID = re.compile(rb"n\d{8}")
 
 
 class Labelled(NamedTuple):
@@ -31,7 +31,7 @@ def labelled(split: Split, ids: np.ndarray, labels: np.ndarray, synsets: Iterabl
     """Return the examples `ids` of a split with their stored labels, without those that have no WordNet id."""
     rows = zip(ids, labels.tolist(), synsets)
     return [
-        Labelled(*split.locate(example), label, text) for example, label, text in rows if _WORDNET_ID.fullmatch(text)
+        Labelled(*split.locate(example), label, text) for example, label, text in rows if WORDNET_ID.fullmatch(text)
     ]
 
 

@@ -5,12 +5,12 @@ import dataclasses
 import hashlib
 import os
 import sys
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import tensorflow as tf
 
-from resnet_cpu.data import folders, shards
+from resnet_cpu.data import classes, folders, shards
 from resnet_cpu.data.batches import first_line
 from resnet_cpu.data.images import BadImage, read_header
 from resnet_cpu.data.progress import Progress
@@ -19,7 +19,7 @@ from resnet_cpu.errors import DataError, OutputError
 
 _CHUNK = 64  # records that are parsed at a time
 _BLOCK = 2**20  # bytes that are hashed at a time
-_NAME, _SYNSET = "image/filename", "image/class/synset"
+_NAME = "image/filename"
 
 
 @dataclasses.dataclass
@@ -43,6 +43,7 @@ class _Set(NamedTuple):
     label_key: str
     label_base: int
     num_classes: int
+    classes: Optional[Sequence[str]]  # in the order of their labels, if recorded
 
 
 def verify(folder: str, dataset: str, threads: int) -> Dict[str, int]:
@@ -59,6 +60,7 @@ def verify(folder: str, dataset: str, threads: int) -> Dict[str, int]:
         description.get("label_key", "image/class/label"),
         int(description["label_base"]),
         int(description["num_classes"]),
+        description.get("classes"),
     )
     todo = [(split, row) for split, rows in description["splits"].items() for row in rows]
     found: Dict[str, List[_Found]] = {split: [] for split in description["splits"]}
@@ -92,13 +94,14 @@ def _conclude(folder: str, found: Dict[str, List[_Found]]) -> None:
     repeated = sum(map(len, images)) - len(np.unique(np.concatenate(images))) if images else 0
     if repeated:
         print(f"note: {repeated:,} images are the same, byte by byte, as an earlier one", file=sys.stderr)
-    bad = sum(len(one.bad) for one in results) + len(across)
+    bad = [line for one in results for line in one.bad] + across
     if bad:
         total = sum(one.examples for one in results)
         where = sum(bool(one.bad) for one in results)
         raise DataError(
-            f"{folder}: {bad:,} problems in {where:,} of {len(results):,} shards with {total:,} records, listed above; "
-            "copy or prepare these shards again; train --bad_records=skip goes without a few damaged images"
+            f"{folder}: {len(bad):,} problems in {where:,} of {len(results):,} shards with {total:,} records, listed "
+            f"above, the first: {bad[0]}; copy or prepare these shards again; train --bad_records=skip goes without a "
+            "few damaged images"
         )
 
 
@@ -165,7 +168,7 @@ def _features(about: _Set) -> Dict[str, tf.io.FixedLenFeature]:
         about.image_key: tf.io.FixedLenFeature([], tf.string),
         about.label_key: tf.io.FixedLenFeature([], tf.int64),
         _NAME: tf.io.FixedLenFeature([], tf.string, ""),
-        _SYNSET: tf.io.FixedLenFeature([], tf.string, ""),
+        classes.SYNSET_KEY: tf.io.FixedLenFeature([], tf.string, ""),
     }
 
 
@@ -204,8 +207,11 @@ def _check_example(about: _Set, example: Dict[str, Any], record: int, found: _Fo
     last = about.label_base + about.num_classes - 1
     if not about.label_base <= label <= last:
         return f"label {label} is outside the {about.num_classes} classes {about.label_base}..{last}"
-    synset = example[_SYNSET]
-    if synset:
+    synset = example[classes.SYNSET_KEY]
+    if synset and about.classes is not None and os.fsencode(about.classes[label - about.label_base]) != synset:
+        of_label = about.classes[label - about.label_base]
+        return f"class {_text(synset)} has the label {label}, which is that of {of_label} in the list of classes"
+    if classes.WORDNET_ID.fullmatch(synset):
         known, earlier = found.label_of.setdefault(synset, (label, record))
         if known != label:
             return f"class {_text(synset)} has the label {label}, but {known} in record {earlier}"
