@@ -1,6 +1,7 @@
 """Serialized tf.train.Example messages without TensorFlow, so that a process that writes shards starts in a moment.
 
-The bytes are those of `tf.train.Example.SerializeToString(deterministic=True)`; a test compares them.
+The bytes are those of `tf.train.Example.SerializeToString(deterministic=True)` if no name begins with another; a test
+compares them.
 """
 
 from typing import Dict, Union
