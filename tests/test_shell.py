@@ -221,6 +221,7 @@ def stage(tmp_path, tiny_data):
     return run
 
 
+@pytest.mark.training  # verify decodes the images
 def test_staging_copies_once_and_repairs_an_incomplete_copy(stage, tmp_path, tiny_data):
     copy = tmp_path / "disk" / "data"
     first = stage()
@@ -231,6 +232,7 @@ def test_staging_copies_once_and_repairs_an_incomplete_copy(stage, tmp_path, tin
     assert "checked in" in stage().stderr and (copy / "train-00000-of-00003").exists()
 
 
+@pytest.mark.training  # verify decodes the images
 def test_staging_reports_what_is_wrong(stage, tmp_path):
     assert stage(str(tmp_path / "nowhere")).returncode == 64
     assert stage(dataset="").returncode == 64

@@ -31,11 +31,13 @@ def test_a_run_that_meets_many_faults_ends_with_the_bits_of_an_undisturbed_one(t
     assert {"137", "74", "77", "75"} <= {row["code"] for row in table.rows}, table.summary()
 
 
+@pytest.mark.training
 def test_nothing_durable_is_lost_when_a_save_is_killed_at_any_stage(table, tmp_path):
     campaign.attack_writer(20, table, str(tmp_path))
     assert not problems(table) and len(table.rows) == 20
 
 
+@pytest.mark.training
 @pytest.mark.parametrize(
     "wrong, found", [("before_manifest", "not a checkpoint"), ("after_removing", "durable"), ("early", "durable")]
 )
@@ -44,6 +46,7 @@ def test_negative_control_a_wrong_order_of_saving_is_noticed(table, tmp_path, wr
     assert any(found in problem for problem in problems(table))
 
 
+@pytest.mark.training
 def test_no_damaged_checkpoint_is_accepted_or_misdiagnosed(table, tmp_path):
     campaign.attack_checkpoints(400, table, str(tmp_path))
     assert len(table.rows) == 400 and not problems(table)
