@@ -13,9 +13,9 @@ RAW := $(if $(RAW_DIR),--raw_dir=$(RAW_DIR),)
 
 help:
 	@echo "make train   set up, prepare Fashion-MNIST, train ResNet-50 on two MPI ranks (RANKS=N, RAW_DIR=FOLDER; about 15 minutes)"
-	@echo "make test    set up and run the tests: lint, types, training, MPI sessions (about 15 minutes the first time)"
+	@echo "make test    set up and run the tests: lint, types, training, MPI sessions (about 25 minutes the first time)"
 	@echo "make labs    set up and run the tests with a disposable Slurm and with several hosts on one machine (as root; 10 minutes)"
-	@echo "make check   lint, types and all tests that need no training (under a minute)"
+	@echo "make check   lint, types and the quick tests that need no training (a minute and a half)"
 	@echo "make sessions  all tests that start ranks with mpirun (about 6 minutes)"
 	@echo "make smoke   set up and train a tiny network on synthetic data (half a minute after the set-up)"
 	@echo "make reproduce  run every experiment behind docs/results.md (hours; may be interrupted and called again), then make tables"
