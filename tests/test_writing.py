@@ -108,6 +108,16 @@ def test_a_set_begun_with_other_flags_is_not_continued(raw, tmp_path, small_shar
         made(raw, tmp_path, options=conversion.Options(16, 95))
 
 
+def test_only_unfinished_shards_are_removed_from_the_folder(raw, tmp_path):
+    """Every file with `.tmp` in its name was."""
+    leftovers = ["train-00000-of-00001.tmp17", "train-00000-of-00001.index.npy.tmp17"]
+    others = ["notes.tmp.txt", "train.tmp1"]
+    for name in (*leftovers, *others):
+        (tmp_path / name).write_text("x")
+    made(raw, tmp_path)
+    assert [(tmp_path / name).exists() for name in (*leftovers, *others)] == [False, False, True, True]
+
+
 def test_a_second_prepare_of_the_same_folder_is_refused(raw, tmp_path):
     held = lock.FolderLock(str(tmp_path), ".prepare.lock")
     with pytest.raises(RunFolderError, match="another process is preparing this folder"):

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -34,6 +35,8 @@ IMAGES_PER_SHARD = 2048  # of sets other than ImageNet
 _SHARDS_OF_IMAGENET = {"train": 1024, "validation": 128}  # as written by TF-slim
 _WORK = ".prepare"
 _BAD_IMAGES = "bad_images.txt"
+# Shards and indexes that are being written, and nothing else that may be in the folder.
+_TEMPORARY = re.compile(r"(train|validation)-\d{5}-of-\d{5}(\.index\.npy)?\.tmp\d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +133,7 @@ def _begin(folder: str, work: str, made_of: Dict[str, Any]) -> None:
                 "as it was, or remove the folder"
             )
     for name in os.listdir(folder):
-        if ".tmp" in name and os.path.isfile(os.path.join(folder, name)):
+        if _TEMPORARY.fullmatch(name):
             os.remove(os.path.join(folder, name))  # of a process that was killed; the lock is ours
     write_atomically(begun, json.dumps(made_of).encode())
 
