@@ -142,7 +142,7 @@ JUDGED = [
     (checks.data_dir(Folder("/d", "nfs", 1, 1, rate=500.0), 2), "ok", ["500 MB/s", "4,545 images"]),
     (checks.data_dir(Folder("/d", "nfs", 1, 1, rate=20.0), 64), "warning", ["less than 64", "launch/stage.sh"]),
     (checks.data_dir(Folder("/d", "ext4", 1, 1, rate=None), 2), "ok", ["too small"]),
-    (checks.data_dir(Folder("/d", error="cannot be read (there is no such folder)"), 2), "problem", ["--data_dir"]),
+    (checks.data_dir(Folder("/d", error="cannot be read (no such folder)"), 2), "problem", ["--data_dir"]),
 ]
 
 

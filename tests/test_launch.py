@@ -368,7 +368,7 @@ def test_more_slots_than_cores_are_not_ranks(starts, monkeypatch, capsys):
 
 
 def own_address():
-    """Return an address of this host that is not that of the loopback interface, or that if there is no other."""
+    """Return an address of this host that is not that of the loopback interface, else of that one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # sends nothing

@@ -69,11 +69,11 @@ def test_every_flipped_bit_of_a_record_is_detected_and_located(copy):
         with pytest.raises(DataError, match=f"{os.path.basename(path)}: record {record}: "):
             read_all(folder)
         with pytest.raises(DataError, match=f"record {record}: "):
-            folders.check_records(folder, "digits")
+            folders.check_records(folder)
 
 
 def test_negative_control_the_undamaged_copy_reads(copy):
-    assert folders.check_records(copy[0], "digits") == {"train": 50, "validation": 21}
+    assert folders.check_records(copy[0]) == {"train": 50, "validation": 21}
 
 
 def test_every_truncation_is_detected_before_records_are_read(copy):

@@ -120,7 +120,7 @@ def _check_index(path: str, starts: np.ndarray) -> None:
         return
     index = index_path(path)
     if not os.path.exists(index):
-        raise DataError(f"{path}: changed since it was opened; run again when it is no longer being written")
+        raise DataError(f"{path}: changed since it was opened; run again once it has been written to its end")
     if records < indexed and np.array_equal(found, starts[: records + 1]):
         raise DataError(
             f"{path}: ends after {records} whole records, its index {index} has {indexed}: truncated at the border of "
@@ -344,7 +344,7 @@ def _checked_index(path: str, row: Mapping) -> np.ndarray:
             f"{described[1]}: truncated or replaced; copy or prepare the shard again"
         )
     _check_index(path, starts)
-    raise DataError(f"{path}: changed while it was opened; run again when it is no longer being written")
+    raise DataError(f"{path}: changed while it was opened; run again once it has been written to its end")
 
 
 def _allow_open_files(more: int) -> None:

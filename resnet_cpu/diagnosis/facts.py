@@ -262,7 +262,7 @@ def read_folder(path: str) -> Folder:
     found = _about(path)
     try:
         if not os.path.isdir(path):
-            raise FileNotFoundError(2, "there is no such folder")
+            raise FileNotFoundError(2, "no such folder")
         sizes = sorted(_files(path), reverse=True)
         if not sizes:
             return dataclasses.replace(found, error="holds no file")

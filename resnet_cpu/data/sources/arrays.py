@@ -88,4 +88,4 @@ def _write_data_set(
         "splits": rows,
     }
     shards.write_manifest(folder, manifest)
-    return folders.check_records(folder, dataset)
+    return folders.check_records(folder)
