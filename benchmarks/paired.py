@@ -60,6 +60,13 @@ def rate_of_benchmark(process: subprocess.Popen, seconds: float = 900) -> float:
     return float(last_line(process, seconds).rpartition(" ")[2])
 
 
+def benchmark_of(ranks: int, *flags: str, environment: Optional[str] = None) -> Callable[[], float]:
+    """Return a side that measures images/s of `resnet_cpu.benchmark`, with the packages of a virtual `environment`."""
+    path = {"PATH": f"{os.path.abspath(environment)}/bin:{os.environ['PATH']}"} if environment else {}
+    command = ["launch/local.sh", ranks, "python", "-m", "resnet_cpu.benchmark", "--dataset=synthetic", *flags]
+    return lambda: rate_of_benchmark(start(command, **path))
+
+
 def parser(doc: Optional[str]) -> argparse.ArgumentParser:
     """Return a parser with the flags that all benchmarks share; its description is the first line of `doc`."""
     made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])

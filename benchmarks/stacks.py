@@ -5,9 +5,6 @@
 Needs both environments (`STACK=intel make setup`, `STACK=current make setup`) and an idle machine.
 """
 
-import os
-from typing import Callable, Dict
-
 import paired
 
 
@@ -22,18 +19,12 @@ def main() -> None:
     arguments = parser.parse_args()
     environments = {"intel": arguments.intel, "current": arguments.current}
 
-    def side(environment: str, ranks: int) -> Callable[[], float]:
-        def measure() -> float:
-            flags = [f"--image_size={arguments.image_size}", f"--batch_size={arguments.batch_size}"]
-            flags += [f"--timed_steps={arguments.steps}", f"--precision={arguments.precision}", "--dataset=synthetic"]
-            command = ["launch/local.sh", ranks, "python", "-m", "resnet_cpu.benchmark", *flags]
-            path = f"{os.path.abspath(environment)}/bin:{os.environ['PATH']}"
-            return paired.rate_of_benchmark(paired.start(command, PATH=path))
-
-        return measure
-
-    sides: Dict[str, Callable[[], float]] = {
-        f"{stack}_{ranks}": side(environment, ranks) for ranks in (1, 2) for stack, environment in environments.items()
+    flags = [f"--image_size={arguments.image_size}", f"--batch_size={arguments.batch_size}"]
+    flags += [f"--timed_steps={arguments.steps}", f"--precision={arguments.precision}"]
+    sides = {
+        f"{stack}_{ranks}": paired.benchmark_of(ranks, *flags, environment=environment)
+        for ranks in (1, 2)
+        for stack, environment in environments.items()
     }
     pairs = [("current_1", "intel_1"), ("current_2", "intel_2")]
     paired.compare(sides, pairs, arguments.rounds, arguments.out)

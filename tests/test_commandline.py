@@ -167,6 +167,7 @@ CHANGES = {
     "log_every_steps": "2",
     "ranks": "2",
     "threads": "2",
+    "fused_kernels": "no",
     "stall_timeout": "9",
 }
 

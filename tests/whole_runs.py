@@ -45,17 +45,17 @@ def shared_networks() -> Iterator[None]:
     """
 
     def build(settings: Settings) -> tf.keras.Model:
-        key = ("network", repr(settings.model), settings.recipe.seed, horovod.active())
+        key = ("network", repr(settings.model), settings.recipe.seed, settings.system.fused_kernels, horovod.active())
         if key not in _shared:
             _shared[key] = build_model(settings)
         _set_initial(_shared[key].variables, key)
         return _shared[key]
 
-    def make_step(model: tf.keras.Model, recipe: Recipe, micro_batches: int) -> TrainStep:
-        options = recipe.optimizer, recipe.nesterov, recipe.wd_on_bn, recipe.label_smoothing
+    def make_step(model: tf.keras.Model, recipe: Recipe, micro_batches: int, fused_update: bool) -> TrainStep:
+        options = recipe.optimizer, recipe.nesterov, recipe.wd_on_bn, recipe.label_smoothing, fused_update
         key = ("step", id(model), options, micro_batches)
         if key not in _shared:
-            _shared[key] = TrainStep(model, recipe, micro_batches)
+            _shared[key] = TrainStep(model, recipe, micro_batches, fused_update)
         step = _shared[key]
         sums = [*step._gradient_sums, *step._statistics_sums, step._loss_sum]
         _set_initial([*step.optimizer.variables, *(summed for summed in sums if summed is not None)], key)

@@ -13,6 +13,7 @@ from resnet_cpu.data import synthetic
 from resnet_cpu.data.batches import TrainingBatch, training_batches
 from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.errors import FlagError
+from resnet_cpu.model.kernels import library
 from resnet_cpu.recipe.batch import Batch
 from resnet_cpu.recipe.schedule import Rates
 from resnet_cpu.resolve import resolve_batch
@@ -88,7 +89,8 @@ def run(settings: Settings, world: World) -> StepTimings:
 
 
 def _training(settings: Settings, world: World, batch: Batch, steps: int) -> Callable[[], Optional[float]]:
-    train_step = TrainStep(build_model(settings), settings.recipe, batch.accumulate_steps)
+    fused_update = library.choose(settings).used
+    train_step = TrainStep(build_model(settings), settings.recipe, batch.accumulate_steps, fused_update)
     batches = _synthetic_batches(settings, world, batch, steps)
     rates = Rates(0.0, 0.0, 0.0)  # the same cost as any other, and never divergence
 

@@ -18,17 +18,13 @@ class GhostBatchNormalization(tf.keras.layers.BatchNormalization):
         self.stats_batch = stats_batch
 
     def call(self, inputs: tf.Tensor, training: Optional[bool] = None, mask: Any = None) -> tf.Tensor:
-        if not training or inputs.shape[0] == self.stats_batch:
+        groups = number_of_groups(self.name, inputs, self.stats_batch) if training else 1
+        if groups == 1:
             return super().call(inputs, training=training)
-        if inputs.shape[0] is None:
-            raise ValueError(
-                f"{self.name}: statistics over {self.stats_batch} images need a batch size that is known when the "
-                "graph is traced; batch with drop_remainder=True or set the shape of the images"
-            )
         outputs: List[tf.Tensor] = []
         means: List[tf.Tensor] = []
         variances: List[tf.Tensor] = []
-        for group in tf.split(inputs, inputs.shape[0] // self.stats_batch):
+        for group in tf.split(inputs, groups):
             # The fused kernel that Keras uses for a whole batch; its variance has Bessel's correction.
             output, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
                 x=group, scale=self.gamma, offset=self.beta, mean=[], variance=[], epsilon=self.epsilon
@@ -36,10 +32,20 @@ class GhostBatchNormalization(tf.keras.layers.BatchNormalization):
             outputs.append(output)
             means.append(mean)
             variances.append(variance)
-        for moving, groups in ((self.moving_mean, means), (self.moving_variance, variances)):
-            mean_of_groups = tf.cast(tf.add_n(groups) / len(groups), moving.dtype)
+        for moving, found in ((self.moving_mean, means), (self.moving_variance, variances)):
+            mean_of_groups = tf.cast(tf.add_n(found) / groups, moving.dtype)
             moving.assign_sub((moving - mean_of_groups) * (1.0 - self.momentum))
         return tf.concat(outputs, 0)
 
     def get_config(self) -> dict:
         return {**super().get_config(), "stats_batch": self.stats_batch}
+
+
+def number_of_groups(name: str, images: tf.Tensor, stats_batch: int) -> int:
+    """Return how many groups of `stats_batch` the layer `name` makes of images; ValueError if their number varies."""
+    if images.shape[0] is None:
+        raise ValueError(
+            f"{name}: statistics over {stats_batch} images need a batch size that is known when the graph is traced; "
+            "batch with drop_remainder=True or set the shape of the images"
+        )
+    return images.shape[0] // stats_batch

@@ -6,11 +6,12 @@ named as in keras.applications, so that weights can be matched by name.
 
 import functools
 import zlib
-from typing import Callable, Optional
+from typing import Any, Callable, Dict, NamedTuple, Optional
 
 import tensorflow as tf
 
 from resnet_cpu.model.ghost_batch_norm import GhostBatchNormalization
+from resnet_cpu.model.kernels.batch_norm import FusedBatchNormalization
 from resnet_cpu.settings import depths_of
 
 layers = tf.keras.layers
@@ -30,6 +31,7 @@ def resnet(
     bn_stats_batch: Optional[int] = None,
     conv1_bias: bool = False,
     precision: str = "float32",
+    fused_kernels: bool = False,
     seed: int = 0,
 ) -> tf.keras.Model:
     """Return a ResNet from float32 images [batch, height, width, 3] to logits [batch, num_classes].
@@ -50,22 +52,28 @@ def resnet(
         conv1_bias: give the first convolution a bias, as in the authors' network.
         precision: type of activations and products; with `bfloat16` the weights, batch norm's statistics and the
             classifier stay float32 (Kalamkar et al., arXiv 1905.12322).
+        fused_kernels: batch norm, addition and ReLU as one operation in training, see
+            `resnet_cpu.model.kernels.batch_norm`; its library must load. Variables keep their names.
         seed: seed of the initial weights. They are normal with variance 2/fan_in, 2/fan_out in the first convolution
             and standard deviation 0.01 in the classifier (the authors' fillers).
     """
     blocks, bottleneck = depths_of(name)
-    net = _Builder(width, stride_in, padding, bn_momentum, bn_epsilon, bn_stats_batch, precision, seed)
+    net = _Builder(width, stride_in, padding, bn_momentum, bn_epsilon, bn_stats_batch, precision, fused_kernels, seed)
     inputs = layers.Input([None, None, 3], name="images")
-    x = net.stem(inputs, stem, conv1_bias)
+    branches = net.stem(inputs, stem, conv1_bias)
     for stage, count in enumerate(blocks):
         for block in range(count):
-            stride = 2 if stage > 0 and block == 0 else 1
-            zero = zero_gamma == "all" or (zero_gamma == "last" and block == count - 1)
-            residual = net.bottleneck_block if bottleneck else net.basic_block
-            x = residual(
-                x, 64 * 2**stage, stride, project=block == 0, zero=zero, name=f"conv{stage + 2}_block{block + 1}"
+            branches = net.block(
+                branches,
+                64 * 2**stage,
+                2 if stage > 0 and block == 0 else 1,
+                bottleneck=bottleneck,
+                project=block == 0,
+                zero=zero_gamma == "all" or (zero_gamma == "last" and block == count - 1),
+                last=stage == len(blocks) - 1 and block == count - 1,
+                name=f"conv{stage + 2}_block{block + 1}",
             )
-    x = layers.GlobalAveragePooling2D(name="avg_pool", dtype=net.dtype)(x)
+    x = layers.GlobalAveragePooling2D(name="avg_pool", dtype=net.dtype)(branches.main)
     initializer = tf.keras.initializers.RandomNormal(0.0, 0.01, net.seed("logits"))
     dtype = None if precision == "float32" else "float32"
     logits = layers.Dense(num_classes, kernel_initializer=initializer, dtype=dtype, name="logits")(x)
@@ -75,6 +83,13 @@ def resnet(
 def resnet50(num_classes: int = 1000, **options) -> tf.keras.Model:  # type: ignore[no-untyped-def]
     """Return the 50-layer network; for `options` see `resnet`."""
     return resnet("resnet50", num_classes, **options)
+
+
+class _Inputs(NamedTuple):
+    """Hold the inputs of a block's two branches: the same values, as two tensors where fused kernels make them."""
+
+    main: tf.Tensor
+    shortcut: tf.Tensor
 
 
 class _Builder:
@@ -89,6 +104,7 @@ class _Builder:
         bn_epsilon: float,
         bn_stats_batch: Optional[int],
         precision: str,
+        fused_kernels: bool,
         seed: int,
     ) -> None:
         self.width, self.stride_in, self.padding = width, stride_in, padding
@@ -96,6 +112,7 @@ class _Builder:
         self.batch_norm: Callable[..., tf.keras.layers.Layer] = layers.BatchNormalization
         if bn_stats_batch is not None:
             self.batch_norm = functools.partial(GhostBatchNormalization, bn_stats_batch)
+        self.fused_kernels, self.stats_batch = fused_kernels, bn_stats_batch
         # None: Keras' default type, which is float32 outside of tests.
         self.dtype = None if precision == "float32" else f"mixed_{precision}"
 
@@ -126,53 +143,89 @@ class _Builder:
             name=f"{name}_conv",
         )(x)
 
-    def bn(self, x: tf.Tensor, name: str, zero: bool = False) -> tf.Tensor:
-        return self.batch_norm(
-            momentum=self.bn_momentum,
-            epsilon=self.bn_epsilon,
-            gamma_initializer="zeros" if zero else "ones",
-            dtype=self.dtype,
-            name=f"{name}_bn",
-        )(x)
+    def bn(self, x: tf.Tensor, name: str) -> tf.Tensor:
+        """Apply batch norm that neither an addition nor a ReLU follows."""
+        if self.fused_kernels:
+            return self.fused(name, zero=False, relu=False)(x)
+        return self.plain_bn(name, zero=False)(x)
 
-    def relu(self, x: tf.Tensor, name: str) -> tf.Tensor:
-        return layers.ReLU(dtype=self.dtype, name=f"{name}_relu")(x)
+    def activated(self, x: tf.Tensor, name: str) -> tf.Tensor:
+        """Apply batch norm and ReLU."""
+        if self.fused_kernels:
+            return self.fused(name, zero=False)(x)
+        return layers.ReLU(dtype=self.dtype, name=f"{name}_relu")(self.plain_bn(name, zero=False)(x))
 
-    def stem(self, x: tf.Tensor, kind: str, bias: bool) -> tf.Tensor:
+    def joined(self, x: tf.Tensor, shortcut: tf.Tensor, zero: bool, last: bool, norm: str, name: str) -> _Inputs:
+        """Apply the batch norm `norm` to the end of a block's main branch, add the shortcut, and apply ReLU."""
+        if not self.fused_kernels:
+            x = layers.Add(dtype=self.dtype, name=f"{name}_add")([shortcut, self.plain_bn(norm, zero)(x)])
+            x = layers.ReLU(dtype=self.dtype, name=f"{name}_out_relu")(x)
+            return _Inputs(x, x)
+        if last:  # only the pooling follows
+            x = self.fused(norm, zero)([x, shortcut])
+            return _Inputs(x, x)
+        return _Inputs(*self.fused(norm, zero, copies=2)([x, shortcut]))
+
+    def plain_bn(self, name: str, zero: bool) -> tf.keras.layers.Layer:
+        return self.batch_norm(**self.options_of_bn(name, zero))
+
+    def fused(self, name: str, zero: bool, relu: bool = True, copies: int = 1) -> tf.keras.layers.Layer:
+        return FusedBatchNormalization(relu, copies, self.stats_batch, **self.options_of_bn(name, zero))
+
+    def options_of_bn(self, name: str, zero: bool) -> Dict[str, Any]:
+        return {
+            "momentum": self.bn_momentum,
+            "epsilon": self.bn_epsilon,
+            "gamma_initializer": "zeros" if zero else "ones",
+            "dtype": self.dtype,
+            "name": f"{name}_bn",
+        }
+
+    def stem(self, x: tf.Tensor, kind: str, bias: bool) -> _Inputs:
         channels = self.channels(64)
         if kind == "small":
             x = self.conv(x, channels, 3, 1, "conv1", "fan_out", bias)
-            return self.relu(self.bn(x, "conv1"), "conv1")
-        x = self.conv(x, channels, 7, 2, "conv1", "fan_out", bias)
-        x = self.relu(self.bn(x, "conv1"), "conv1")
+            if self.fused_kernels:
+                return _Inputs(*self.fused("conv1", zero=False, copies=2)(x))
+            x = self.activated(x, "conv1")
+            return _Inputs(x, x)
+        x = self.activated(self.conv(x, channels, 7, 2, "conv1", "fan_out", bias), "conv1")
         if self.padding == "symmetric":
             # Padding with zeros equals padding with minus infinity here, since the values come from a ReLU.
             x = layers.ZeroPadding2D(1, dtype=self.dtype, name="pool1_pad")(x)
-            return layers.MaxPool2D(3, 2, "valid", dtype=self.dtype, name="pool1_pool")(x)
-        # For even sizes this is Caffe's rounding up.
-        return layers.MaxPool2D(3, 2, "same", dtype=self.dtype, name="pool1_pool")(x)
+            x = layers.MaxPool2D(3, 2, "valid", dtype=self.dtype, name="pool1_pool")(x)
+        else:
+            # For even sizes this is Caffe's rounding up.
+            x = layers.MaxPool2D(3, 2, "same", dtype=self.dtype, name="pool1_pool")(x)
+        return _Inputs(x, x)
+
+    def block(
+        self,
+        inputs: _Inputs,
+        channels: int,
+        stride: int,
+        *,
+        bottleneck: bool,
+        project: bool,
+        zero: bool,
+        last: bool,
+        name: str,
+    ) -> _Inputs:
+        """Add a residual block."""
+        inner, outer = self.channels(channels), self.channels((4 if bottleneck else 1) * channels)
+        shortcut = self.shortcut(inputs.shortcut, outer, stride, project, name)
+        x = inputs.main
+        if bottleneck:
+            first, second = (stride, 1) if self.stride_in == "1x1" else (1, stride)
+            x = self.activated(self.conv(x, inner, 1, first, f"{name}_1"), f"{name}_1")
+            x = self.activated(self.conv(x, inner, 3, second, f"{name}_2"), f"{name}_2")
+            x = self.conv(x, outer, 1, 1, f"{name}_3")
+        else:
+            x = self.activated(self.conv(x, outer, 3, stride, f"{name}_1"), f"{name}_1")
+            x = self.conv(x, outer, 3, 1, f"{name}_2")
+        return self.joined(x, shortcut, zero, last, f"{name}_3" if bottleneck else f"{name}_2", name)
 
     def shortcut(self, x: tf.Tensor, channels: int, stride: int, project: bool, name: str) -> tf.Tensor:
         if not project or (stride == 1 and x.shape[-1] == channels):
             return x
         return self.bn(self.conv(x, channels, 1, stride, f"{name}_0"), f"{name}_0")
-
-    def bottleneck_block(
-        self, x: tf.Tensor, channels: int, stride: int, *, project: bool, zero: bool, name: str
-    ) -> tf.Tensor:
-        inner, outer = self.channels(channels), self.channels(4 * channels)
-        shortcut = self.shortcut(x, outer, stride, project, name)
-        first, second = (stride, 1) if self.stride_in == "1x1" else (1, stride)
-        x = self.relu(self.bn(self.conv(x, inner, 1, first, f"{name}_1"), f"{name}_1"), f"{name}_1")
-        x = self.relu(self.bn(self.conv(x, inner, 3, second, f"{name}_2"), f"{name}_2"), f"{name}_2")
-        x = self.bn(self.conv(x, outer, 1, 1, f"{name}_3"), f"{name}_3", zero)
-        return self.relu(layers.Add(dtype=self.dtype, name=f"{name}_add")([shortcut, x]), f"{name}_out")
-
-    def basic_block(
-        self, x: tf.Tensor, channels: int, stride: int, *, project: bool, zero: bool, name: str
-    ) -> tf.Tensor:
-        outer = self.channels(channels)
-        shortcut = self.shortcut(x, outer, stride, project, name)
-        x = self.relu(self.bn(self.conv(x, outer, 3, stride, f"{name}_1"), f"{name}_1"), f"{name}_1")
-        x = self.bn(self.conv(x, outer, 3, 1, f"{name}_2"), f"{name}_2", zero)
-        return self.relu(layers.Add(dtype=self.dtype, name=f"{name}_add")([shortcut, x]), f"{name}_out")

@@ -8,9 +8,11 @@ The LR is inside the velocity, so lowering it does not rescale the velocity of e
 `weight_decay` is decoupled (w -= lr * wd * w outside the velocity) and would train another model.
 """
 
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import tensorflow as tf
+
+from resnet_cpu.model.kernels import library
 
 Scalar = Union[float, tf.Variable]
 
@@ -29,14 +31,20 @@ class SGD(tf.keras.optimizers.Optimizer):
         momentum: Scalar = 0.0,
         exclude: Sequence[str] = (),
         nesterov: bool = False,
+        fused: bool = False,
         name: Optional[str] = None,
     ) -> None:
-        """Args: `exclude` lists the names of variables without weight decay; `name` is by default that of the class."""
+        """Args:
+        exclude: names of variables without weight decay.
+        fused: update all variables in one operation of `resnet_cpu.model.kernels`, whose library must load; all
+            must be float32.
+        name: by default that of the class.
+        """
         super().__init__(name=name or type(self).__name__, jit_compile=False)
         self._learning_rate = _variable(learning_rate, "learning_rate")
         self.decay = _variable(weight_decay, "weight_decay")
         self.momentum = _variable(momentum, "momentum")
-        self.exclude, self.nesterov = list(exclude), nesterov
+        self.exclude, self.nesterov, self.fused = list(exclude), nesterov, fused
 
     def build(self, var_list: Iterable[tf.Variable]) -> None:
         super().build(var_list)
@@ -47,10 +55,28 @@ class SGD(tf.keras.optimizers.Optimizer):
         ]
         self._built = True
 
+    def apply_gradients(self, grads_and_vars: Iterable[Tuple[tf.Tensor, tf.Variable]], **options: Any) -> tf.Tensor:
+        """Update all variables with their gradients; return the number of updates so far."""
+        if not self.fused:
+            return super().apply_gradients(grads_and_vars, **options)
+        gradients, weights = zip(*grads_and_vars)
+        self.build(weights)
+        library.load().ops.resnet_cpu_momentum(
+            weights=[weight.handle for weight in weights],
+            velocities=[self._velocity(weight).handle for weight in weights],
+            gradients=gradients,
+            rate=self._learning_rate,
+            decay=self.decay,
+            momentum=self.momentum,
+            decays=[weight.name not in self.exclude for weight in weights],
+            nesterov=self.nesterov,
+        )
+        return self.iterations.assign_add(1)
+
     def update_step(self, gradient: tf.Tensor, variable: tf.Variable) -> None:
         """Update `variable` with its dense `gradient`, of the same shape."""
         dtype = variable.dtype.base_dtype
-        velocity = self.velocities[self._index_dict[self._var_key(variable)]]
+        velocity = self._velocity(variable)
         rate = self.rate(gradient, variable)
         if variable.name not in self.exclude:
             gradient = gradient + tf.cast(self.decay, dtype) * variable
@@ -66,6 +92,9 @@ class SGD(tf.keras.optimizers.Optimizer):
             use_nesterov=self.nesterov,
         )
 
+    def _velocity(self, variable: tf.Variable) -> tf.Variable:
+        return self.velocities[self._index_dict[self._var_key(variable)]]
+
     def rate(self, gradient: tf.Tensor, variable: tf.Variable) -> tf.Tensor:
         """Return the LR of `variable`, a scalar of its dtype."""
         return tf.cast(self._learning_rate, variable.dtype.base_dtype)
@@ -78,6 +107,7 @@ class SGD(tf.keras.optimizers.Optimizer):
             "momentum": self.momentum,
             "exclude": self.exclude,
             "nesterov": self.nesterov,
+            "fused": self.fused,
         }
 
 

@@ -10,6 +10,7 @@ from resnet_cpu import faults
 from resnet_cpu.cluster import guard, horovod
 from resnet_cpu.data.batches import check_label_base, training_batches
 from resnet_cpu.errors import CheckpointError, NotFinite, StopRequested
+from resnet_cpu.model.kernels import library
 from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.schedule import Rates, Span
 from resnet_cpu.run import checkpoint, provenance
@@ -49,7 +50,8 @@ def train(job: Job, report: AnyReport, watchdog: guard.Watchdog, writer: Writer)
     """
     recipe, world = job.settings.recipe, job.world
     model = build_model(job.settings)
-    train_step = TrainStep(model, recipe, job.batch.accumulate_steps)
+    fused_update = library.choose(job.settings).used
+    train_step = TrainStep(model, recipe, job.batch.accumulate_steps, fused_update)
     evaluate_step = evaluation.make_evaluate_step(model)
     state = State(model, train_step.optimizer)
     step_times = StepTimes()
@@ -119,7 +121,8 @@ def start(job: Job, state: State, report: AnyReport) -> None:
     horovod.broadcast(state.variables)
     state.check_replicas(job.world, f"before step {state.step}")
     parameters = sum(int(np.prod(variable.shape)) for variable in state.model.trainable_variables)
-    report.announce(parameters, state.step, saved)
+    kernels = job.world.gather(library.choose(job.settings).text)
+    report.announce(parameters, kernels, state.step, saved)
 
 
 def enter(span: Span, job: Job, state: State, report: AnyReport) -> None:
@@ -166,6 +169,7 @@ def save(job: Job, state: State, report: AnyReport, writer: Writer, wait: bool) 
             "attempt": job.attempt,
             **report.times(),
             "versions": provenance.versions(),
+            "kernels": library.choose(job.settings).text,
         }
         writer.start(lambda: publish(job, path, groups, info))
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import Any, Dict, List, Mapping, Optional, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import tensorflow as tf
 
@@ -84,10 +84,11 @@ class Report:
         """Print a line on standard error."""
         self._progress.say(text)
 
-    def announce(self, parameters: int, step: int, saved: Optional[Mapping[str, Any]]) -> None:
+    def announce(self, parameters: int, kernels: Sequence[str], step: int, saved: Optional[Mapping[str, Any]]) -> None:
         """Print what is trained, with the number of trainable parameters, and where a resumed run continues.
 
-        `saved` is the manifest of the checkpoint that it continues from.
+        `kernels` says for each rank what computes batch norm and the update; `saved` is the manifest of the
+        checkpoint that it continues from.
         """
         job = self._job
         self._write_clock()
@@ -101,6 +102,7 @@ class Report:
         warning = machine.precision_warning(job.settings.model.precision, provenance.instruction_sets())
         if warning is not None:
             self.say(warning)
+        self._announce_kernels(kernels)
         if job.last_step < job.total_steps:
             self.say(f"will stop after step {job.last_step} (--max_steps), save a checkpoint and evaluate")
         if saved is None:
@@ -119,6 +121,20 @@ class Report:
         if changed:
             pairs = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
             self.say(f"packages changed since that checkpoint: {pairs}; results will differ in the last bits")
+        before = saved.get("kernels", kernels[0])
+        if before != kernels[0]:
+            self.say(
+                f"kernels changed since that checkpoint: {before} -> {kernels[0]}; results will differ in the last bits"
+            )
+
+    def _announce_kernels(self, kernels: Sequence[str]) -> None:
+        """Print and record what computes batch norm and the update on each rank."""
+        record = read_json(self._folder.file("run.json")) or {}
+        self._folder.write_json("run.json", {**record, "kernels": list(kernels)})
+        for text in dict.fromkeys(kernels):
+            ranks = [rank for rank, other in enumerate(kernels) if other == text]
+            where = "" if len(ranks) == len(kernels) else f" on rank{'s' * (len(ranks) > 1)} {machine.spans(ranks)}"
+            self.say(f"batch norm and update of the weights{where}: {text}")
 
     def before(self, step: int) -> None:
         """Start the profiler if `step` is the first to profile."""
@@ -280,7 +296,7 @@ class Silent:
     def say(self, text: str) -> None:
         """Do nothing."""
 
-    def announce(self, parameters: int, step: int, saved: Optional[Mapping[str, Any]]) -> None:
+    def announce(self, parameters: int, kernels: Sequence[str], step: int, saved: Optional[Mapping[str, Any]]) -> None:
         """Do nothing."""
 
     def before(self, step: int) -> None:

@@ -13,6 +13,7 @@ from resnet_cpu.cluster.machine import narrow_layers_problem, precision_problem
 from resnet_cpu.cluster.placement import has_intel_openmp
 from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.model import resnet
+from resnet_cpu.model.kernels import library
 from resnet_cpu.run import checkpoint, provenance, signature
 from resnet_cpu.settings import Settings
 
@@ -31,6 +32,7 @@ def build_model(settings: Settings) -> tf.keras.Model:
     if problem is not None:
         raise FlagError(f"--precision={settings.model.precision}: {problem}; use float32")
     options = dataclasses.asdict(settings.model)
+    options["fused_kernels"] = library.choose(settings).used
     return resnet.resnet(options.pop("model"), options.pop("num_classes"), seed=settings.recipe.seed, **options)
 
 

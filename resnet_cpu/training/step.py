@@ -35,12 +35,12 @@ def _make_knobs() -> _Knobs:
     return _Knobs(knob("learning_rate"), knob("momentum"), knob("weight_decay"))
 
 
-def _make_optimizer(model: tf.keras.Model, knobs: _Knobs, recipe: Recipe) -> tf.keras.optimizers.Optimizer:
+def _make_optimizer(model: tf.keras.Model, knobs: _Knobs, recipe: Recipe, fused: bool) -> tf.keras.optimizers.Optimizer:
     scalars = knobs.learning_rate, knobs.weight_decay, knobs.momentum
     if recipe.optimizer == "lars":
         chosen = lars.LARS(*scalars, lars.skip_list(model), recipe.nesterov)
     else:
-        chosen = sgd.SGD(*scalars, sgd.without_decay(model, recipe.wd_on_bn), recipe.nesterov)
+        chosen = sgd.SGD(*scalars, sgd.without_decay(model, recipe.wd_on_bn), recipe.nesterov, fused)
     optimizer = horovod.distributed(chosen)
     optimizer.build(model.trainable_variables)
     return optimizer
@@ -79,11 +79,16 @@ class TrainStep:
     ranks: a rank with k micro-batches computes what k ranks with one each compute.
     """
 
-    def __init__(self, model: tf.keras.Model, recipe: Recipe, micro_batches: int = 1) -> None:
-        """Build the recipe's optimizer for `model`, with `micro_batches` batches per update on this rank."""
+    def __init__(
+        self, model: tf.keras.Model, recipe: Recipe, micro_batches: int = 1, fused_update: bool = False
+    ) -> None:
+        """Build the recipe's optimizer for `model`, with `micro_batches` batches per update on this rank.
+
+        `fused_update`: momentum SGD updates all weights in one operation, see `resnet_cpu.optim.sgd.SGD`.
+        """
         self._model, self._micro_batches, self._smoothing = model, micro_batches, recipe.label_smoothing
         self._knobs = _make_knobs()
-        self.optimizer = _make_optimizer(model, self._knobs, recipe)
+        self.optimizer = _make_optimizer(model, self._knobs, recipe, fused_update)
         self._statistics: List[tf.Variable] = model.non_trainable_variables
 
         def zeros(variables: List[tf.Variable]) -> List[tf.Variable]:
