@@ -242,8 +242,8 @@ class System:
     )
     fused_kernels: str = setting(
         "auto",
-        "Use this package's own kernels for batch norm with what follows it and for the update of the weights. auto: "
-        "where they are faster; yes: an error if they cannot be used; no: TensorFlow's operations.",
+        "Train with this package's own kernels (docs/kernels.md). auto: where they are faster; yes: an error if they "
+        "cannot be used; no: TensorFlow's operations.",
         choices=("auto", "yes", "no"),
     )
     stall_timeout: float = setting(600.0, "End the job if no step has finished for this many seconds.", low=1.0)

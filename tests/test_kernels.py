@@ -16,6 +16,7 @@ from resnet_cpu.errors import FlagError
 from resnet_cpu.model.ghost_batch_norm import GhostBatchNormalization
 from resnet_cpu.model.kernels import library
 from resnet_cpu.model.kernels.batch_norm import FusedBatchNormalization
+from resnet_cpu.model.kernels.convolution import SinglePixelConv2D
 from resnet_cpu.model.resnet import resnet
 from resnet_cpu.optim.sgd import SGD
 from resnet_cpu.run.provenance import instruction_sets
@@ -236,6 +237,39 @@ def test_the_gradients_of_a_network(stem):
     exact = gradients("float64", False)
     mean = {fused: np.mean([error(off[fused][name], exact[name]) for name in exact]) for fused in off}
     assert mean[True] < 1.5 * mean[False] and mean[True] < 1e-4
+
+
+# Side of the images, kernel, stride, padding: first those of ResNet-50's last stage on 32 pixels.
+SINGLE = [(1, 1, 1, "same"), (1, 3, 1, "same"), (2, 1, 2, "same"), (2, 3, 2, "same"), (4, 3, 2, "valid")]
+SINGLE += [(1, 7, 2, "same"), (3, 7, 4, "same"), (3, 2, 3, "same"), (2, 5, 2, "same")]
+
+
+@pytest.mark.parametrize("size, kernel, stride, padding", SINGLE)
+def test_convolutions_to_a_single_pixel(size, kernel, stride, padding):
+    layer = SinglePixelConv2D(5, kernel, stride, padding, bias_initializer="ones")
+    images = tf.constant(np.random.Generator(np.random.Philox(8)).standard_normal([3, size, size, 4]), tf.float32)
+
+    def results(training: bool) -> List[np.ndarray]:
+        with tf.GradientTape() as tape:
+            tape.watch(images)
+            output = layer(images, training=training)
+            value = tf.reduce_sum(output * tf.sin(output))
+        assert output.shape[1:3] == [1, 1]
+        return [output.numpy(), *(gradient.numpy() for gradient in tape.gradient(value, [images, layer.kernel]))]
+
+    with mock.patch.object(tf, "matmul", wraps=tf.matmul) as product:
+        found = results(training=True)
+    assert product.called
+    for ours, theirs in zip(found, results(training=False)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("size, kernel, stride, padding", [(3, 3, 2, "same"), (2, 3, 1, "same"), (5, 3, 2, "valid")])
+def test_negative_control_other_convolutions_are_tensorflows(size, kernel, stride, padding):
+    layer = SinglePixelConv2D(5, kernel, stride, padding)
+    with mock.patch.object(tf, "matmul", wraps=tf.matmul) as product:
+        assert layer(tf.ones([3, size, size, 4]), training=True).shape[1] > 1
+    assert not product.called
 
 
 def moving_statistics(layer: tf.keras.layers.Layer, images: np.ndarray) -> List[np.ndarray]:

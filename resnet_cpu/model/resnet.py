@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from resnet_cpu.model.ghost_batch_norm import GhostBatchNormalization
 from resnet_cpu.model.kernels.batch_norm import FusedBatchNormalization
+from resnet_cpu.model.kernels.convolution import SinglePixelConv2D
 from resnet_cpu.settings import depths_of
 
 layers = tf.keras.layers
@@ -52,8 +53,8 @@ def resnet(
         conv1_bias: give the first convolution a bias, as in the authors' network.
         precision: type of activations and products; with `bfloat16` the weights, batch norm's statistics and the
             classifier stay float32 (Kalamkar et al., arXiv 1905.12322).
-        fused_kernels: batch norm, addition and ReLU as one operation in training, see
-            `resnet_cpu.model.kernels.batch_norm`; its library must load. Variables keep their names.
+        fused_kernels: compute training with the operations of `resnet_cpu.model.kernels`, whose library must load:
+            batch norm, addition and ReLU as one. Variables keep their names.
         seed: seed of the initial weights. They are normal with variance 2/fan_in, 2/fan_out in the first convolution
             and standard deviation 0.01 in the classifier (the authors' fillers).
     """
@@ -132,7 +133,8 @@ class _Builder:
             x = layers.ZeroPadding2D((kernel - 1) // 2, dtype=self.dtype, name=f"{name}_pad")(x)
             padding = "valid"
         initializer = tf.keras.initializers.VarianceScaling(2.0, fan, "untruncated_normal", self.seed(name))
-        return layers.Conv2D(
+        convolution = SinglePixelConv2D if self.fused_kernels else layers.Conv2D
+        return convolution(
             channels,
             kernel,
             stride,

@@ -56,13 +56,18 @@ def _build(compiler: str, target: pathlib.Path) -> None:
     def run(arguments: List[str]) -> None:
         subprocess.run([compiler, *arguments], check=True, capture_output=True, text=True)
 
+    def compiles(flags: List[str]) -> bool:
+        return not subprocess.run([compiler, *flags, "-E", "-x", "c++", os.devnull], capture_output=True).returncode
+
+    loops, ops = str(library.FOLDER / "loops.cc"), str(library.FOLDER / "ops.cc")
+    known = {isa: flags for isa, flags in _LOOPS.items() if compiles(flags)}  # g++ before 10 has no -mavx512bf16
+    present = [f"-DHAS_{isa.upper()}" for isa in known]
     with tempfile.TemporaryDirectory() as work:
         jobs = [
-            [*_COMMON, "-std=c++17", *flags, f"-DISA={isa}", "-c", "loops.cc", "-o", f"{work}/{isa}.o"]
-            for isa, flags in _LOOPS.items()
+            [*_COMMON, "-std=c++17", *flags, f"-DISA={isa}", "-c", loops, "-o", f"{work}/{isa}.o"]
+            for isa, flags in known.items()
         ]
-        jobs.append([*_COMMON, *tf.sysconfig.get_compile_flags(), "-c", "ops.cc", "-o", f"{work}/ops.o"])
-        jobs = [[*job[:-3], str(library.FOLDER / job[-3]), *job[-2:]] for job in jobs]
+        jobs.append([*_COMMON, *tf.sysconfig.get_compile_flags(), *present, "-c", ops, "-o", f"{work}/ops.o"])
         with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             list(pool.map(run, jobs))
         objects = [job[-1] for job in jobs]

@@ -8,7 +8,6 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <string>
 #include <vector>
 
 #include "loops.h"
@@ -42,16 +41,21 @@ struct InstructionSet {
   const Loops* bfloat16;
 };
 
-// From the widest to the narrowest.
+// From the widest to the narrowest that the compiler knew.
 std::vector<InstructionSet> instruction_sets() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#ifdef HAS_AVX512BF16
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  return {{"avx512_bf16", bf16, &kAvx512Bf16Float, &kAvx512Bf16Bfloat16},
-          {"avx512", avx512, &kAvx512Float, &kAvx512Bfloat16},
-          {"avx2", avx2, &kAvx2Float, &kAvx2Bfloat16}};
+#endif
+  return {
+#ifdef HAS_AVX512BF16
+      {"avx512_bf16", bf16, &kAvx512Bf16Float, &kAvx512Bf16Bfloat16},
+#endif
+      {"avx512", avx512, &kAvx512Float, &kAvx512Bfloat16},
+      {"avx2", avx2, &kAvx2Float, &kAvx2Bfloat16}};
 }
 
 // The widest that this processor has and that RESNET_CPU_KERNELS_ISA, if it is set, allows; else null.
