@@ -259,14 +259,16 @@ def training_step(arguments: argparse.Namespace) -> Tuple[Callable[[], Any], Any
 
     from resnet_cpu.cluster import horovod
     from resnet_cpu.data.batches import training_batches
+    from resnet_cpu.model.kernels import library
     from resnet_cpu.recipe.schedule import Rates
     from resnet_cpu.training import state, step
 
     tf.get_logger().setLevel("ERROR")  # it warns of repeated tracing; each function here is a different one
     horovod.start(world)
     batch = resolve_batch(settings, world.size)
-    model = state.build_model(settings)
-    train_step = step.TrainStep(model, settings.recipe)
+    fused = library.choose(settings).used
+    model = state.build_model(settings, fused)
+    train_step = step.TrainStep(model, settings.recipe, fused_update=fused)
     batches = training_batches(
         settings, world, None, examples=4 * batch.total, batch=batch, first_step=0, last_step=10**6, augment="none",
         image_size=arguments.image_size,

@@ -53,6 +53,7 @@ def measure(settings, world, environment, rounds: int, steps: int) -> list:
     """Return a row per round: seconds per step without a save, and stall and cost of each way of saving."""
     from resnet_cpu.cluster import horovod
     from resnet_cpu.data.batches import training_batches
+    from resnet_cpu.model.kernels import library
     from resnet_cpu.recipe import schedule
     from resnet_cpu.run.writer import Writer
     from resnet_cpu.training import loop, opening
@@ -64,8 +65,9 @@ def measure(settings, world, environment, rounds: int, steps: int) -> list:
     report = open_report(job)
     with contextlib.closing(report), guard.Watchdog(600.0), Writer() as writer:
         horovod.start(world)
-        model = build_model(settings)
-        train_step = TrainStep(model, settings.recipe, job.batch.accumulate_steps)
+        fused = library.choose(settings).used
+        model = build_model(settings, fused)
+        train_step = TrainStep(model, settings.recipe, job.batch.accumulate_steps, fused)
         state = State(model, train_step.optimizer)
         horovod.broadcast(state.variables)
         batches = training_batches(

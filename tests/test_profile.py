@@ -30,11 +30,10 @@ def test_operations_of_the_steps_are_timed_and_no_bit_changes(tiny_data, plain, 
     runs.train(ALONE, tiny_data, folder, f"--profile_steps={steps}", shared=False)
     with open(os.path.join(folder, "profile.csv"), encoding="utf-8") as file:
         rows = {row["operation"]: row for row in csv.DictReader(file)}
-    updates = rows["ResourceApplyKerasMomentum"]
-    # Kernels, gammas, betas and the classifier of 18 layers: 62. On a busy machine TensorFlow's profiler loses events
-    # of steps that take milliseconds (45 of 62 seen).
-    assert 31 <= float(updates["calls_per_step"]) <= 62
-    assert float(updates["ms_per_step"]) > 0
+    gradients = rows["ResnetCpuBatchNormGrad"]
+    # Of 20 layers. On a busy machine TensorFlow's profiler loses events of steps that take milliseconds.
+    assert 10 <= float(gradients["calls_per_step"]) <= 20
+    assert float(gradients["ms_per_step"]) > 0
     assert any("Conv2D" in name for name in rows)
     times = [float(row["ms_per_step"]) for row in rows.values()]
     assert times == sorted(times, reverse=True)

@@ -44,10 +44,10 @@ def shared_networks() -> Iterator[None]:
     network or the step in the loop gets its own.
     """
 
-    def build(settings: Settings) -> tf.keras.Model:
-        key = ("network", repr(settings.model), settings.recipe.seed, settings.system.fused_kernels, horovod.active())
+    def build(settings: Settings, fused_kernels: bool) -> tf.keras.Model:
+        key = ("network", repr(settings.model), settings.recipe.seed, fused_kernels, horovod.active())
         if key not in _shared:
-            _shared[key] = build_model(settings)
+            _shared[key] = build_model(settings, fused_kernels)
         _set_initial(_shared[key].variables, key)
         return _shared[key]
 

@@ -89,8 +89,8 @@ def run(settings: Settings, world: World) -> StepTimings:
 
 
 def _training(settings: Settings, world: World, batch: Batch, steps: int) -> Callable[[], Optional[float]]:
-    fused_update = library.choose(settings).used
-    train_step = TrainStep(build_model(settings), settings.recipe, batch.accumulate_steps, fused_update)
+    fused = library.choose(settings).used
+    train_step = TrainStep(build_model(settings, fused), settings.recipe, batch.accumulate_steps, fused)
     batches = _synthetic_batches(settings, world, batch, steps)
     rates = Rates(0.0, 0.0, 0.0)  # the same cost as any other, and never divergence
 

@@ -49,9 +49,9 @@ def train(job: Job, report: AnyReport, watchdog: guard.Watchdog, writer: Writer)
     phase wait for it. If writing fails, all ranks stop after the next step, and raise the error instead of saving.
     """
     recipe, world = job.settings.recipe, job.world
-    model = build_model(job.settings)
-    fused_update = library.choose(job.settings).used
-    train_step = TrainStep(model, recipe, job.batch.accumulate_steps, fused_update)
+    fused_kernels = library.choose(job.settings).used
+    model = build_model(job.settings, fused_kernels)
+    train_step = TrainStep(model, recipe, job.batch.accumulate_steps, fused_kernels)
     evaluate_step = evaluation.make_evaluate_step(model)
     state = State(model, train_step.optimizer)
     step_times = StepTimes()

@@ -13,15 +13,18 @@ from resnet_cpu.cluster.machine import narrow_layers_problem, precision_problem
 from resnet_cpu.cluster.placement import has_intel_openmp
 from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.model import resnet
-from resnet_cpu.model.kernels import library
 from resnet_cpu.run import checkpoint, provenance, signature
 from resnet_cpu.settings import Settings
 
 _ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"  # the newest instruction set whose kernels oneDNN chooses
 
 
-def build_model(settings: Settings) -> tf.keras.Model:
-    """Return the network of the settings, initialised from their seed; raise FlagError if it cannot be trained here."""
+def build_model(settings: Settings, fused_kernels: bool = False) -> tf.keras.Model:
+    """Return the network of the settings, initialised from their seed; raise FlagError if it cannot be trained here.
+
+    `fused_kernels`: for training with the operations of `resnet_cpu.model.kernels`, whose library must load. Such a
+    network cannot be exported as a SavedModel, which would need the library.
+    """
     processor = provenance.instruction_sets(), has_intel_openmp()
     problem = narrow_layers_problem(max(1, round(64 * settings.model.width)), *processor)
     if problem is not None and _ISA_LIMIT not in os.environ:
@@ -32,8 +35,8 @@ def build_model(settings: Settings) -> tf.keras.Model:
     if problem is not None:
         raise FlagError(f"--precision={settings.model.precision}: {problem}; use float32")
     options = dataclasses.asdict(settings.model)
-    options["fused_kernels"] = library.choose(settings).used
-    return resnet.resnet(options.pop("model"), options.pop("num_classes"), seed=settings.recipe.seed, **options)
+    name, num_classes, seed = options.pop("model"), options.pop("num_classes"), settings.recipe.seed
+    return resnet.resnet(name, num_classes, seed=seed, fused_kernels=fused_kernels, **options)
 
 
 def slots(model: tf.keras.Model, optimizer: tf.keras.optimizers.Optimizer) -> Dict[str, tf.Variable]:

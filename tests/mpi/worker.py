@@ -120,7 +120,9 @@ def case_run_without_broadcast():
     """The same inside a run, which must not reach step 0."""
     originals = horovod.broadcast, loop.build_model
     horovod.broadcast = lambda variables: None
-    loop.build_model = lambda settings: resnet("resnet18", 10, width=0.125, stem="small", seed=world.rank)
+    loop.build_model = lambda settings, fused_kernels: resnet(
+        "resnet18", 10, width=0.125, stem="small", seed=world.rank
+    )
     message = None
     try:
         runs.train(world, f"{DATA}/train", f"{OUT}/without_broadcast")
