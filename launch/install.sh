@@ -12,9 +12,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 HOROVOD=0.28.1
-# This file holds Horovod's collectives for XLA, which are not used here. It needs headers that TensorFlow 2.16 and later do
-# not install where it looks for them (horovod/horovod#4290); without it, everything else builds.
-HOROVOD_XLA_LIST=horovod/tensorflow/CMakeLists.txt HOROVOD_XLA_LINE='/horovod/tensorflow/xla_mpi_ops\.cc")$'
 export PIP_USER=0 # a pip.conf may ask for packages in the home folder
 started=$SECONDS
 
@@ -145,6 +142,18 @@ built_with=$(
 key=$(sha256sum <<<"$built_with" | cut -c1-16)
 wheels=${XDG_CACHE_HOME:-$HOME/.cache}/resnet_cpu/horovod-$HOROVOD-$key
 
+# not_before VERSION EARLIEST
+not_before() { [[ $(printf '%s\n' "$2" "$1" | sort -V | head -n 1) == "$2" ]]; }
+
+# edit_line FILE PATTERN COMMAND: sed's COMMAND for the one line that matches; fails where it is another source.
+edit_line() {
+  if (($(grep -c "$2" "$1") != 1)); then
+    echo "install: $1 of this Horovod has no single line '$2': it is not the source of horovod $HOROVOD that this script knows how to build"
+    return 1
+  fi
+  sed -i "\\#$2#$3" "$1"
+}
+
 # build_horovod FOLDER: builds the wheel into the folder, which must not exist. Prints nothing but to the log.
 build_horovod() {
   local work name
@@ -154,17 +163,21 @@ build_horovod() {
   "$in_venv" -m pip --disable-pip-version-check download --no-deps --no-build-isolation --no-binary horovod \
     --require-hashes ${PIP_ARGS:-} -d "$work" -r requirements/horovod.txt || return
   tar -xzf "$work/horovod-$HOROVOD.tar.gz" -C "$work" || return
-  if [[ $(printf '%s\n' 2.16 "$tensorflow" | sort -V | head -n 1) == 2.16 ]]; then
-    if (($(grep -c "$HOROVOD_XLA_LINE" "$work/horovod-$HOROVOD/$HOROVOD_XLA_LIST") != 1)); then
-      echo "install: $HOROVOD_XLA_LIST of this Horovod does not name xla_mpi_ops.cc once: it is not the source of horovod $HOROVOD that this script knows how to build with TensorFlow $tensorflow"
-      return 1
-    fi
-    sed -i "\\#$HOROVOD_XLA_LINE#d" "$work/horovod-$HOROVOD/$HOROVOD_XLA_LIST"
+  cd "$work/horovod-$HOROVOD" || return
+  # This file holds collectives for XLA, which are not used here. It needs headers that TensorFlow 2.16 and later do not install
+  # where it looks for them (horovod/horovod#4290); without it, everything else builds.
+  if not_before "$tensorflow" 2.16; then
+    edit_line horovod/tensorflow/CMakeLists.txt '/horovod/tensorflow/xla_mpi_ops\.cc")$' d || return
+  fi
+  # The bundled flatbuffers assign to a constant member in a template that nobody uses; g++ 14 and later refuse that.
+  if not_before "$("${CXX:-g++}" -dumpversion)" 14; then
+    edit_line third_party/flatbuffers/include/flatbuffers/stl_emulation.h '^  const size_type count_;$' 's/const //' || return
   fi
   # Variables for another kind of build, such as HOROVOD_GPU_OPERATIONS, would be obeyed.
   for name in $(compgen -e HOROVOD_); do [[ $name == HOROVOD_CMAKE ]] || unset "$name"; done
-  # No cached wheel: it may have been built for another MPI. PATH: cmake must find this environment's python.
-  PATH="${in_venv%/*}:$PATH" \
+  # No cached wheel: it may have been built for another MPI. PATH: cmake must find this environment's python. CXXFLAGS: its
+  # headers use these without including them, which the C++ library of g++ 13 and later does not forgive.
+  PATH="${in_venv%/*}:$PATH" CXXFLAGS="${CXXFLAGS:-} -include string -include cstdint -include stdexcept" \
     HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITH_MPI=1 HOROVOD_CPU_OPERATIONS=MPI \
     HOROVOD_WITHOUT_GLOO=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 \
     "$in_venv" -m pip --disable-pip-version-check wheel -v --no-deps --no-build-isolation --no-cache-dir \
