@@ -51,7 +51,18 @@ def mpirun(hosts: int, name: str, allreduce: str, environment: Dict[str, str], c
         options["coll_tuned_use_dynamic_rules"] = "1"
         options["coll_tuned_allreduce_algorithm"] = str(ALLREDUCES[allreduce])
     return [
-        *[str(LAB), "run", placed[0], "mpirun", "--quiet", "--allow-run-as-root", "--host", ",".join(placed)],
+        *[
+            str(LAB),
+            "run",
+            placed[0],
+            "mpirun",
+            "--mca",
+            "orte_execute_quiet",
+            "1",
+            "--allow-run-as-root",
+            "--host",
+            ",".join(placed),
+        ],
         *["-np", str(hosts), "--bind-to", "none"],
         *itertools.chain.from_iterable(("--mca", key, value) for key, value in options.items()),
         *itertools.chain.from_iterable(("-x", f"{key}={value}") for key, value in environment.items()),

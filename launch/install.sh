@@ -169,7 +169,7 @@ build_horovod() {
   if not_before "$tensorflow" 2.16; then
     edit_line horovod/tensorflow/CMakeLists.txt '/horovod/tensorflow/xla_mpi_ops\.cc")$' d || return
   fi
-  # The bundled flatbuffers assign to a constant member in a template that nobody uses; g++ 14 and later refuse that.
+  # The bundled flatbuffers assign to a constant member in a template that is never used; g++ 14 and later refuse that.
   if not_before "$("${CXX:-g++}" -dumpversion)" 14; then
     edit_line third_party/flatbuffers/include/flatbuffers/stl_emulation.h '^  const size_type count_;$' 's/const //' || return
   fi

@@ -177,8 +177,8 @@ class Model:
     conv1_bias: bool = setting(False, "Give the first convolution a bias, as in the authors' network.", decides=True)
     precision: str = setting(
         "float32",
-        "Type of activations and products; weights, updates and batch norm's statistics stay float32. bfloat16 is "
-        "fast on CPUs with AMX.",
+        "Type of activations and products; weights, updates and batch norm's statistics stay float32. launch and "
+        "doctor say whether bfloat16 is faster on a processor.",
         choices=("float32", "bfloat16"),
         decides=True,
     )

@@ -115,7 +115,7 @@ def test_negative_control_a_launcher_of_another_mpi_is_a_problem(monkeypatch, tm
         """#!/bin/bash
 [[ $1 != --version ]] || { echo 'mpirun (Open MPI) 4.1.4'; exit; }
 while :; do case $1 in
-  -x) case $2 in *=*) export "$2" ;; esac; shift 2 ;; --quiet | --oversubscribe | --allow-run-as-root) shift ;;
+  -x) case $2 in *=*) export "$2" ;; esac; shift 2 ;; --oversubscribe | --allow-run-as-root) shift ;;
   --mca) shift 3 ;; -*) shift 2 ;; *) break ;; esac; done
 exec "$@"
 """

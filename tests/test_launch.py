@@ -124,7 +124,7 @@ def starts(bare_machine, monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(launching.machine, "read", lambda: TWO_CORES)
-    monkeypatch.setattr(launching.tuning, "remembered", lambda host: None)
+    monkeypatch.setattr(launching.tuning, "fastest", lambda host: None)
     lines = []
     monkeypatch.setattr(launching.os, "execvp", lambda name, line: lines.append(line))
     monkeypatch.setattr(launching.start, "follow", lines.append)
@@ -142,7 +142,7 @@ TWO_CORES = Machine("", (), CORES, (Node(0, (0, 1), 0),), (0, 1), root="/nowhere
 
 def test_launch_becomes_the_launcher_and_gives_its_reasons(starts, capsys):
     line = starts("--ranks=2", "--", "cat", "$(touch x)", "--ranks=9")
-    assert line[:7] == ["mpirun", "--quiet", "-np", "2", "--map-by", "slot:PE=1", "--bind-to"]
+    assert line[:9] == ["mpirun", "--mca", "orte_execute_quiet", "1", "-np", "2", "--map-by", "slot:PE=1", "--bind-to"]
     assert line[-3:] == ["cat", "$(touch x)", "--ranks=9"] and "RESNET_CPU_RANKS=2" in line
     printed = capsys.readouterr().err
     assert "launch: ranks: 2 (" in printed and "launch: threads: 1 (" in printed and "'$(touch x)'" in printed
@@ -150,13 +150,13 @@ def test_launch_becomes_the_launcher_and_gives_its_reasons(starts, capsys):
 
 def test_a_dry_run_prints_the_line_and_starts_nothing(starts, capsys):
     assert starts("--ranks=2", "--dry_run", "--", "no-such-command") is None
-    assert shlex.split(capsys.readouterr().out)[:4] == ["mpirun", "--quiet", "-np", "2"]
+    assert shlex.split(capsys.readouterr().out)[:6] == ["mpirun", "--mca", "orte_execute_quiet", "1", "-np", "2"]
 
 
 @pytest.mark.parametrize(
     "launcher, first",
     [
-        ("openmpi", "mpirun --quiet -np 4 --map-by ppr:2:node:PE=1"),
+        ("openmpi", "mpirun --mca orte_execute_quiet 1 -np 4 --map-by ppr:2:node:PE=1"),
         ("intel", "env I_MPI_JOB_RESPECT_PROCESS_PLACEMENT=0 mpiexec.hydra -n 4 -ppn 2"),
         ("mpich", "mpiexec -n 4 -ppn 2"),
         ("ibrun", "env MV2_ENABLE_AFFINITY=0"),
@@ -271,7 +271,7 @@ def test_what_cannot_be_started_is_reported_in_one_line(starts, arguments, parts
 def test_oversubscribed_ranks_are_not_bound(starts, monkeypatch):
     monkeypatch.setenv("RESNET_CPU_OVERSUBSCRIBE", "1")
     line = starts("--ranks=3", "--", "cat")
-    assert line[4:7] == ["--oversubscribe", "--bind-to", "none"] and "OMP_NUM_THREADS=1" in line
+    assert line[6:9] == ["--oversubscribe", "--bind-to", "none"] and "OMP_NUM_THREADS=1" in line
     assert "--oversubscribe" not in starts("--ranks=2", "--", "cat")  # two ranks fit
     monkeypatch.setenv("RESNET_CPU_OVERSUBSCRIBE", "yes")
     with pytest.raises(FlagError, match="RESNET_CPU_OVERSUBSCRIBE=yes: must be 1"):
@@ -345,7 +345,7 @@ def test_on_one_node_the_cores_decide_and_not_the_tasks(starts, monkeypatch, fla
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_NTASKS": "1"}.items():
         monkeypatch.setenv(name, value)
     line = starts("--mpi=openmpi", flag, "--", "cat")
-    assert line[2:4] == ["-np", "2"] and "--oversubscribe" in line and "ppr:2:node:PE=1" in line and "core" in line
+    assert line[4:6] == ["-np", "2"] and "--oversubscribe" in line and "ppr:2:node:PE=1" in line and "core" in line
     with pytest.raises(FlagError, match="2 cores"):
         starts("--mpi=openmpi", flag.replace("=2", "=3"), "--", "cat")
     with pytest.raises(FlagError, match="ibrun places ranks as the batch job asks"):
@@ -478,7 +478,7 @@ def test_a_launcher_that_starts_worlds_of_one_is_reported(tmp_path, announced, m
     """mpirun of one MPI does this to programs of another: every process is a job of its own."""
     pytest.importorskip("mpi4py")
     alone = """while :; do case $1 in
-    -x) case $2 in *=*) export "$2" ;; esac; shift 2 ;; --quiet | --oversubscribe | --allow-run-as-root) shift ;;
+    -x) case $2 in *=*) export "$2" ;; esac; shift 2 ;; --oversubscribe | --allow-run-as-root) shift ;;
     --mca) shift 3 ;; -*) shift 2 ;; *) break ;; esac; done;"""
     environment = stand_in_for_mpirun(tmp_path / "bin", f'2) shift 2; {alone} {announced} exec "$@" ;;')
     command = [sys.executable, "-m", "resnet_cpu.launch", "--mpi=openmpi", "--ranks=2", "--"]

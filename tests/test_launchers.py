@@ -26,6 +26,7 @@ FEW = RankMap(ranks=3, per_host=2, cores=4, cpus_per_core=2, hosts=("n1", "n2"),
 BATCH = RankMap(ranks=128, per_host=2, cores=24, in_batch_job=True)
 
 TRAIN = "python -m resnet_cpu.train '--flagfile=my experiments/a.flags'"
+MPIRUN = "mpirun --mca orte_execute_quiet 1"
 OMPI = "-x OMP_NUM_THREADS=22 -x LD_PRELOAD=/usr/lib/libtcmalloc_minimal.so.4 -x RESNET_CPU_RANKS="
 HYDRA = "-genv OMP_NUM_THREADS 22 -genv LD_PRELOAD /usr/lib/libtcmalloc_minimal.so.4 -genv RESNET_CPU_RANKS "
 ENV = "OMP_NUM_THREADS=22 LD_PRELOAD=/usr/lib/libtcmalloc_minimal.so.4 RESNET_CPU_RANKS="
@@ -46,25 +47,25 @@ GOLDEN = [
     (
         "openmpi",
         HERE,
-        "mpirun --quiet -np 2 --map-by slot:PE=1 --bind-to core --mca mpi_yield_when_idle 1 --mca btl self,vader "
+        f"{MPIRUN} -np 2 --map-by slot:PE=1 --bind-to core --mca mpi_yield_when_idle 1 --mca btl self,vader "
         f"--mca pml ob1 --allow-run-as-root {OMPI}2 {TRAIN}",
     ),
     (
         "openmpi",
         SHARED,
-        "mpirun --quiet -np 4 --oversubscribe --bind-to none --mca mpi_yield_when_idle 1 --mca btl self,vader "
+        f"{MPIRUN} -np 4 --oversubscribe --bind-to none --mca mpi_yield_when_idle 1 --mca btl self,vader "
         f"--mca pml ob1 {OMPI}4 {TRAIN}",
     ),
     (
         "openmpi",
         dataclasses.replace(HERE, slots_counted=True, in_batch_job=True),
-        "mpirun --quiet -np 2 --oversubscribe --map-by ppr:2:node:PE=1 --bind-to core --mca mpi_yield_when_idle 1 "
+        f"{MPIRUN} -np 2 --oversubscribe --map-by ppr:2:node:PE=1 --bind-to core --mca mpi_yield_when_idle 1 "
         f"--mca btl self,vader --mca pml ob1 --allow-run-as-root {OMPI}2 {TRAIN}",
     ),
     (
         "openmpi",
         dataclasses.replace(HERE, hosts=("a",), elsewhere=True),
-        "mpirun --quiet -np 2 --host a:2 --map-by slot:PE=1 --bind-to core --mca mpi_yield_when_idle 1 "
+        f"{MPIRUN} -np 2 --host a:2 --map-by slot:PE=1 --bind-to core --mca mpi_yield_when_idle 1 "
         "--mca btl self,vader --mca pml ob1 --mca oob_tcp_if_exclude lo,docker0,virbr0 --mca oob_tcp_keepalive_time 10 "
         "--mca oob_tcp_keepalive_intvl 5 --mca oob_tcp_keepalive_probes 3 --allow-run-as-root "
         f"{OMPI}2 {NAMES} {TRAIN}",
@@ -72,20 +73,20 @@ GOLDEN = [
     (
         "openmpi",
         NODES,
-        f"mpirun --quiet -np 8 --host n1:2,n2:2,n3:2,n4:2 --map-by ppr:2:node:PE=24 --bind-to core {AWAY} "
+        f"{MPIRUN} -np 8 --host n1:2,n2:2,n3:2,n4:2 --map-by ppr:2:node:PE=24 --bind-to core {AWAY} "
         f"{OMPI}8 {NAMES} {TRAIN}",
     ),
     (
         "openmpi",
         WIRED,
-        "mpirun --quiet -np 2 --host a:1,b:1 --map-by ppr:1:node:PE=8 --bind-to core --mca mpi_yield_when_idle 1 "
+        f"{MPIRUN} -np 2 --host a:1,b:1 --map-by ppr:1:node:PE=8 --bind-to core --mca mpi_yield_when_idle 1 "
         "--mca btl_tcp_if_include eth1 --mca oob_tcp_if_include eth1 "
         f"{BETWEEN} --mca plm_rsh_agent /sw/enter {OMPI}2 {NAMES} {TRAIN}",
     ),
     (
         "openmpi",
         BATCH,
-        f"mpirun --quiet -np 128 --map-by ppr:2:node:PE=24 --bind-to core {AWAY} {OMPI}128 {NAMES} {TRAIN}",
+        f"{MPIRUN} -np 128 --map-by ppr:2:node:PE=24 --bind-to core {AWAY} {OMPI}128 {NAMES} {TRAIN}",
     ),
     ("intel", NODES, f"{HYDRA_INTEL} -n 8 -ppn 2 -hosts n1,n2,n3,n4 {INTEL} {HYDRA}8 {LIST} {TRAIN}"),
     (
@@ -124,7 +125,7 @@ GOLDEN = [
     (
         "openmpi",
         FEW,
-        f"mpirun --quiet -np 3 --host n1:2,n2:2 --oversubscribe --bind-to none {AWAY} {OMPI}3 {NAMES} {TRAIN}",
+        f"{MPIRUN} -np 3 --host n1:2,n2:2 --oversubscribe --bind-to none {AWAY} {OMPI}3 {NAMES} {TRAIN}",
     ),
 ]  # fmt: skip
 

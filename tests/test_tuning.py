@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from resnet_cpu.cluster import tuning
+from resnet_cpu.cluster import remembered, tuning
 from resnet_cpu.cluster.machine import Cpu, Machine, Node
 
 
@@ -26,22 +26,22 @@ def test_numbers_of_ranks_to_time(domains, cores, proposed, expected):
 def test_the_fastest_is_remembered_for_hosts_of_its_type(tmp_path):
     path = str(tmp_path / "deep" / "placements.json")
     here, other = machine(2, 24), machine(2, 24, model="EPYC")
-    assert tuning.remembered(here, path) is None
+    assert tuning.fastest(here, path) is None
     assert tuning.remember(here, {1: 80.0, 2: 98.5, 4: 97.0}, path) == 2
     assert tuning.remember(other, {1: 80.0, 2: 70.0}, path) == 1
-    assert (tuning.remembered(here, path), tuning.remembered(other, path)) == (2, 1)
-    assert tuning.remembered(machine(2, 24, quota=4.0), path) is None  # a part of the same machine is another type
+    assert (tuning.fastest(here, path), tuning.fastest(other, path)) == (2, 1)
+    assert tuning.fastest(machine(2, 24, quota=4.0), path) is None  # a part of the same machine is another type
     kept = json.loads((tmp_path / "deep" / "placements.json").read_text())
-    assert kept[tuning.host_type(here)]["images_per_second"] == {"1": 80.0, "2": 98.5, "4": 97.0}
+    assert kept[remembered.host_type(here)]["images_per_second"] == {"1": 80.0, "2": 98.5, "4": 97.0}
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '{"TYPE": 3}', '{"TYPE": {"ranks_per_node": 99}}'])
 def test_a_damaged_file_is_ignored(tmp_path, text):
     here = machine(1, 4)
     path = tmp_path / "placements.json"
-    path.write_text(text.replace("TYPE", tuning.host_type(here)))
-    assert tuning.remembered(here, str(path)) is None
+    path.write_text(text.replace("TYPE", remembered.host_type(here)))
+    assert tuning.fastest(here, str(path)) is None
 
 
 def test_the_file_is_in_the_users_configuration(tmp_path):
-    assert tuning.file({"XDG_CONFIG_HOME": "/c"}) == "/c/resnet_cpu/placements.json"
+    assert remembered.file("placements", {"XDG_CONFIG_HOME": "/c"}) == "/c/resnet_cpu/placements.json"

@@ -102,7 +102,8 @@ def _passed(rank_map: RankMap, environment: Mapping[str, str], outside: Mapping[
 
 
 def _open_mpi(rank_map: RankMap, environment: Dict[str, str], outside: Mapping[str, str]) -> Line:
-    words = ["mpirun", "--quiet", "-np", str(rank_map.ranks)]
+    # What --quiet sets in Open MPI 4; version 5 does not know that option and ignores this parameter.
+    words = ["mpirun", "--mca", "orte_execute_quiet", "1", "-np", str(rank_map.ranks)]
     if rank_map.hosts:
         words += ["--host", ",".join(f"{host}:{rank_map.per_host}" for host in rank_map.hosts)]
     if not rank_map.bound:

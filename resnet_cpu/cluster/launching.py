@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from resnet_cpu.cluster import allocation, launchers, machine, placement, start, tuning
+from resnet_cpu.cluster import allocation, launchers, machine, placement, precision, start, tuning
 from resnet_cpu.cluster import environment as environments
 from resnet_cpu.cluster.launchers import Distribution, RankMap
 from resnet_cpu.cluster.machine import Machine
@@ -48,8 +48,8 @@ def launch(
         raise FlagError("no command; write it after --, as in -- python -m resnet_cpu.train --flagfile=F")
     environments.check_threads()
     host = machine.read()
-    remembered = tuning.remembered(host)
-    best = remembered or placement.suitable_ranks(host)
+    tuned = tuning.fastest(host)
+    best = tuned or placement.suitable_ranks(host)
     distribution = launchers.distribute(os.environ, hosts, ranks, ranks_per_node, best)
     if _slots_are_threads(host, distribution):
         _say(
@@ -57,7 +57,8 @@ def launch(
             f"this one, so that a slot is not a rank: {best} ranks per host, as --ranks_per_node={best}"
         )
         distribution = launchers.distribute(os.environ, hosts, ranks, best, best)
-    placed = _placement(host, distribution)
+    find_out = precision.known if dry_run else precision.find_out
+    placed = _placement(host, distribution, find_out(host, placement.has_intel_openmp()))
     here = start.on_this_host(distribution.hosts)
     if len(here) > 1:
         raise FlagError(
@@ -72,8 +73,8 @@ def launch(
     if threads:
         environment.update({name: str(threads) for name in environments.THREADS})
     line = launchers.line(launcher, rank_map, environment, os.environ, command)
-    if remembered and distribution.decided_by == "auto":
-        _say(f"{remembered} ranks per host were the fastest on hosts of this type (--tune, {tuning.file()})")
+    if tuned and distribution.decided_by == "auto":
+        _say(f"{tuned} ranks per host were the fastest on hosts of this type (--tune, {tuning.file()})")
     texts = [*_exported(placed.environment, environment), *_warnings(rank_map, placed)]
     for text in [*texts, *_slots(distribution, best), _hosts(distribution), *placed.explanation()]:
         _say(text)
@@ -99,7 +100,7 @@ def _slots_are_threads(host: Machine, distribution: Distribution) -> bool:
     return decides and distribution.per_host > host.offered and os.environ.get(OVERSUBSCRIBE) != "1"
 
 
-def _placement(host: Machine, distribution: Distribution) -> Placement:
+def _placement(host: Machine, distribution: Distribution, bfloat16_speed: Optional[float]) -> Placement:
     """Return the placement of one host's ranks."""
     oversubscribe = os.environ.get(OVERSUBSCRIBE, "")
     if oversubscribe not in ("", "0", "1"):
@@ -107,7 +108,13 @@ def _placement(host: Machine, distribution: Distribution) -> Placement:
     if oversubscribe == "1" and distribution.per_host > host.offered:
         return placement.oversubscribed(host, distribution.per_host)
     several_hosts = distribution.ranks > distribution.per_host or len(distribution.hosts) > 1
-    return placement.propose(host, distribution.per_host, several_hosts, decided_by=distribution.decided_by)
+    return placement.propose(
+        host,
+        distribution.per_host,
+        several_hosts,
+        decided_by=distribution.decided_by,
+        bfloat16_speed=bfloat16_speed,
+    )
 
 
 def _rank_map(

@@ -138,16 +138,6 @@ def processor(root: str = "/") -> Tuple[str, List[str]]:
     return about.get("model name", ""), [name for name in _INSTRUCTION_SETS if name in present]
 
 
-def precision_warning(precision: str, instruction_sets: Sequence[str]) -> Optional[str]:
-    """Return a warning if `precision` is known to be slow on a processor with these instruction sets, else None."""
-    if precision == "bfloat16" and "amx_bf16" not in instruction_sets:
-        return (
-            "--precision=bfloat16: this processor has no AMX; without it bfloat16 was slower than float32 "
-            "(BUILD_NOTES.md). Compare the two with python -m resnet_cpu.benchmark"
-        )
-    return None
-
-
 def precision_problem(precision: str, instruction_sets: Sequence[str], intel_extension: bool) -> Optional[str]:
     """Return why a network of this precision cannot be computed on this processor, None if it can.
 

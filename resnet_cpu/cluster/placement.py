@@ -14,7 +14,7 @@ import re
 import sys
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
-from resnet_cpu.cluster import control, environment, launchers
+from resnet_cpu.cluster import control, environment, launchers, precision
 from resnet_cpu.cluster.environment import Environment
 from resnet_cpu.cluster.machine import Cpu, Machine, spans
 from resnet_cpu.errors import FlagError, printable
@@ -153,11 +153,13 @@ def propose(
     *,
     decided_by: str = "",
     intel_openmp: Optional[bool] = None,
+    bfloat16_speed: Optional[float] = None,
 ) -> Placement:
     """Return a placement of `ranks_per_node` ranks on a machine, by default of as many as suit it.
 
     `several_hosts`: ranks also communicate over a network. `decided_by` names what asked for the number, as in
-    "--ranks=4", for the error. Raises FlagError if there are fewer cores than ranks.
+    "--ranks=4", for the error. `bfloat16_speed` is relative to float32, see `precision.known`. Raises FlagError if
+    there are fewer cores than ranks.
     """
     levels, limit = _within_quota(machine)
     bound = limit is None
@@ -180,7 +182,7 @@ def propose(
         if yields
         else Choice("waiting", "spin", "a core is reserved for communication, and a spinning rank answers sooner")
     )
-    choices += _machine_choices(machine)
+    choices += _machine_choices(machine, bfloat16_speed)
     cpus = tuple(tuple(core[0].id for core in piece) for piece in pieces)
     return Placement(len(pieces), cpus, bound, threads, reserved, for_ranks, yields, tuple(choices))
 
@@ -376,15 +378,9 @@ def _environment_choices(variables: Mapping[str, str]) -> List[Choice]:
     return [openmp, memory]
 
 
-def _machine_choices(machine: Machine) -> List[Choice]:
+def _machine_choices(machine: Machine, bfloat16_speed: Optional[float]) -> List[Choice]:
     has = machine.instruction_sets
-    if "amx_bf16" in has:
-        value, reason = "float32, or --precision=bfloat16", "more than twice the rate with AMX, see docs/benchmarks.md"
-        choices = [Choice("precision", value, reason)]
-    elif "avx512_bf16" in has:
-        choices = [Choice("precision", "float32", "bfloat16 without AMX was slower (BUILD_NOTES.md)")]
-    else:
-        choices = [Choice("precision", "float32", "no AMX")]
+    choices = [Choice("precision", *precision.advice(has, bfloat16_speed))]
     if "avx512f" in has and "avx512bw" not in has:
         choices.append(Choice("kernels", "AVX2", "oneDNN 3 needs BW, VL and DQ for its AVX-512 kernels"))
     memory_only = [node for node in machine.nodes if not node.cpus and node.memory_bytes]

@@ -1,18 +1,12 @@
-"""Find the fastest number of ranks for hosts of this type by timing, and remember it in a file of the user.
+"""Find the fastest number of ranks for hosts of this type by timing, and remember it in placements.json."""
 
-The file is $XDG_CONFIG_HOME/resnet_cpu/placements.json (~/.config/...), which the nodes of a cluster usually share with
-its login node.
-"""
-
-import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
-from typing import Any, Collection, Dict, List, Mapping, NoReturn, Optional, Sequence
+from typing import Collection, Dict, List, Mapping, NoReturn, Optional, Sequence
 
-from resnet_cpu.cluster import allocation, machine, placement
+from resnet_cpu.cluster import allocation, machine, placement, precision, remembered
 from resnet_cpu.cluster.machine import Machine
 from resnet_cpu.errors import FlagError
 
@@ -52,22 +46,16 @@ def tune(mpi: str, benchmark_flags: Sequence[str], given: Collection[str]) -> No
     if not timed:
         raise FlagError("--tune: no number of ranks could be timed; the lines above say why")
     best = remember(host, timed)
-    print(f"launch: remembered in {file()}: {host_type(host)}: {best} ranks per host", file=sys.stderr)
+    print(f"launch: remembered in {file()}: {remembered.host_type(host)}: {best} ranks per host", file=sys.stderr)
+    if precision.has_units(host.instruction_sets):
+        advice = precision.advice(host.instruction_sets, precision.measure(host, placement.has_intel_openmp()))
+        print(f"launch: precision: {': '.join(advice)}", file=sys.stderr)
     print(best)
 
 
-def file(environ: Mapping[str, str] = os.environ) -> str:
+def file() -> str:
     """Return the path of the file that keeps the results."""
-    folder = environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    return os.path.join(folder, "resnet_cpu", "placements.json")
-
-
-def host_type(host: Machine) -> str:
-    """Return the properties for which one number of ranks is the fastest: processor, domains, permitted cores."""
-    domains = len({core[0].node for core in host.cores()})
-    parts = [host.model or "unknown", f"{host.sockets} sockets", f"{domains} domains"]
-    parts.append(f"{len(host.cores())} cores")
-    return ", ".join(parts if host.quota is None else [*parts, f"quota {host.quota:g}"])
+    return remembered.file("placements")
 
 
 def candidates(host: Machine, proposed: int) -> List[int]:
@@ -116,34 +104,17 @@ def _exit(signum: int, frame: object) -> NoReturn:
     sys.exit(128 + signum)
 
 
-def remembered(host: Machine, path: Optional[str] = None) -> Optional[int]:
+def fastest(host: Machine, path: Optional[str] = None) -> Optional[int]:
     """Return the ranks per host that were the fastest on hosts of this type, or None if that is not known."""
-    found = _read(path or file()).get(host_type(host))
+    found = remembered.read(path or file()).get(remembered.host_type(host))
     ranks = found.get("ranks_per_node") if isinstance(found, dict) else None
     return ranks if isinstance(ranks, int) and 1 <= ranks <= host.offered else None
 
 
 def remember(host: Machine, timed: Mapping[int, float], path: Optional[str] = None) -> int:
     """Record the fastest of `timed` (ranks per host -> images/s of the host) for hosts of this type, and return it."""
-    path = path or file()
     best = max(timed, key=lambda ranks: timed[ranks])
-    records = _read(path)
-    records[host_type(host)] = {
-        "ranks_per_node": best,
-        "images_per_second": {str(ranks): rate for ranks, rate in sorted(timed.items())},
-    }
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
-    with os.fdopen(handle, "w", encoding="utf-8") as out:
-        json.dump(records, out, indent=1, sort_keys=True)
-    os.replace(temporary, path)
+    rates = {str(ranks): rate for ranks, rate in sorted(timed.items())}
+    record = {"ranks_per_node": best, "images_per_second": rates}
+    remembered.add(path or file(), remembered.host_type(host), record)
     return best
-
-
-def _read(path: str) -> Dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as text:
-            found = json.load(text)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

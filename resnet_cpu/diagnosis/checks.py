@@ -4,7 +4,7 @@ import re
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from resnet_cpu.cluster import environment as environments
-from resnet_cpu.cluster import launchers, machine
+from resnet_cpu.cluster import launchers, machine, precision
 from resnet_cpu.diagnosis.facts import Folder, Handshake
 from resnet_cpu.errors import FlagError, printable
 
@@ -193,8 +193,10 @@ def _paths(paths: Sequence[str]) -> str:
     return f" ({', '.join(paths)})" if paths else ""
 
 
-def processor(model: str, instruction_sets: Sequence[str], intel_extension: bool) -> Check:
-    """Check the instruction sets, and report what they mean for --precision."""
+def processor(
+    model: str, instruction_sets: Sequence[str], intel_extension: bool, bfloat16_speed: Optional[float]
+) -> Check:
+    """Check the instruction sets, and report what they and `bfloat16_speed` (`precision.known`) mean."""
     about = f"{model or 'unknown'}: {', '.join(instruction_sets) or 'none of AVX2, AVX-512 and AMX'}"
     refused = machine.precision_problem("bfloat16", instruction_sets, intel_extension)
     if refused:
@@ -202,9 +204,8 @@ def processor(model: str, instruction_sets: Sequence[str], intel_extension: bool
         return Check("processor", "warning", f"{about}; --precision=bfloat16 is refused: {refused}", remedy)
     if not instruction_sets:
         return Check("processor", "warning", about, "training is slow here, and was not tried on such a processor")
-    if machine.precision_warning("bfloat16", instruction_sets):
-        return Check("processor", "ok", f"{about}; no AMX: float32 is the faster precision")
-    return Check("processor", "ok", f"{about}; --precision=bfloat16 is the faster precision")
+    chosen, reason = precision.advice(instruction_sets, bfloat16_speed)
+    return Check("processor", "ok", f"{about}; precision: {chosen} ({reason})")
 
 
 def cores(online: int, allowed: Sequence[int], physical: int, quota: Optional[float]) -> Check:

@@ -6,7 +6,6 @@ Modules that need NumPy are imported by the checks that use them, so that a miss
 import dataclasses
 import datetime
 import functools
-import importlib.util
 import json
 import os
 import platform
@@ -88,8 +87,13 @@ def _horovod(asked: Asked) -> Check:
 
 
 def _processor(asked: Asked) -> Check:
-    has_extension = importlib.util.find_spec("intel_extension_for_tensorflow") is not None
-    return checks.processor(asked.host.model or platform.machine(), asked.host.instruction_sets, has_extension)
+    from resnet_cpu.cluster import placement, precision
+
+    host, has_extension = asked.host, placement.has_intel_openmp()
+    find_out = precision.known if asked.outcome.skipped else precision.find_out
+    return checks.processor(
+        host.model or platform.machine(), host.instruction_sets, has_extension, find_out(host, has_extension)
+    )
 
 
 def _cores(asked: Asked) -> Check:
@@ -133,10 +137,10 @@ def _shared_memory(asked: Asked) -> Check:
 def _placement(asked: Asked) -> Check:
     from resnet_cpu.cluster import placement, tuning
 
-    remembered = tuning.remembered(asked.host)
-    proposed = placement.propose(asked.host, remembered, decided_by="--tune")
+    tuned = tuning.fastest(asked.host)
+    proposed = placement.propose(asked.host, tuned, decided_by="--tune")
     reason = next(choice.reason for choice in proposed.choices if choice.name == "ranks")
-    if remembered:
+    if tuned:
         reason = f"the fastest with launch --tune, {tuning.file()}"
     return checks.placement(proposed.ranks_per_node, proposed.threads, reason, placement.allocator())
 

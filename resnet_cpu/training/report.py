@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import tensorflow as tf
 
-from resnet_cpu.cluster import machine
+from resnet_cpu.cluster import machine, placement, precision
 from resnet_cpu.recipe.schedule import Rates, Span
 from resnet_cpu.report import plotting, profile, run_plots, tables
 from resnet_cpu.run import provenance
@@ -99,9 +99,8 @@ class Report:
             f"{job.world.size} ranks x {job.batch.per_rank} images{accumulated}; {job.total_steps} steps = "
             f"{job.epoch(job.total_steps):.2f} epochs; results in {job.run_dir}"
         )
-        warning = machine.precision_warning(job.settings.model.precision, provenance.instruction_sets())
-        if warning is not None:
-            self.say(warning)
+        if job.settings.model.precision == "bfloat16":
+            self._warn_of_slow_precision()
         self._announce_kernels(kernels)
         if job.last_step < job.total_steps:
             self.say(f"will stop after step {job.last_step} (--max_steps), save a checkpoint and evaluate")
@@ -126,6 +125,12 @@ class Report:
             self.say(
                 f"kernels changed since that checkpoint: {before} -> {kernels[0]}; results will differ in the last bits"
             )
+
+    def _warn_of_slow_precision(self) -> None:
+        host = machine.read()
+        warning = precision.warning(host.instruction_sets, precision.known(host, placement.has_intel_openmp()))
+        if warning is not None:
+            self.say(warning)
 
     def _announce_kernels(self, kernels: Sequence[str]) -> None:
         """Print and record what computes batch norm and the update on each rank."""
