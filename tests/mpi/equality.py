@@ -1,18 +1,20 @@
 """Five steps on fixed examples, computed by N ranks together, and on one rank by other means."""
 
 import contextlib
+import functools
 
 import numpy as np
 import tensorflow as tf
 
 from resnet_cpu import commandline
+from resnet_cpu.model.kernels.batch_norm import FusedBatchNormalization
 from resnet_cpu.optim.sgd import SGD
 from resnet_cpu.recipe.schedule import Rates
 from resnet_cpu.training.step import TrainStep
 
 BATCH, STEPS = 24, 5
 RECIPE = commandline.parse([]).recipe
-CASES = ("float64", "float32", "batch_norm")
+CASES = ("float64", "float32", "batch_norm", "fused")
 RATES = Rates(lr=0.05, momentum=0.9, wd=1e-3)
 
 
@@ -55,8 +57,11 @@ def train(case, part, as_variables=False, micro_batches=1, norm_layer=tf.keras.l
     """Return the model's arrays after five of our training steps on the slice `part` of each global batch."""
     dtype = "float64" if case == "float64" else "float32"
     with floatx(dtype):
-        model = network(case == "batch_norm", norm_layer)
-        train_step = TrainStep(model, RECIPE, micro_batches)
+        fused = case == "fused"
+        if fused:
+            norm_layer = functools.partial(FusedBatchNormalization, False)
+        model = network(case in ("batch_norm", "fused"), norm_layer)
+        train_step = TrainStep(model, RECIPE, micro_batches, fused)
         for step in range(STEPS):
             images, labels = (np.split(array[part], micro_batches) for array in examples(step, dtype))
             batches = ((tf.constant(x), tf.constant(y)) for x, y in zip(images, labels))

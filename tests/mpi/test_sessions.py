@@ -95,9 +95,11 @@ def test_ranks_equal_one_rank_with_the_whole_batch_float32(sessions, alone, rank
     assert max(norms.values()) < 1e-6, norms
 
 
+@pytest.mark.parametrize("case", ["batch_norm", "fused"])
 @pytest.mark.parametrize("ranks", (1, *SIZES))
-def test_batch_norm_equals_ghost_batches(sessions, alone, ranks):
-    together = alone["batch_norm"] if ranks == 1 else arrays(sessions(ranks), "equality_batch_norm")
+def test_batch_norm_equals_ghost_batches(sessions, alone, ranks, case):
+    """Also with the fused kernels, the update of all weights among them."""
+    together = alone[case] if ranks == 1 else arrays(sessions(ranks), f"equality_{case}")
     norms = relative_norms(together, equality.ghost_batches(ranks))
     assert max(norms.values()) < 1e-5, norms
 
