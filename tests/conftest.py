@@ -121,4 +121,5 @@ def last_line(text: str) -> str:
 
 def error_lines(process: subprocess.CompletedProcess) -> List[str]:
     """Return the lines on standard error in which the package reported an error."""
-    return [line for line in process.stderr.splitlines() if line.startswith("resnet_cpu")]
+    # mpirun of Open MPI 5 writes zero bytes between the lines of ranks.
+    return [line for line in process.stderr.replace("\0", "").splitlines() if line.startswith("resnet_cpu")]

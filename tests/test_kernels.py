@@ -371,13 +371,15 @@ def test_the_choice_can_be_made_by_a_flag():
         tf.keras.backend.set_floatx("float32")
 
 
-@pytest.mark.parametrize("wrong", ["rank", "side", "gamma", "groups"])
+@pytest.mark.parametrize("wrong", ["rank", "side", "two sides", "gamma", "groups"])
 def test_inputs_that_do_not_fit_are_errors(wrong):
     example = Example((4, 4, 8), side=True, batch=3)
     if wrong == "rank":
         example.images = example.images[0]
     elif wrong == "side":
         example.side = [example.side[0][:2]]
+    elif wrong == "two sides":
+        example.side *= 2
     elif wrong == "gamma":
         example.gamma = example.gamma[:3]
     else:

@@ -66,7 +66,7 @@ def code_digest() -> str:
     for folder, folders, names in os.walk(package):
         folders.sort()
         for name in sorted(names):
-            if name.endswith(".py"):
+            if name.endswith((".py", ".cc", ".h")):
                 with open(os.path.join(folder, name), "rb") as file:
                     digest.update(name.encode() + b"\0" + file.read())
     return digest.hexdigest()[:12]

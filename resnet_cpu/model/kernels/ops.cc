@@ -167,6 +167,11 @@ class NormKernel : public OpKernel {
     OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
     OP_REQUIRES_OK(context, context->GetAttr("groups", &groups_));
     OP_REQUIRES_OK(context, context->GetAttr("epsilon", &epsilon_));
+    int sides, copies;
+    OP_REQUIRES_OK(context, context->GetAttr("sides", &sides));
+    OP_REQUIRES_OK(context, context->GetAttr("copies", &copies));
+    OP_REQUIRES(context, sides <= 1 && copies <= 2,
+                InvalidArgument("there can be one side input and two copies, not ", sides, " and ", copies));
     element_ = tensorflow::DataTypeSize(type);
     loops_ = loops_for(type);
     OP_REQUIRES(context, loops_ != nullptr,
