@@ -28,7 +28,7 @@ COMMAND_OF_BATCH_FILE = {
 }
 # Removed flags whose names other programs use, too: Slurm, mpirun.
 NAMES_OF_OTHERS = {"output", "oversubscribe"}
-STARTS = re.compile(r"python -m resnet_cpu\.(?P<module>[a-z_]+)|launch/(?P<batch>\w+)\.sbatch")
+STARTS = re.compile(r"python -m resnet_cpu\.(?P<module>[a-z_]+(?:\.[a-z_]+)*)|launch/(?P<batch>\w+)\.sbatch")
 ENDS = re.compile(r"`|\s(?:&&?|;|>|\||#)(?:\s|$)|\$\(")
 
 
@@ -78,6 +78,8 @@ def faults(text: str) -> List[str]:
     known = {path.stem for path in (ROOT / "resnet_cpu").glob("*.py")}
     found = []
     for line, name, arguments in commands(text):
+        if "." in name and (ROOT / "resnet_cpu" / (name.replace(".", "/") + ".py")).is_file():
+            continue
         if name not in known:
             found.append(f"{line}: python -m resnet_cpu.{name} does not exist")
             continue

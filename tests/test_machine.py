@@ -192,10 +192,9 @@ def test_instruction_sets_are_read(tmp_path):
 def test_layers_that_corrupt_memory_on_this_processor_are_refused():
     """Held against version 0.1, which trained them, with other losses in each run and crashes."""
     without, with_avx512 = ["avx2"], ["avx2", "avx512f", "avx512bw"]
-    assert "4 channels" in machine.narrow_layers_problem(4, without, intel_extension=True)
-    assert machine.narrow_layers_problem(8, without, intel_extension=True) is None  # negative controls
-    assert machine.narrow_layers_problem(4, with_avx512, intel_extension=True) is None
-    assert machine.narrow_layers_problem(4, without, intel_extension=False) is None
+    assert "4 channels" in machine.narrow_layers_problem(4, without)
+    assert machine.narrow_layers_problem(8, without) is None  # negative controls
+    assert machine.narrow_layers_problem(4, with_avx512) is None
 
 
 def test_bfloat16_that_aborts_on_this_processor_is_refused():

@@ -247,7 +247,7 @@ def test_a_signal_stops_cleanly_with_75_and_the_rest_is_bit_identical(tiny_data,
 
 
 def test_a_network_of_few_channels_repeats_its_losses_on_any_processor(run_command, tmp_path):
-    """Without AVX-512, the Intel extension corrupted memory: runs hung, crashed or gave other losses each time."""
+    """Without AVX-512, oneDNN's kernels corrupted memory: runs hung, crashed or gave other losses each time."""
     flags = ["--dataset=synthetic", "--train_examples=32", "--num_classes=10", "--image_size=16", "--model=resnet18"]
     flags += ["--width=0.05", "--stem=small", "--batch_size=8", "--phase=main:steps=20,lr=0.01", "--log_every_steps=1"]
     losses = []

@@ -144,29 +144,29 @@ def precision_problem(precision: str, instruction_sets: Sequence[str], intel_ext
     Seen with intel-extension-for-tensorflow 2.15.0.0 on a processor without AVX-512: its convolution in bfloat16 has no
     kernel there, and the process aborts ("dnnl::error: object is not initialized").
     """
-    if precision != "bfloat16" or not _uses_avx2_kernels(instruction_sets, intel_extension):
+    if precision != "bfloat16" or not intel_extension or _has_avx512_kernels(instruction_sets):
         return None
     return "the Intel extension needs AVX-512 for it, which this processor does not have"
 
 
-def narrow_layers_problem(channels: int, instruction_sets: Sequence[str], intel_extension: bool) -> Optional[str]:
+def narrow_layers_problem(channels: int, instruction_sets: Sequence[str]) -> Optional[str]:
     """Return why layers of `channels` channels need the kernels of an older processor, None if they do not.
 
-    Seen with intel-extension-for-tensorflow 2.15.0.0 on a processor without AVX-512: networks with layers of 4 and 6
-    channels gave other losses in each run and crashed or hung in some; with 8 and more, or with oneDNN's kernels for
-    SSE4.1, each run gave the same bits.
+    Seen with TensorFlow 2.21 and with intel-extension-for-tensorflow 2.15.0.0 on a processor without AVX-512: networks
+    with layers of 3 to 6 channels crashed or hung, or gave other losses in each run; with 8 and more, or with oneDNN's
+    kernels for SSE4.1, each run gave the same bits.
     """
-    if channels >= _LEAST_CHANNELS or not _uses_avx2_kernels(instruction_sets, intel_extension):
+    if channels >= _LEAST_CHANNELS or _has_avx512_kernels(instruction_sets):
         return None
     return (
-        f"layers of {channels} channels: with fewer than {_LEAST_CHANNELS}, the Intel extension's kernels for AVX2 "
-        "corrupt memory; the slower ones for SSE4.1 are used (BUILD_NOTES.md)"
+        f"layers of {channels} channels: with fewer than {_LEAST_CHANNELS}, oneDNN's kernels for AVX2 corrupt memory; "
+        "the slower ones for SSE4.1 are used (BUILD_NOTES.md)"
     )
 
 
-def _uses_avx2_kernels(instruction_sets: Sequence[str], intel_extension: bool) -> bool:
-    """Return whether the Intel extension computes here without AVX-512; its kernels for that need the part BW."""
-    return intel_extension and "avx512bw" not in instruction_sets
+def _has_avx512_kernels(instruction_sets: Sequence[str]) -> bool:
+    """Return whether oneDNN computes with AVX-512 here: its kernels need the part BW."""
+    return "avx512bw" in instruction_sets
 
 
 def cpu_list(text: str) -> Set[int]:

@@ -1,5 +1,6 @@
 """The report of a run: rows, progress, TensorBoard, result and plots on rank 0; a silent twin on the other ranks."""
 
+import importlib.util
 import sys
 import time
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
@@ -18,6 +19,7 @@ from resnet_cpu.training.job import Job
 from resnet_cpu.training.step import Outcome
 
 TOP1_MARKS = (0.5, 0.6, 0.7, 0.75, 0.759, 0.8, 0.85, 0.88, 0.9)  # accuracies whose first crossing is timed
+_HAS_TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 _CLOCK_SHARE = 0.01  # of the time, at most, that writing clock.json after steps may take
 
 
@@ -102,6 +104,8 @@ class Report:
         if job.settings.model.precision == "bfloat16":
             self._warn_of_slow_precision()
         self._announce_kernels(kernels)
+        if not _HAS_TENSORBOARD:
+            self.say("TensorBoard is not installed: nothing is written for it (pip install tensorboard)")
         if job.last_step < job.total_steps:
             self.say(f"will stop after step {job.last_step} (--max_steps), save a checkpoint and evaluate")
         if saved is None:
@@ -281,6 +285,8 @@ class Report:
         self._folder.close()
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if not _HAS_TENSORBOARD:  # a package of its own since TensorFlow 2.21
+            return
         if self._board is None:
             self._board = tf.summary.create_file_writer(self._folder.file("tensorboard"))
         with self._board.as_default():

@@ -25,13 +25,13 @@ def build_model(settings: Settings, fused_kernels: bool = False) -> tf.keras.Mod
     `fused_kernels`: for training with the operations of `resnet_cpu.model.kernels`, whose library must load. Such a
     network cannot be exported as a SavedModel, which would need the library.
     """
-    processor = provenance.instruction_sets(), has_intel_openmp()
-    problem = narrow_layers_problem(max(1, round(64 * settings.model.width)), *processor)
+    instruction_sets = provenance.instruction_sets()
+    problem = narrow_layers_problem(max(1, round(64 * settings.model.width)), instruction_sets)
     if problem is not None and _ISA_LIMIT not in os.environ:
         os.environ[_ISA_LIMIT] = "SSE41"  # oneDNN reads it at its first use, which is in the first step
         if control.announced()[1] == 0:
             print(f"warning: --width={settings.model.width:g}: {problem}", file=sys.stderr, flush=True)
-    problem = precision_problem(settings.model.precision, *processor)
+    problem = precision_problem(settings.model.precision, instruction_sets, has_intel_openmp())
     if problem is not None:
         raise FlagError(f"--precision={settings.model.precision}: {problem}; use float32")
     options = dataclasses.asdict(settings.model)
