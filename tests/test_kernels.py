@@ -1,6 +1,7 @@
 """The fused kernels against float64: values, gradients, types, threads, instruction sets; and a missing library."""
 
 import hashlib
+import os
 import subprocess
 import sys
 from typing import List, Optional
@@ -326,7 +327,11 @@ print(test_kernels.library.load().isa, hashlib.sha256(b"".join(array.tobytes() f
 
 def digest(threads: int, limit: str = "") -> List[str]:
     """Return the instruction set and a digest of all results of a process with that many threads."""
-    environment = {**OUTSIDE, library.ISA_LIMIT: limit, "PYTHONPATH": f"{OUTSIDE['PYTHONPATH']}:{sys.path[0]}"}
+    environment = {
+        **OUTSIDE,
+        library.ISA_LIMIT: limit,
+        "PYTHONPATH": f"{OUTSIDE['PYTHONPATH']}:{os.path.dirname(__file__)}",
+    }
     output = subprocess.check_output([sys.executable, "-c", DIGEST, str(threads)], env=environment, text=True)
     return output.split()
 
