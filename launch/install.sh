@@ -197,7 +197,8 @@ if [[ ! -f $VENV/horovod-built-for || $(<"$VENV/horovod-built-for") != "$built_w
   pip install -qq --no-deps --no-index --force-reinstall "$wheels"/horovod-*.whl
   printf '%s\n' "$built_with" >"$VENV/horovod-built-for"
 fi
-pip install -qq --no-deps --no-build-isolation -e .
+# --use-pep517: else setuptools calls pip once more, which then wants to download setuptools.
+pip install -qq --no-deps --no-build-isolation --use-pep517 -e .
 say "fused kernels (about 20 seconds, unless a library of these sources and this TensorFlow is in the cache)"
 "$in_venv" -m resnet_cpu.model.kernels.build
 pip check >/dev/null || fail "the environment in $VENV is inconsistent (see '$VENV/bin/python -m pip check'); remove $VENV and try again"
