@@ -47,6 +47,12 @@ def test_a_measurement_is_remembered(tmp_path, monkeypatch, output, expected):
     assert precision.known(host, False, path) is None  # other packages have other kernels
 
 
+def test_a_home_folder_that_cannot_be_written_does_not_stop_a_launch(monkeypatch):
+    output = "float32 10.0\nbfloat16 18.0\n"
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, output))
+    assert precision.measure(machine.read(), True, "/proc/none/precisions.json") == 1.8
+
+
 def test_hosts_are_measured_once_and_only_where_it_may_pay(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     asked = []

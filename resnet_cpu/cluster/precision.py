@@ -4,6 +4,7 @@ The instruction sets alone do not decide it: without AMX, bfloat16 was 1.8 times
 avx512_bf16, and slower on an Intel Xeon that has the same.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -46,7 +47,8 @@ def measure(host: Machine, intel_extension: bool, path: Optional[str] = None) ->
     if "float32" not in rates:
         return None
     ratio = round(float(rates.get("bfloat16", 0.0)) / float(rates["float32"]), 2)
-    remembered.add(path or remembered.file("precisions"), _key(host, intel_extension), ratio)
+    with contextlib.suppress(OSError):  # a home folder that cannot be written: it is timed again next time
+        remembered.add(path or remembered.file("precisions"), _key(host, intel_extension), ratio)
     return ratio
 
 
