@@ -56,7 +56,8 @@ class _Fault:
             seen = self._seen
         if seen == self._number or (self._kind == "slow" and seen > self._number):
             if seen == self._number:
-                os.write(2, f"fault: {self._text} at {stage}\n".encode())
+                # The first line feed ends what another thread or rank has begun to write.
+                os.write(2, f"\nfault: {self._text} at {stage}\n".encode())
             return self._happen(stage, value)
         return value
 

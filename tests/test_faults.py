@@ -32,7 +32,7 @@ def test_a_fault_happens_at_its_stage_the_nth_time_and_once(monkeypatch, capfd):
     with pytest.raises(OSError, match="No space left on device"):
         faults.point("checkpoints:file")
     faults.point("checkpoints:file")
-    assert capfd.readouterr().err == "fault: 0:checkpoints:file:2:full at checkpoints:file\n"
+    assert capfd.readouterr().err == "\nfault: 0:checkpoints:file:2:full at checkpoints:file\n"
 
 
 def test_a_pattern_names_several_stages(monkeypatch):

@@ -46,12 +46,16 @@ class Progress:
             f"epoch {self.total_epochs * steps / self.total_steps:.2f}/{self.total_epochs:.2f}  "
             f"loss {row['loss']:.4f}  lr {row['lr']:.5g}  {speed}"
         )
-        end = "" if self._terminal else "\n"
-        print(("\r\x1b[K" if self._terminal else "") + line, end=end, file=sys.stderr, flush=True)
+        self._write(line + ("" if self._terminal else "\n"))
 
     def say(self, text: str) -> None:
         """Print a line of its own."""
-        print(("\r\x1b[K" if self._terminal else "") + text, file=sys.stderr, flush=True)
+        self._write(text + "\n")
+
+    def _write(self, text: str) -> None:
+        # In one piece, unlike print() under PYTHONUNBUFFERED=1: other ranks and threads write to the same stream.
+        sys.stderr.write(("\r\x1b[K" if self._terminal else "") + text)
+        sys.stderr.flush()
 
 
 class _Window:
