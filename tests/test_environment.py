@@ -67,7 +67,7 @@ def test_negative_control_what_users_tune_is_kept_and_recorded(name):
 
 @pytest.mark.parametrize("version, separate", [("2.15.1", False), ("2.16.0", True), ("2.21.0", True), ("", False)])
 def test_keras_2_is_chosen_for_each_tensorflow(version, separate, monkeypatch):
-    monkeypatch.setattr(environment, "_tensorflow", lambda: version)
+    monkeypatch.setattr(environment, "version", lambda package: version)
     for exported in ("1", "0", "", None):
         environ = {} if exported is None else {"TF_USE_LEGACY_KERAS": exported}
         environment.settle(environ)
@@ -209,3 +209,13 @@ def test_an_exported_number_of_threads_that_is_none_is_refused(trained, tmp_path
     process, _ = trained(tmp_path / "run", {name: "auto"})
     assert process.returncode == 64 and f"{name}=auto: must be a whole number" in error_lines(process)[0]
     assert "Traceback" not in process.stderr and os.listdir(tmp_path) == []
+
+
+def test_tensorflow_is_found_under_either_of_its_names(monkeypatch):
+    def installed(name):
+        if name != "tensorflow-cpu":
+            raise environment.metadata.PackageNotFoundError(name)
+        return "2.15.1"
+
+    monkeypatch.setattr(environment.metadata, "version", installed)
+    assert environment.version("tensorflow") == "2.15.1" and environment.version("numpy") is None

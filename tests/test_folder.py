@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -64,6 +66,14 @@ def test_progress_is_one_plain_line_without_a_terminal(capsys):
     assert capsys.readouterr().err == (
         "main  step 10/20  epoch 0.50/1.00  loss 1.2500  lr 0.1  80.0 img/s (40.0/core)  data wait 10.0%  left 1s\n"
     )
+
+
+def test_progress_is_written_in_one_piece(monkeypatch):
+    """Under PYTHONUNBUFFERED=1, print() writes the line feed separately, and lines of other ranks get in between."""
+    written = []
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(isatty=lambda: False, write=written.append, flush=bool))
+    report.Progress(20, 1.0, 2).say("evaluation")
+    assert written == ["evaluation\n"]
 
 
 def test_progress_of_the_first_step_has_no_speed(capsys):

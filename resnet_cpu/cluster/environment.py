@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from importlib import metadata
-from typing import Dict, List, Mapping, MutableMapping, NamedTuple
+from typing import Dict, List, Mapping, MutableMapping, NamedTuple, Optional
 
 from resnet_cpu.errors import FlagError
 
@@ -69,17 +69,18 @@ def decided() -> Dict[str, str]:
 
 def keras_is_separate() -> bool:
     """Return whether Keras 2, which Horovod needs, is the package tf_keras for the installed TensorFlow."""
-    found = re.match(r"(\d+)\.(\d+)", _tensorflow())
+    found = re.match(r"(\d+)\.(\d+)", version("tensorflow") or "")
     return found is not None and (int(found[1]), int(found[2])) >= _KERAS_2
 
 
-def _tensorflow() -> str:
-    for name in ("tensorflow", "tensorflow-cpu"):
+def version(package: str) -> Optional[str]:
+    """Return the version of an installed package, None without it; TensorFlow has two names."""
+    for name in (package, "tensorflow-cpu") if package == "tensorflow" else (package,):
         try:
             return metadata.version(name)
         except metadata.PackageNotFoundError:
             pass
-    return ""
+    return None
 
 
 def not_obeyed(environ: Mapping[str, str] = os.environ) -> Dict[str, str]:

@@ -40,7 +40,7 @@ class Asked:
     def outcome(self) -> Handshake:
         if self.quick:
             return Handshake(None, {}, skipped=True)
-        alone = shutil.which("mpirun") is None or facts.version("mpi4py") is None
+        alone = shutil.which("mpirun") is None or environment.version("mpi4py") is None
         return facts.shake_hands(HANDSHAKE_S, alone)
 
     @functools.cached_property
@@ -63,14 +63,14 @@ def _packages(asked: Asked) -> Check:
     ranges = facts.requirements()[1]
     stack = facts.stack()
     pinned = ranges.get(stack, {}) if stack else {}
-    installed = {name: facts.version(name) for name in {**ranges[""], **pinned}}
+    installed = {name: environment.version(name) for name in {**ranges[""], **pinned}}
     return checks.packages(installed, ranges[""], stack, pinned, facts.broken())
 
 
 def _mpirun(asked: Asked) -> Check:
     path, printed = facts.mpirun()
     in_batch_job = "SLURM_JOB_ID" in os.environ
-    has_srun, has_horovod = shutil.which("srun") is not None, facts.version("horovod") is not None
+    has_srun, has_horovod = shutil.which("srun") is not None, environment.version("horovod") is not None
     return checks.mpirun(path, printed, in_batch_job, has_srun, has_horovod)
 
 
@@ -83,7 +83,7 @@ def _tensorflow(asked: Asked) -> Check:
 
 
 def _horovod(asked: Asked) -> Check:
-    return checks.horovod(*facts.horovod_build(), facts.version("tensorflow"), asked.outcome)
+    return checks.horovod(*facts.horovod_build(), environment.version("tensorflow"), asked.outcome)
 
 
 def _processor(asked: Asked) -> Check:

@@ -22,6 +22,7 @@ import time
 from importlib import metadata
 from typing import IO, Any, Dict, Iterator, List, Optional, Set, Tuple
 
+from resnet_cpu.cluster.environment import keras_is_separate, version
 from resnet_cpu.run.atomic import write_atomically
 from resnet_cpu.run.rights import others_may_write
 
@@ -89,20 +90,8 @@ def _requirement(line: str) -> Tuple[str, str]:
     return (match[1], match[2]) if match else (line, "")
 
 
-def version(package: str) -> Optional[str]:
-    """Return the version of an installed package, None without it; TensorFlow has two names."""
-    for name in (package, "tensorflow-cpu") if package == "tensorflow" else (package,):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            pass
-    return None
-
-
 def stack() -> str:
     """Return the name of the installed stack: intel, current, or empty for TensorFlow 2.15 without the extension."""
-    from resnet_cpu.cluster.environment import keras_is_separate
-
     return "intel" if version(_EXTENSION) else "current" if keras_is_separate() else ""
 
 

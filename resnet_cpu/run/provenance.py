@@ -10,11 +10,10 @@ import platform
 import resource
 import socket
 import sys
-from importlib import metadata
 from typing import Any, Dict, List, Optional
 
 from resnet_cpu.cluster import machine
-from resnet_cpu.cluster.environment import Environment
+from resnet_cpu.cluster.environment import Environment, version
 
 _PACKAGES = ("tensorflow", "intel-extension-for-tensorflow", "horovod", "mpi4py", "numpy", "keras", "tf_keras")
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -49,13 +48,7 @@ def of_rank(found: Environment) -> Dict[str, Any]:
 
 def versions() -> Dict[str, Optional[str]]:
     """Return the versions of the packages that affect speed and results, None for one that is not installed."""
-    found: Dict[str, Optional[str]] = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return {name: version(name) for name in _PACKAGES}
 
 
 @functools.cache
