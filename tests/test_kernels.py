@@ -366,6 +366,14 @@ def test_a_library_that_is_missing_or_of_another_build(tmp_path, monkeypatch):
             library.choose(settings("--fused_kernels=yes"))
 
 
+def test_without_the_package_tensorflow_the_library_has_another_name(monkeypatch):
+    """As in an environment that has only tensorflow-cpu, or a TensorFlow that its site built."""
+    ours = library.key()
+    for version in ("2.99.0", None):
+        monkeypatch.setattr(library, "version", lambda package, version=version: version)
+        assert library.key.__wrapped__() != ours
+
+
 def test_the_choice_can_be_made_by_a_flag():
     assert library.choose(settings("--fused_kernels=yes")).used
     assert library.choose(settings("--fused_kernels=no")) == (False, "TensorFlow's operations (--fused_kernels=no)")

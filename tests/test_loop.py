@@ -135,6 +135,18 @@ def test_a_resumed_run_may_group_its_batch_differently_and_prints_it(tiny_data, 
     )
 
 
+@pytest.mark.parametrize("first, second", [("yes", "no"), ("no", "yes")])
+def test_a_run_may_continue_with_other_kernels_and_prints_it(first, second, tiny_data, finished, tmp_path, capfd):
+    """Losses stay close, and not one of them would differ if the second attempt computed as the first one did."""
+    run_dir = str(tmp_path / "run")
+    train(tiny_data, run_dir, f"--fused_kernels={first}", "--max_steps=8")
+    train(tiny_data, run_dir, f"--fused_kernels={second}")
+    assert "kernels changed since that checkpoint: " in capfd.readouterr().err
+    mine, whole = ([loss for _, loss, _ in runs.losses(folder)] for folder in (run_dir, finished))
+    assert mine == pytest.approx(whole, rel=0.03)
+    assert mine[8:] != whole[8:]
+
+
 def test_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(tiny_data, tmp_path):
     run_dir = str(tmp_path / "run")
     with pytest.raises(NotFinite, match="step 1[0-5] .phase tail") as caught:

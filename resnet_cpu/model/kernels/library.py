@@ -11,14 +11,14 @@ import os
 import pathlib
 import platform
 import sys
-from importlib import metadata
 from typing import Any, List, NamedTuple
 
+from resnet_cpu.cluster.environment import version
 from resnet_cpu.errors import FlagError
 from resnet_cpu.settings import Settings
 
 FOLDER = pathlib.Path(__file__).parent
-SOURCES = ("loops.h", "loops.cc", "ops.cc", "build.py")
+SOURCES = ("blocks.h", "loops.h", "loops.cc", "ops.cc", "build.py")
 # The widest instruction set to use: avx512_bf16, avx512 or avx2. For tests and comparisons.
 ISA_LIMIT = "RESNET_CPU_KERNELS_ISA"
 
@@ -60,7 +60,7 @@ def file() -> pathlib.Path:
 @functools.cache
 def key() -> str:
     """Return a digest of everything that the library is built from."""
-    digest = hashlib.sha256(f"{metadata.version('tensorflow')} {platform.machine()}".encode())
+    digest = hashlib.sha256(f"{version('tensorflow')} {platform.machine()}".encode())
     for name in SOURCES:
         digest.update((FOLDER / name).read_bytes())
     return digest.hexdigest()[:16]
