@@ -58,6 +58,13 @@ class Recipe:
         False, "Rescale the velocity when the learning rate changes (Goyal et al., 1706.02677).", decides=True
     )
     nesterov: bool = setting(False, "Use Nesterov momentum.", decides=True)
+    exchange: str = setting(
+        "float32",
+        "Type in which gradients are sent between ranks. bfloat16 halves the messages; sums are float32 "
+        "(docs/scaling.md).",
+        choices=("float32", "bfloat16"),
+        decides=True,
+    )
     label_smoothing: float = setting(
         0.0,
         "Share of the label spread evenly over all classes in training. Logged losses exclude it.",

@@ -127,6 +127,7 @@ CHANGES = {
     "momentum_correction": "true",
     "label_smoothing": "0.1",
     "nesterov": "true",
+    "exchange": "bfloat16",
     "bn_stats_batch": "4",
     "phase": "x:steps=2,lr=1",
     "batch_size": "5",

@@ -31,6 +31,7 @@ def test_it_prints_the_answer(capsys):
         (["--images_per_second=3"], "--speed="),
         (["--past_run=a"], "--speed="),
         (["--format=png", "--output=x.png"], "simulate.png"),
+        (["--exchange=bfloat16"], "only messages in float32 are simulated"),
     ],
 )
 def test_bad_flags(arguments, message):

@@ -52,7 +52,14 @@ def shared_networks() -> Iterator[None]:
         return _shared[key]
 
     def make_step(model: tf.keras.Model, recipe: Recipe, micro_batches: int, fused_update: bool) -> TrainStep:
-        options = recipe.optimizer, recipe.nesterov, recipe.wd_on_bn, recipe.label_smoothing, fused_update
+        options = (
+            recipe.optimizer,
+            recipe.nesterov,
+            recipe.wd_on_bn,
+            recipe.label_smoothing,
+            recipe.exchange,
+            fused_update,
+        )
         key = ("step", id(model), options, micro_batches)
         if key not in _shared:
             _shared[key] = TrainStep(model, recipe, micro_batches, fused_update)

@@ -59,6 +59,10 @@ def from_settings(settings: Settings) -> Cluster:
 
     Raises FlagError for flags or constants that contradict each other, CheckpointError for an unusable past run.
     """
+    if settings.recipe.exchange != "float32":
+        raise FlagError(
+            f"--exchange={settings.recipe.exchange}: only messages in float32 are simulated; remove the flag"
+        )
     name = settings.simulate.network
     constants = {} if name in NETWORKS else _read_constants(name)
     speed = settings.prediction.speed

@@ -41,7 +41,7 @@ def _make_optimizer(model: tf.keras.Model, knobs: _Knobs, recipe: Recipe, fused:
         chosen = lars.LARS(*scalars, lars.skip_list(model), recipe.nesterov)
     else:
         chosen = sgd.SGD(*scalars, sgd.without_decay(model, recipe.wd_on_bn), recipe.nesterov, fused)
-    optimizer = horovod.distributed(chosen)
+    optimizer = horovod.distributed(chosen) if recipe.exchange == "float32" else chosen
     optimizer.build(model.trainable_variables)
     return optimizer
 
@@ -58,10 +58,19 @@ class Outcome(NamedTuple):
 
 
 class _Tape:
-    """The tape that Horovod's optimizer asks for gradients: returns their mean over micro-batches, and the time."""
+    """The tape that the optimizer asks for gradients: returns their mean over micro-batches, and the time.
 
-    def __init__(self, tape: tf.GradientTape, sums: List[tf.Variable], micro_batches: int) -> None:
-        self._tape, self._sums, self._micro_batches = tape, sums, micro_batches
+    Horovod's optimizer averages them over ranks; another one receives the means by `exchange`.
+    """
+
+    def __init__(
+        self,
+        tape: tf.GradientTape,
+        sums: List[tf.Variable],
+        micro_batches: int,
+        exchange: Callable[[List[tf.Tensor]], List[tf.Tensor]] = list,
+    ) -> None:
+        self._tape, self._sums, self._micro_batches, self._exchange = tape, sums, micro_batches, exchange
         self.finished_at = tf.constant(0.0, tf.float64)
 
     def gradient(self, loss: tf.Tensor, variables: List[tf.Variable], output_gradients: Optional[Any] = None) -> List:
@@ -69,7 +78,7 @@ class _Tape:
         gradients = [_mean(gradient, summed, self._micro_batches) for gradient, summed in zip(gradients, self._sums)]
         with tf.control_dependencies(gradients):
             self.finished_at = tf.timestamp()
-        return gradients
+        return self._exchange(gradients)
 
 
 class TrainStep:
@@ -87,6 +96,7 @@ class TrainStep:
         `fused_update`: momentum SGD updates all weights in one operation, see `resnet_cpu.optim.sgd.SGD`.
         """
         self._model, self._micro_batches, self._smoothing = model, micro_batches, recipe.label_smoothing
+        self._exchange = horovod.means_by_bfloat16 if recipe.exchange == "bfloat16" else list
         self._knobs = _make_knobs()
         self.optimizer = _make_optimizer(model, self._knobs, recipe, fused_update)
         self._statistics: List[tf.Variable] = model.non_trainable_variables
@@ -153,7 +163,7 @@ class TrainStep:
         self._knobs.assign(rates)
         with tf.GradientTape() as tape:
             loss, cross_entropy = self._losses(images, labels)
-        over = _Tape(tape, self._gradient_sums, self._micro_batches)
+        over = _Tape(tape, self._gradient_sums, self._micro_batches, self._exchange)
         self.optimizer.minimize(loss, self._model.trainable_variables, tape=over)
         for variable, summed in zip(self._statistics, self._statistics_sums):
             if summed is not None:

@@ -1,6 +1,7 @@
 """Five steps on fixed examples, computed by N ranks together, and on one rank by other means."""
 
 import contextlib
+import dataclasses
 import functools
 
 import numpy as np
@@ -14,7 +15,7 @@ from resnet_cpu.training.step import TrainStep
 
 BATCH, STEPS = 24, 5
 RECIPE = commandline.parse([]).recipe
-CASES = ("float64", "float32", "batch_norm", "fused")
+CASES = ("float64", "float32", "batch_norm", "fused", "bfloat16_exchange")
 RATES = Rates(lr=0.05, momentum=0.9, wd=1e-3)
 
 
@@ -61,7 +62,8 @@ def train(case, part, as_variables=False, micro_batches=1, norm_layer=tf.keras.l
         if fused:
             norm_layer = functools.partial(FusedBatchNormalization, False)
         model = network(case in ("batch_norm", "fused"), norm_layer)
-        train_step = TrainStep(model, RECIPE, micro_batches, fused)
+        recipe = dataclasses.replace(RECIPE, exchange="bfloat16" if case == "bfloat16_exchange" else "float32")
+        train_step = TrainStep(model, recipe, micro_batches, fused)
         for step in range(STEPS):
             images, labels = (np.split(array[part], micro_batches) for array in examples(step, dtype))
             batches = ((tf.constant(x), tf.constant(y)) for x, y in zip(images, labels))

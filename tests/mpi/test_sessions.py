@@ -95,6 +95,22 @@ def test_ranks_equal_one_rank_with_the_whole_batch_float32(sessions, alone, rank
     assert max(norms.values()) < 1e-6, norms
 
 
+@pytest.mark.parametrize("ranks", SIZES)
+def test_means_by_bfloat16_are_those_of_rounded_values(sessions, ranks):
+    assert found(sessions(ranks), "exchange") == {"wrong": [0, 0, 0, 0], "parts": [[3, 2, 1], [0]]}
+
+
+@pytest.mark.parametrize("ranks", SIZES)
+def test_gradients_sent_as_bfloat16_lose_no_more_than_its_digits(sessions, alone, ranks):
+    """Velocities and weights after five steps, beside those of one rank, which sends nothing."""
+    norms = relative_norms(arrays(sessions(ranks), "equality_bfloat16_exchange"), alone["float32"])
+    assert 1e-5 < max(norms.values()) < 2**-7, norms
+
+
+def test_one_rank_computes_the_same_with_either_exchange(alone):
+    assert max(relative_norms(alone["bfloat16_exchange"], alone["float32"]).values()) == 0
+
+
 @pytest.mark.parametrize("case", ["batch_norm", "fused"])
 @pytest.mark.parametrize("ranks", (1, *SIZES))
 def test_batch_norm_equals_ghost_batches(sessions, alone, ranks, case):

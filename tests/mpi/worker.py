@@ -82,8 +82,28 @@ def case_equality():
     for name in equality.CASES:
         _, per_rank = equality.BATCH, equality.BATCH // world.size
         part = slice(world.rank * per_rank, (world.rank + 1) * per_rank)
-        arrays = equality.train(name, part)
-        write_arrays(f"equality_{name}", arrays)
+        variables = equality.train(name, part, as_variables=True)
+        horovod.check_replicas(world, variables, name)
+        write_arrays(f"equality_{name}", equality.named(variables))
+
+
+def case_exchange():
+    """Means by bfloat16 are the float32 means of rounded values, rounded; parts are filled from the last tensor on."""
+    shapes = [[3], [horovod._PART // 2 + 1, 2], [1], [2, 5]]
+
+    def tensors(rank):
+        generator = np.random.Generator(np.random.Philox(key=[7, rank]))
+        return [tf.constant(generator.standard_normal(shape), tf.float32) for shape in shapes]
+
+    def rounded(values):
+        return tf.cast(tf.cast(values, tf.bfloat16), tf.float32)
+
+    means = tf.function(horovod.means_by_bfloat16)(tensors(world.rank))
+    all_ranks = zip(*(tensors(rank) for rank in range(world.size)))
+    wanted = [rounded(tf.reduce_mean(tf.stack([rounded(each) for each in values]), 0)) for values in all_ranks]
+    assert [mean.shape for mean in means] == [value.shape for value in wanted]
+    wrong = [int(tf.reduce_sum(tf.cast(mean != value, tf.int32))) for mean, value in zip(means, wanted)]
+    write("exchange", {"wrong": wrong, "parts": horovod._parts([tensor.shape.num_elements() for tensor in means])})
 
 
 def case_without_averaging():
@@ -227,7 +247,7 @@ def case_messages():
 
 
 DELAY_S = 0.1  # a tiny step takes a fifth of that
-ALL = ["control_plane", "allreduce", "equality", "evaluation"]
+ALL = ["control_plane", "allreduce", "exchange", "equality", "evaluation"]
 CASES = {
     2: [
         *ALL,
@@ -244,7 +264,7 @@ CASES = {
         "messages",
     ],
     3: ALL,
-    4: ["allreduce", "equality"],
+    4: ["allreduce", "exchange", "equality"],
 }
 
 horovod.start(world)
