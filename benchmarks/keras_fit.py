@@ -32,7 +32,10 @@ def main() -> None:
     parser.add_argument(
         "--jit_compile", choices=["auto", "no"], default="auto", help="auto: Keras 3 decides whether to use XLA"
     )
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="bfloat16: mixed")
     arguments = parser.parse_args()
+    if arguments.precision == "bfloat16":
+        tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
     size = arguments.image_size
     model = tf.keras.applications.ResNet50(weights=None, input_shape=[size, size, 3])
     optimizer = tf.keras.optimizers.SGD(0.01, momentum=0.9, weight_decay=1e-4)

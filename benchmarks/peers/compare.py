@@ -4,8 +4,9 @@
     python benchmarks/peers/compare.py --rounds 2 --out benchmarks/results/peers.csv
     python benchmarks/peers/compare.py --rounds 7 --sides goals --out benchmarks/results/peers.csv     # adds rounds
 
-224x224 synthetic images, batch 32 per process, float32, SGD with momentum and weight decay, all cores. `--list` and
-docs/benchmarks.md describe the settings of each side. The CSV gets a row for each measurement as soon as it is made;
+224x224 synthetic images, batch 32 per process, float32, SGD with momentum and weight decay, all cores. `--image_size`,
+`--batch_size` and `--precision` choose others, for all sides of a CSV. `--list` and docs/benchmarks.md describe the
+settings of each side. The CSV gets a row for each measurement as soon as it is made;
 the same call continues after an interruption. Ratios are taken within rounds only. Run it on an idle machine.
 """
 
@@ -51,7 +52,7 @@ BASES = {
     "ours_2_ranks": ["ours_1_rank", "horovod_defaults", "keras_stock", "keras_intel", "tensorflow_newest",
                      "tensorflow_newest_tuned", "pytorch", "pytorch_tcmalloc", "pytorch_launcher", "pytorch_compiled",
                      "pytorch_ddp"],
-    "ours_2_ranks_bfloat16": ["ours_2_ranks", "keras_intel"],
+    "ours_2_ranks_bfloat16": ["ours_2_ranks", "keras_intel"],  # of earlier rounds
 }  # fmt: skip
 
 
@@ -64,12 +65,11 @@ class Side:
     python: pathlib.Path  # interpreter of its environment
     packages: Tuple[str, ...]  # their versions are recorded
     environment: Dict[str, str] = dataclasses.field(default_factory=dict)
-    default: bool = True  # measured if --sides is not given
 
 
-def all_sides(venvs: pathlib.Path, steps: int, image_size: int, batch_size: int) -> Dict[str, Side]:
+def all_sides(venvs: pathlib.Path, steps: int, image_size: int, batch_size: int, precision: str) -> Dict[str, Side]:
     """Return every side by name. Each times `steps` batches over all of its processes, after WARMUP steps."""
-    size = [f"--image_size={image_size}", f"--batch_size={batch_size}"]
+    size = [f"--image_size={image_size}", f"--batch_size={batch_size}", f"--precision={precision}"]
     half = max(2, steps // 2)
     allocator = paired.with_allocator()
     ours = [sys.executable, "-m", "resnet_cpu.benchmark", "--dataset=synthetic", *size, f"--warmup_steps={WARMUP}"]
@@ -93,10 +93,6 @@ def all_sides(venvs: pathlib.Path, steps: int, image_size: int, batch_size: int)
     return {
         "ours_1_rank": Side("launch/local.sh 1", ["launch/local.sh", 1, *one], here, ours_packages),
         "ours_2_ranks": Side("launch/local.sh 2", ["launch/local.sh", 2, *two], here, ours_packages),
-        "ours_2_ranks_bfloat16": Side(
-            "the same in bfloat16", ["launch/local.sh", 2, *two, "--precision=bfloat16"], here, ours_packages,
-            default=False,
-        ),
         "keras_stock": Side(
             "keras.applications and fit on TensorFlow 2.15, as installed", [stock, *fit], stock,
             ("tensorflow-cpu", "keras"),
@@ -215,20 +211,19 @@ def main() -> None:
     parser.add_argument("--venvs", type=pathlib.Path, default=HERE / ".venvs", help="folder that was given to setup.sh")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=32, help="per process")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="bfloat16: mixed")
     parser.add_argument("--list", action="store_true", help="describe the sides and exit")
     parser.add_argument("--report", action="store_true", help="print the results in --out and exit")
     arguments = parser.parse_args()
     venvs, out = arguments.venvs.resolve(), pathlib.Path(arguments.out)
-    sides = all_sides(venvs, arguments.steps, arguments.image_size, arguments.batch_size)
+    sides = all_sides(venvs, arguments.steps, arguments.image_size, arguments.batch_size, arguments.precision)
     if arguments.list:
         for name, side in sides.items():
             settings = " ".join(f"{key}={value}" for key, value in side.environment.items())
             print(f"{name}: {side.description}\n    {settings} {' '.join(map(str, side.command))}")
         return
     if not arguments.report:
-        chosen = {"all": [name for name in sides if sides[name].default], "goals": GOALS}.get(
-            arguments.sides, arguments.sides.split(",")
-        )
+        chosen = {"all": list(sides), "goals": GOALS}.get(arguments.sides, arguments.sides.split(","))
         check(parser, sides, chosen)
         for name in [name for name in os.environ if name.startswith(TUNING)]:
             del os.environ[name]

@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--tuned", action="store_true")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
     arguments = parser.parse_args()
     processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     torch.manual_seed(0)
@@ -104,7 +105,8 @@ def main() -> None:
     ends = []
     for _ in range(arguments.warmup_steps + arguments.steps):
         optimizer.zero_grad(set_to_none=True)
-        loss = cross_entropy(trained(images), labels)
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bfloat16"):
+            loss = cross_entropy(trained(images), labels)
         loss.backward()
         optimizer.step()
         loss.item()
