@@ -4,6 +4,7 @@
 # skipped, interrupted ones are continued.
 #
 #   make reproduce                        RUNS=folder (runs/reproduce)  SEEDS="0 1 2"  JOBS=cores  ONLY=part-of-a-name
+#   MISSING=1 make reproduce              without the runs that experiments/results/runs.csv holds
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs=${RUNS:-runs/reproduce}
@@ -12,6 +13,7 @@ jobs=${JOBS:-$(nproc)}
 only=${ONLY:-}  # a part of the names of the runs to run
 ensemble=experiments/collapsed_ensemble
 ladder=experiments/lr_scaling
+border=$ensemble/border
 
 # The ladders need an otherwise idle machine. Rungs take turns, so that drift of the machine affects all of them; each
 # repetition is a batch. On all rungs, every rank has a core of its own and one thread.
@@ -53,6 +55,47 @@ list() {
   done
 }
 
+# The border where ensembles begin to pay (docs/ensemble.md). Each setting: a name and the number of training images, the flags
+# that make it, and the arms. `third` trains three networks for an ensemble of independent ones. The data are not part of the
+# repository: border/make_data.py, and the image folders of CIFAR-10, both by `prepare folder`.
+border() {
+  local seed setting arms flags arm
+  while read -r setting arms flags; do
+    for seed in $seeds; do
+      for arm in ${arms//,/ }; do
+        if [[ $arm == third ]]; then
+          for number in 0 1 2; do
+            echo "border/$setting/independent/seed-$seed/$number --flagfile=$border/third.flags --train_examples=${setting#*-} --seed=$((10 * seed + 100 + number)) $flags"
+          done
+        else
+          echo "border/$setting/$arm/seed-$seed --flagfile=$border/$arm.flags --train_examples=${setting#*-} --seed=$seed $flags"
+        fi
+      done
+    done
+  done <<'SETTINGS'
+tiny-10000 half,one,one_collapse,late_36,late_100,published,third
+tiny-45000 half,one,one_collapse,late_36,late_100,published,third
+tiny-20000 half,one,one_collapse,late_36,late_100,published
+tiny-5000 half,one,one_collapse,late_36,late_100,published
+wide-10000 half,one,one_collapse,late_36,late_100 --width=0.25
+cifar-5000 half,one,one_collapse,late_36,late_100 --data_dir=data/cifar10 --num_classes=10
+cifar-50000 half,one,one_collapse,late_36,late_100 --data_dir=data/cifar10 --num_classes=10
+SETTINGS
+}
+
+# Independent networks are combined when all three are finished.
+combine() {
+  local folder
+  for folder in "$runs"/border/*/independent/seed-*; do
+    [[ -d $folder/0 && -d $folder/1 && -d $folder/2 && ! -e $folder/ensemble.json ]] || continue
+    grep -qs '"complete": true' "$folder/0/result.json" && grep -qs '"complete": true' "$folder/1/result.json" &&
+      grep -qs '"complete": true' "$folder/2/result.json" || continue
+    if python -m resnet_cpu.evaluate --ensemble --members="$folder/0,$folder/1,$folder/2" >"$folder/ensemble.part" 2>>"$folder/log"; then
+      mv "$folder/ensemble.part" "$folder/ensemble.json"
+    fi
+  done
+}
+
 # The batch-norm statistics of averaged weights are not the averaged statistics: compute them in a hundred steps at LR 0.
 average() {
   local seed table mean
@@ -82,7 +125,15 @@ one() {
 export -f one
 export runs
 
-all() { { grep -E "^[^ ]*$only" || true; } | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
+wanted() {
+  local line
+  while read -r line; do
+    if [[ -z ${MISSING:-} ]] || ! grep -q "^${line%% *}," experiments/results/runs.csv; then echo "$line"; fi
+  done
+}
+all() { { grep -E "^[^ ]*$only" || true; } | wanted | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
 scaling
 list | all
 average | all
+border | all
+combine

@@ -7,7 +7,7 @@ from typing import List
 from resnet_cpu import commandline
 from resnet_cpu.cluster import guard
 from resnet_cpu.errors import DataError
-from resnet_cpu.report import accuracy, efficiency, plotting, study_plots, tables
+from resnet_cpu.report import accuracy, border, efficiency, plotting, study_plots, tables
 
 
 def main(argv: List[str]) -> None:
@@ -24,13 +24,17 @@ def main(argv: List[str]) -> None:
         tables.update_results(accuracy.CURVES, curves, accuracy.CURVE_COLUMNS)
         tables.update_results(efficiency.SCALING_RUNS, scaling_runs, efficiency.RUN_COLUMNS)
     runs, curves, scaling_runs = map(tables.read_results, (accuracy.RUNS, accuracy.CURVES, efficiency.SCALING_RUNS))
-    made = {**accuracy.tables(spec, published, runs), **efficiency.tables(spec, published, scaling_runs)}
+    made = {
+        **accuracy.tables(spec, published, runs),
+        **efficiency.tables(spec, published, scaling_runs),
+        **border.tables(runs, border.read_predictions()),
+    }
     tables.write(made)
     if plotting.available():
         study_plots.draw_results(runs, curves, {name: table.rows for name, table in made.items()}, tables.RESULTS)
     print("\n\n".join(f"{name}\n\n{tables.markdown(table)}" for name, table in made.items()))
     print(f"tables: wrote {', '.join(made)} to {tables.RESULTS}", file=sys.stderr)
-    tables.warn_of_unused(accuracy.RUNS, runs, spec)
+    tables.warn_of_unused(accuracy.RUNS, [row for row in runs if not border.holds(row)], spec)
     tables.warn_of_unused(efficiency.SCALING_RUNS, scaling_runs, spec)
 
 

@@ -137,6 +137,17 @@ def test_table_shows_branches_members_and_accumulation(capsys):
     )
 
 
+def test_members_are_placed_in_the_budget(capsys):
+    """7,800 + 3,750 + 1,560 of 25,730 steps for the first member of the ensemble of recipe B."""
+    plan.main(["--flagfile=experiments/collapsed_ensemble/ce_of_b.flags", "--ranks=128"])
+    text = capsys.readouterr().out
+    assert "member one: 41.91 epochs of training, 51.0 % of the budget, 0.97 doublings behind" in text
+    assert "member three: 72.29 epochs of training, 87.9 % of the budget, 0.19 doublings behind" in text
+    assert "members on average: 0.56 doublings behind" in text
+    plan.main([*ASKED, "--phase=main:steps=3,lr=1,member=1"])
+    assert "doublings" not in capsys.readouterr().out  # a single member does not make an ensemble
+
+
 def test_corrected_momentum_is_in_the_csv(capsys):
     found = rows(capsys, "--phase=m:steps=3,lr=0.4,warmup_steps=2,warmup_lr=0.1", "--momentum_correction")
     assert [float(row["momentum"]) for row in found] == pytest.approx([0.9, 0.9 * 0.25 / 0.1, 0.9 * 0.4 / 0.25])

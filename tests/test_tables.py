@@ -196,7 +196,7 @@ def test_run_folders_become_tables_and_collecting_them_again_changes_nothing(pla
     rows = {row["what"]: row for row in report.read_results("runs.csv") if row["seed"] == "0"}
     assert list(rows) == [
         *("last", "end_of:main", "end_of:tail", "end_of:cycle", "end_of:collapse", "member:tail", "member:collapse"),
-        *("ensemble", "best_member", "best_subset", "prefix:1", "prefix:2"),
+        *("ensemble", "best_member", "best_subset", "prefix:1", "prefix:2", "last_m:1", "last_m:2"),
     ]
     assert rows["ensemble"]["steps"] == "12" and rows["member:tail"]["steps"] == ""
     assert rows["end_of:tail"]["steps"] == "6" and rows["end_of:tail"]["wall_seconds"] == "6"
@@ -219,7 +219,7 @@ def test_a_run_that_is_collected_again_replaces_its_rows_only(place, tmp_path):
     write_run(tmp_path / "two" / "b", code="second")
     tables.main([f"--runs={tmp_path / 'two'}"])
     rows = report.read_results("runs.csv")
-    assert {(row["run"], row["code"]) for row in rows} == {("a", "c"), ("b", "second")} and len(rows) == 24
+    assert {(row["run"], row["code"]) for row in rows} == {("a", "c"), ("b", "second")} and len(rows) == 28
 
 
 def test_a_run_of_version_0_1_has_the_same_recipe_as_one_of_today(place, tmp_path):

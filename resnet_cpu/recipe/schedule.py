@@ -1,7 +1,7 @@
 """The learning rate as a pure function of the step: fed to the optimizer, logged and plotted, never stored."""
 
 import math
-from typing import Callable, Dict, Iterator, NamedTuple, Sequence, Set, Tuple
+from typing import Callable, Dict, Iterator, NamedTuple, Optional, Sequence, Set, Tuple
 
 from resnet_cpu.recipe.phases import Phase
 
@@ -20,6 +20,17 @@ class Span(NamedTuple):
     phase: Phase
     phase_first: int  # executed steps before the phase
     steps: range
+
+
+def budgets(phases: Sequence[Phase]) -> Dict[str, float]:
+    """Return for each member the share of all steps of the recipe that its weights were trained in.
+
+    Other branches, and what follows its own phase, have no part in a member. One model trained in all steps has 1.
+    """
+    behind: Dict[Optional[str], int] = {None: 0}  # steps from the start to the end of a phase, in its own line
+    for phase in phases:
+        behind[phase.name] = behind[phase.parent] + phase.steps
+    return {phase.name: behind[phase.name] / total_steps(phases) for phase in phases if phase.member}
 
 
 def learning_rate(phase: Phase, step: int) -> float:

@@ -1,7 +1,7 @@
 """Accuracy of finished runs, beside published figures: rows of runs.csv and curves.csv, and tables made from them.
 
 A line of experiments/tables.csv matches runs by name (`runs`) and one of their scores (`what`): `last`, `ensemble`,
-`best_member`, `best_subset`, `prefix:COUNT`, `member:NAME`, `end_of:PHASE`.
+`best_member`, `best_subset`, `prefix:COUNT`, `last_m:COUNT`, `member:NAME`, `end_of:PHASE`.
 """
 
 import dataclasses
@@ -19,10 +19,12 @@ from resnet_cpu.run.folder import read_json, read_rows
 from resnet_cpu.text import count
 
 RUNS, CURVES = "runs.csv", "curves.csv"
+ENSEMBLE = "ensemble.json"
 SCORES = ("top1", "top5", "loss", "ece")
 RUN_COLUMNS = (
     *("run", "what", "seed", "recipe", *SCORES, "epochs", "steps", "global_batch_size", "ranks", "cores"),
     *("images_per_second", "wall_seconds", "cpu", "tensorflow", "code"),
+    *("temperature", "loss_scaled", "ece_scaled", "disagreement"),
 )
 CURVE_COLUMNS = ("run", "epoch", "phase", "top1", "loss")
 _TABLE_COLUMNS = (
@@ -51,7 +53,33 @@ def collect(folder: str) -> Tuple[List[Row], List[Row]]:
         runs += [_row(name, what, scores, result, record) for what, scores in _scores(result, evaluations)]
         for row in evaluations:
             curves.append({key: cell(value) for key, value in {"run": name, **row}.items() if key in CURVE_COLUMNS})
-    return runs, curves
+    return [*runs, *_of_several_runs(folder)], curves
+
+
+def _of_several_runs(folder: str) -> Iterator[Row]:
+    """Yield the rows of ensembles of several runs: a folder of runs with the output of `evaluate --ensemble`.
+
+    Their cost is that of all runs. The folder's `ensemble.json` is that output.
+    """
+    for path, folders, names in os.walk(folder):
+        folders.sort()
+        if ENSEMBLE not in names:
+            continue
+        scores = read_json(os.path.join(path, ENSEMBLE))
+        below = [os.path.join(path, name) for name in folders if os.path.exists(os.path.join(path, name, "run.json"))]
+        results, records = (
+            [found for found in (read_json(os.path.join(run, file)) for run in below) if found]
+            for file in ("result.json", "run.json")
+        )
+        if not scores or not below or len(results) < len(below) or len(records) < len(below):
+            where = printable(os.path.join(path, ENSEMBLE))
+            problem = "it is not readable, or a run beside it has not finished"
+            print(f"tables: {where}: skipped, because {problem}", file=sys.stderr)
+            continue
+        whole = {**results[0], **{key: sum(row[key] for row in results) for key in ("epochs", "steps", "wall_seconds")}}
+        for what, found in _scores({**whole, **scores}, []):
+            if what != "last":
+                yield _row(os.path.relpath(path, folder), what, found, whole, records[0])
 
 
 def _scores(result: Mapping[str, Any], evaluations: Iterable[Mapping[str, Any]]) -> Iterator[Tuple[str, Mapping]]:
@@ -69,13 +97,17 @@ def _scores(result: Mapping[str, Any], evaluations: Iterable[Mapping[str, Any]])
         yield "best_subset", ensemble["best_subset"]
         for prefix in ensemble["prefixes"]:
             yield f"prefix:{len(prefix['members'])}", prefix
+        for last in ensemble.get("last_m", []):
+            yield f"last_m:{len(last['members'])}", last
 
 
 def _row(name: str, what: str, scores: Mapping, result: Mapping, record: Mapping) -> Row:
     rate, per_core = result.get("images_per_second"), result.get("images_per_second_per_core")
+    pairs = scores.get("disagreement", {}).values()
     values = {
         **{key: result.get(key) for key in RUN_COLUMNS},
-        **{key: scores.get(key) for key in SCORES},
+        **{key: scores.get(key) for key in (*SCORES, "temperature", "loss_scaled", "ece_scaled")},
+        "disagreement": statistics.mean(pairs) if pairs else None,
         **_cost(what, scores, result),
         "run": name,
         "what": what,

@@ -1,5 +1,6 @@
 """The plan of a flagfile, as `python -m resnet_cpu.plan` prints it: a table, CSV with a row per step, or a plot."""
 
+import math
 from typing import Callable, Iterator, List, Optional, Tuple
 
 from resnet_cpu.data.datasets import facts_of
@@ -83,11 +84,27 @@ def table_lines(resolved: Resolved, ranks: int, examples: int, rate: Optional[fl
         f"global batch {batch.total:,} = {count(ranks, 'rank')} x {batch.per_rank}{micro_batches}; {examples:,} "
         f"training examples = {examples / batch.total:,.2f} steps per epoch",
     ]
+    lines += member_lines(resolved, images / examples)
     if rate is not None:
         lines.append(
             f"{duration(images / rate)} at {rate:,.1f} images/s of all ranks, evaluations and start not counted"
         )
     return lines
+
+
+def member_lines(resolved: Resolved, epochs: float) -> List[str]:
+    """Return where each member of a recipe of `epochs` ends in its budget, behind one model of the whole budget."""
+    shares = schedule.budgets(resolved.phases)
+    behind = {name: -math.log2(share) for name, share in shares.items()}
+    lines = [
+        f"member {name}: {share * epochs:.2f} epochs of training, {100 * share:.1f} % of the budget, "
+        f"{behind[name]:.2f} doublings behind one model with all of it"
+        for name, share in shares.items()
+    ]
+    if len(lines) < 2:
+        return []
+    mean = sum(behind.values()) / len(behind)
+    return [*lines, f"members on average: {mean:.2f} doublings behind (docs/ensemble.md, when it pays)"]
 
 
 def _columns(global_batch: int, examples: int, rate: Optional[float]) -> List[Tuple[str, Callable[[Phase], str]]]:

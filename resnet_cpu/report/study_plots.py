@@ -103,6 +103,8 @@ def draw_results(runs: Sequence[Row], curves: Sequence[Row], tables: Mapping[str
     for table in ("ensemble", "ensemble_full"):
         _draw_ensembles(_grouped(runs, table), os.path.join(folder, f"{table}.png"))
     _draw_cycles(curves, os.path.join(folder, "cycles.png"))
+    if "border" in tables:
+        _draw_border(tables["border"], os.path.join(folder, "border.png"))
     published = [row for rows in tables.values() for row in rows if row.get("nodes") and row["efficiency"]]
     for table, rows in tables.items():
         if any(row.get("images_per_second") for row in rows):
@@ -176,6 +178,38 @@ def _draw_ensembles(arms: Mapping[str, Sequence[Row]], path: str) -> None:
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     save(figure, path)
+
+
+def _draw_border(rows: Sequence[Row], path: str) -> None:
+    """Draw the ensemble minus one model over the training images, with intervals, beside what was predicted."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(9, 5), constrained_layout=True)
+    axes.axhline(0, color="black", linewidth=0.8)
+    for number, (setting, arm) in enumerate(dict.fromkeys((row["setting"], row["arm"]) for row in rows)):
+        line = sorted((row for row in rows if (row["setting"], row["arm"]) == (setting, arm)), key=_images)
+        sizes, values = [_images(row) for row in line], [float(row["difference"]) for row in line]
+        bounds = [[abs(float(row[key] or row["difference"]) - float(row["difference"])) for row in line]
+                  for key in ("low", "high")]  # fmt: skip
+        colour = f"C{number}"
+        axes.errorbar(sizes, values, bounds, fmt="o-", color=colour, capsize=3, markersize=4)
+        predicted = [(_images(row), float(row["predicted"])) for row in line if row["predicted"]]
+        axes.plot(*zip(*predicted) if predicted else ([], []), "D", color=colour, markerfacecolor="none")
+        axes.annotate(
+            f"{arm}, {setting}", (sizes[-1], values[-1]), (8, 0), textcoords="offset points", color=colour, va="center"
+        )
+    axes.plot([], [], "D", color="grey", markerfacecolor="none", label="predicted before the run")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.margins(x=0.25)
+    axes.set_xlabel("training images")
+    axes.set_ylabel("top-1 of the ensemble minus one model\nof the same budget, points")
+    axes.legend(loc="upper right")
+    axes.grid(alpha=0.3)
+    save(figure, path)
+
+
+def _images(row: Row) -> int:
+    return int(row["images"])
 
 
 def _draw_cycles(curves: Sequence[Row], path: str) -> None:

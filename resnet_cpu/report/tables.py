@@ -24,7 +24,7 @@ Column = Tuple[str, List[str]]  # title, cells
 # All relative to the current folder: the root of the repository, or of a copy with other experiments.
 EXPERIMENTS = "experiments"
 RESULTS = os.path.join(EXPERIMENTS, "results")
-DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("results", "scaling", "benchmarks", "simulate")))
+DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("results", "ensemble", "scaling", "benchmarks", "simulate")))
 # Top-1 over epochs of Intel's entries, from stanford-futuredata/dawn-bench-entries.
 PUBLISHED_CURVES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "published_curves.csv")
 NOT_RUN = "not run"

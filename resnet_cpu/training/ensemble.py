@@ -17,11 +17,9 @@ from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.run import checkpoint
 from resnet_cpu.run.folder import read_json
 from resnet_cpu.settings import Settings
+from resnet_cpu.training import calibration
 
-ECE_BINS = 15  # of equal width, as in Guo et al., arXiv 1706.04599
 MOST_FOR_SUBSETS = 6  # members; more have too many subsets to score each on 50,000 x 1,000 probabilities
-_LEAST_PROBABILITY = 1e-38  # stands for a probability that float32 rounded to zero, in the logarithm
-_CHUNK = 4096  # examples at a time, to bound the memory of the means in float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +87,8 @@ def load(path: str) -> Predictions:
 def report(members: Mapping[str, Predictions], beat: Callable[[], None] = lambda: None) -> Dict[str, Any]:
     """Return the scores of every member, every prefix and the ensemble, the best subset, and pairwise disagreement.
 
+    Members, prefixes, last members and the best subset also have the scores after temperature scaling.
+
     The best subset is chosen on the same examples that it is scored on, so its score is optimistic. `beat` is called
     after each score.
     """
@@ -97,16 +97,26 @@ def report(members: Mapping[str, Predictions], beat: Callable[[], None] = lambda
     labels = members[names[0]].labels
     scores: Dict[Tuple[str, ...], Dict[str, float]] = {}
 
+    calibrations: Dict[Tuple[str, ...], Dict[str, float]] = {}
+
+    def probabilities(chosen: Sequence[str]) -> List[np.ndarray]:
+        return [members[name].probabilities for name in chosen]
+
     def score_of(*chosen: str) -> Dict[str, float]:
         if chosen not in scores:
-            scores[chosen] = score([members[name].probabilities for name in chosen], labels)
+            scores[chosen] = score(probabilities(chosen), labels)
             beat()
         return scores[chosen]
 
-    def row(chosen: Tuple[str, ...]) -> Dict[str, Any]:
-        return {"members": list(chosen), **score_of(*chosen)}
+    def calibration_of(*chosen: str) -> Dict[str, float]:
+        if chosen not in calibrations:
+            calibrations[chosen] = calibration.scaled(probabilities(chosen), labels, beat)
+        return calibrations[chosen]
 
-    singles = {name: score_of(name) for name in names}
+    def row(chosen: Tuple[str, ...]) -> Dict[str, Any]:
+        return {"members": list(chosen), **score_of(*chosen), **calibration_of(*chosen)}
+
+    singles = {name: {**score_of(name), **calibration_of(name)} for name in names}
     prefixes = [tuple(names[:count]) for count in range(1, len(names) + 1)]
     subsets = prefixes
     if len(names) <= MOST_FOR_SUBSETS:
@@ -153,30 +163,22 @@ def score(probabilities: Sequence[np.ndarray], labels: np.ndarray) -> Dict[str, 
     ECE: mean over examples of |accuracy - confidence| of their bin of confidence.
     """
     hits1, hits5, losses, confidences = [], [], [], []
-    for start in range(0, len(labels), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        mean = np.mean([one[part].astype(np.float64) for one in probabilities], 0)
+    for part, mean in calibration.means(probabilities):
         truth = labels[part, None]
         own = np.take_along_axis(mean, truth, 1)
         before = (mean > own) | ((mean == own) & (np.arange(mean.shape[1]) < truth))
         rank = before.sum(1)
         hits1.append(rank < 1)
         hits5.append(rank < 5)
-        losses.append(-np.log(np.maximum(own[:, 0], _LEAST_PROBABILITY)))
+        losses.append(-np.log(np.maximum(own[:, 0], calibration.LEAST_PROBABILITY)))
         confidences.append(mean.max(1))
     hit, confidence = np.concatenate(hits1), np.concatenate(confidences)
     return {
         "top1": float(hit.mean()),
         "top5": float(np.concatenate(hits5).mean()),
         "loss": float(np.concatenate(losses).mean()),
-        "ece": _calibration_error(hit, confidence),
+        "ece": calibration.error(hit, confidence),
     }
-
-
-def _calibration_error(hit: np.ndarray, confidence: np.ndarray) -> float:
-    bins = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
-    gaps = np.bincount(bins, hit - confidence, ECE_BINS)
-    return float(np.abs(gaps).sum() / len(hit))
 
 
 def average_weights(paths: Sequence[str]) -> checkpoint.Arrays:

@@ -1,0 +1,49 @@
+"""Predict the ensembles of a setting before they are run, from its single models; add rows to predictions.csv.
+
+    ONLY=border/tiny-10000/half make reproduce; ONLY=border/tiny-10000/one/ make reproduce
+    python -m resnet_cpu.tables --runs=runs/reproduce
+    python experiments/collapsed_ensemble/border/predict.py tiny-10000       # then commit, and run the ensembles
+
+How: `resnet_cpu.report.border.predict`.
+"""
+
+import argparse
+import math
+import os
+
+from resnet_cpu import commandline
+from resnet_cpu.errors import DataError
+from resnet_cpu.recipe import schedule
+from resnet_cpu.report import accuracy, border, tables
+from resnet_cpu.resolve import resolve_recipe
+
+ENSEMBLES = ("late_36", "late_100", "published")
+
+
+def doublings(arm: str) -> float:
+    """Return by how many doublings of the budget the members of an arm are behind one model, on average."""
+    settings = commandline.parse([f"--flagfile={os.path.join(border.FOLDER, arm)}.flags", "--train_examples=10000"])
+    shares = schedule.budgets(resolve_recipe(settings, 1, 10000).phases)
+    return sum(-math.log2(share) for share in shares.values()) / len(shares)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("setting", help="SET-IMAGES, such as tiny-10000")
+    setting = parser.parse_args().setting
+    predicted = border.read_predictions()
+    if any(row["setting"] == setting for row in predicted):
+        parser.error(f"{border.PREDICTIONS} has predictions of {setting}; they are not made twice")
+    runs, pilot = tables.read_results(accuracy.RUNS), tables.read_csv(border.PILOT)
+    behind = {arm: doublings(arm) for arm in ENSEMBLES}
+    try:
+        rows = [border.predict(setting, arm, behind, runs, pilot) for arm in ENSEMBLES]
+    except DataError as error:
+        parser.error(str(error))
+    for row in rows:
+        print(f"{setting}/{row['arm']}: G {row['G']}, D {row['D']}, ensemble - one model {row['difference']} points")
+    tables.write_csv(border.PREDICTIONS, [*predicted, *rows], border.PREDICTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""Where ensembles begin to pay: an ensemble beside one model of the same budget, over the amount of training data.
+
+With G, how much better an ensemble is than its members on average, and D, how much better one model with the whole
+budget is than these members, the ensemble wins if and only if G > D. docs/ensemble.md explains both.
+
+Runs are rows of runs.csv named border/SETTING-IMAGES/ARM/seed-N; `half` and `one` are single models with half of the
+budget and all of it, `one_collapse` is another one with all of it. All other arms are ensembles.
+"""
+
+import math
+import os
+import statistics
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from resnet_cpu.errors import DataError
+from resnet_cpu.report.tables import EXPERIMENTS, Row, Table, cell, origin, read_csv
+from resnet_cpu.text import count
+
+FOLDER = os.path.join(EXPERIMENTS, "collapsed_ensemble", "border")
+PREDICTIONS, PILOT = (os.path.join(FOLDER, f"{name}.csv") for name in ("predictions", "pilot"))
+PREDICTED = ("setting", "arm", "half", "one", "slope", "doublings", "cycles", "G", "D", "difference", "from")
+SINGLES = ("one", "one_collapse")
+_SETTINGS = {
+    "tiny": "half of Tiny-ImageNet",
+    "wide": "the same, twice the width",
+    "cifar": "CIFAR-10",
+}
+_ARMS = {
+    "late_36": "late, restarts at 36 %",
+    "late_100": "late, restarts at 100 %",
+    "published": "as published",
+    "independent": "three networks of a third",
+}
+# Student's t: half of a 95 % interval of a mean of n values, in standard errors.
+_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+_COLUMNS = (
+    *("setting", "images", "arm", "n", "members", "members_sd", "ensemble", "ensemble_sd", "single", "one", "one_sd"),
+    *("slope", "G", "D", "disagreement", "difference", "low", "high", "predicted", "loss_difference", "loss_low"),
+    *("loss_high", "ece", "ece_scaled", "one_ece", "one_ece_scaled"),
+)
+
+
+class Interval(NamedTuple):
+    """A mean over seeds, with its standard deviation and 95 % interval (None for a single seed)."""
+
+    mean: float
+    sd: Optional[float]
+    low: Optional[float]
+    high: Optional[float]
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return the mean of `values` over seeds, with the interval of Student's t."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return Interval(mean, None, None, None)
+    sd = statistics.stdev(values)
+    half = _T[min(len(values), max(_T))] * sd / math.sqrt(len(values))
+    return Interval(mean, sd, mean - half, mean + half)
+
+
+class Place(NamedTuple):
+    """Where a run belongs: `border/SETTING-IMAGES/ARM/seed-N`."""
+
+    setting: str
+    images: int
+    arm: str
+
+
+Arms = Dict[Place, Dict[str, Dict[str, Row]]]  # the rows of each place by seed and by what they score
+
+
+def tables(runs: Iterable[Row], predictions: Sequence[Row]) -> Dict[str, Table]:
+    """Return the table `border`, a row for each setting, number of images and ensemble; {} without such runs."""
+    arms = _by_place(runs)
+    found = (_figures(place, arms, predictions) for place in sorted(arms) if place.arm in _ARMS)
+    rows = [row for row in found if row]
+    if not rows:
+        return {}
+    used = [row for place in arms for seeds in arms[place].values() for row in seeds.values()]
+    machines = [f"{row['cpu']}, {count(row['ranks'], 'rank')}, {count(row['cores'], 'core')}" for row in used]
+    note = (
+        "Top-1 in %, differences in points; mean ± standard deviation over n seeds. `one model` is the better of two, "
+        "with and without a collapse. In brackets: 95 % interval of the mean of the paired differences (Student's t). "
+        f"{origin(used, machines)}"
+    )
+    return {"border": Table(_columns(rows), note, [_as_text(row) for row in rows], _COLUMNS)}
+
+
+def holds(run: Row) -> bool:
+    """Return whether a row of runs.csv belongs to this study."""
+    return run["run"].startswith("border/")
+
+
+def _by_place(runs: Iterable[Row]) -> Arms:
+    """Return for each place the rows of each seed, by what they score."""
+    found: Arms = {}
+    for row in runs:
+        parts = row["run"].split("/")
+        if holds(row) and len(parts) == 4:
+            setting, _, images = parts[1].rpartition("-")
+            found.setdefault(Place(setting, int(images), parts[2]), {}).setdefault(parts[3], {})[row["what"]] = row
+    return found
+
+
+def _scores(arms: Arms, place: Place, what: str, key: str) -> Dict[str, float]:
+    """Return a score of an arm by seed; of a single model, `ensemble` is that of its only member."""
+    return {seed: float(rows[what][key]) for seed, rows in arms.get(place, {}).items() if what in rows}
+
+
+def _members(rows: Dict[str, Row]) -> float:
+    return statistics.mean(float(row["top1"]) for what, row in rows.items() if what.startswith("member:"))
+
+
+def best_single(arms: Arms, place: Place) -> Optional[str]:
+    """Return the arm of SINGLES with the best mean in the setting of `place`; None if none was run."""
+    means = {}
+    for arm in SINGLES:
+        scores = _scores(arms, place._replace(arm=arm), "ensemble", "top1")
+        if scores:
+            means[arm] = statistics.mean(scores.values())
+    return max(means, key=lambda arm: means[arm]) if means else None
+
+
+def slope(arms: Arms, place: Place) -> Optional[float]:
+    """Return how many points one model gains by a doubling of the budget, from half of it to all of it."""
+    half, one = (_scores(arms, place._replace(arm=arm), "ensemble", "top1") for arm in ("half", "one"))
+    seeds = sorted(set(half) & set(one))
+    return 100 * statistics.mean(one[seed] - half[seed] for seed in seeds) if seeds else None
+
+
+def _figures(place: Place, arms: Arms, predictions: Sequence[Row]) -> Optional[Dict[str, Any]]:
+    """Return the row of one ensemble, top-1 in percent; None if no seed has both the ensemble and the single model."""
+    single = best_single(arms, place)
+    if single is None:
+        return None
+    alone, here = arms[place._replace(arm=single)], arms[place]
+    seeds = sorted(seed for seed in set(alone) & set(here) if "ensemble" in alone[seed] and "ensemble" in here[seed])
+    if not seeds:
+        return None
+
+    def of(rows: Dict[str, Dict[str, Row]], key: str, factor: float) -> List[float]:
+        return [factor * float(rows[seed]["ensemble"][key]) for seed in seeds]
+
+    members = [100 * _members(here[seed]) for seed in seeds]
+    ensemble, one = of(here, "top1", 100), of(alone, "top1", 100)
+    loss = [mine - theirs for mine, theirs in zip(of(here, "loss_scaled", 1), of(alone, "loss_scaled", 1))]
+    difference = interval([mine - theirs for mine, theirs in zip(ensemble, one)])
+    predicted = [row for row in predictions if (row["setting"], row["arm"]) == (_name(place), place.arm)]
+    return {
+        **{"setting": place.setting, "images": place.images, "arm": place.arm, "n": len(seeds), "single": single},
+        **{"members": statistics.mean(members), "members_sd": interval(members).sd},
+        **{"ensemble": statistics.mean(ensemble), "ensemble_sd": interval(ensemble).sd},
+        **{"one": statistics.mean(one), "one_sd": interval(one).sd, "slope": slope(arms, place)},
+        "G": statistics.mean(ensemble) - statistics.mean(members),
+        "D": statistics.mean(one) - statistics.mean(members),
+        "disagreement": statistics.mean(of(here, "disagreement", 100)),
+        **{"difference": difference.mean, "low": difference.low, "high": difference.high},
+        "predicted": float(predicted[0]["difference"]) if predicted else None,
+        **dict(zip(("loss_difference", "loss_low", "loss_high"), (interval(loss)[i] for i in (0, 2, 3)))),
+        **{key: statistics.mean(of(here, key, 100)) for key in ("ece", "ece_scaled")},
+        **{f"one_{key}": statistics.mean(of(alone, key, 100)) for key in ("ece", "ece_scaled")},
+    }
+
+
+def _name(place: Place) -> str:
+    return f"{place.setting}-{place.images}"
+
+
+def _columns(rows: Sequence[Dict[str, Any]]) -> List[Tuple[str, List[str]]]:
+    def spread(row: Dict[str, Any], key: str) -> str:
+        sd = row[f"{key}_sd"]
+        return f"{row[key]:.2f}" + ("" if sd is None else f" ± {sd:.2f}")
+
+    def bounded(row: Dict[str, Any], keys: Sequence[str], digits: int) -> str:
+        mean, low, high = (row[key] for key in keys)
+        return f"{mean:+.{digits}f}" + ("" if low is None else f" ({low:+.{digits}f} ... {high:+.{digits}f})")
+
+    return [
+        ("data", [_SETTINGS[row["setting"]] for row in rows]),
+        ("images", [f"{row['images']:,}" for row in rows]),
+        ("ensemble of three", [_ARMS[row["arm"]] for row in rows]),
+        ("n", [str(row["n"]) for row in rows]),
+        ("members", [spread(row, "members") for row in rows]),
+        ("ensemble", [spread(row, "ensemble") for row in rows]),
+        ("one model", [spread(row, "one") for row in rows]),
+        ("points per doubling", ["" if row["slope"] is None else f"{row['slope']:+.2f}" for row in rows]),
+        ("G", [f"{row['G']:.2f}" for row in rows]),
+        ("D", [f"{row['D']:.2f}" for row in rows]),
+        ("disagreement, %", [f"{row['disagreement']:.1f}" for row in rows]),
+        ("ensemble - one model", [bounded(row, ("difference", "low", "high"), 2) for row in rows]),
+        ("predicted", ["" if row["predicted"] is None else f"{row['predicted']:+.2f}" for row in rows]),
+        (
+            "loss of the ensemble - of one model, both scaled",
+            [bounded(row, ("loss_difference", "loss_low", "loss_high"), 3) for row in rows],
+        ),
+    ]
+
+
+def _as_text(row: Dict[str, Any]) -> Row:
+    return {key: cell(row[key]) for key in _COLUMNS}
+
+
+# --- predictions -----------------------------------------------------------------------------------------------------
+
+# An arm whose figures stand in for those of another one that has not been run at about as many images.
+_LIKE = {"late_100": "late_36", "published": "late_36"}
+
+
+class Known(NamedTuple):
+    """A measured `value` of an arm with a number of training images, in points, and where it was measured."""
+
+    images: int
+    value: float
+    source: str
+
+
+def predict(setting: str, arm: str, doublings: Mapping[str, float], runs: Iterable[Row], pilot: Sequence[Row]) -> Row:
+    """Return a row of predictions.csv for an ensemble that has not been run in `setting`, SET-IMAGES.
+
+    D is predicted as the gain of one model per doubling of the budget, measured in this setting with `half` and `one`,
+    times the doublings by which the members are behind on average, plus what the cycles lose: D minus that product
+    where it is known. G and the loss of the cycles come from the pilot and from what has been run with other numbers
+    of images, linear over the logarithm of the number. `doublings` has those of every arm.
+
+    Raises DataError if the single models of the setting, or all figures of other settings, are missing, and if the arm
+    has been run.
+    """
+    arms = _by_place(runs)
+    name, _, images = setting.rpartition("-")
+    place = Place(name, int(images), arm)
+    if place in arms:
+        raise DataError(f"border/{setting}/{arm} has been run; predict it before")
+    gain = slope(arms, place)
+    if gain is None:
+        raise DataError(f"border/{setting}: the slope needs finished runs of half and one; run them before")
+    gains, losses = [], []
+    for other in (arm, *([_LIKE[arm]] if arm in _LIKE else [])):
+        measured = [*_of_pilot(other, pilot), *_of_runs(place._replace(arm=other), arms)]
+        gains.append([Known(size, G, source) for size, G, _, _, source in measured])
+        losses.append(
+            [Known(size, D - by * doublings[other], source) for size, _, D, by, source in measured if by is not None]
+        )
+    G, of_G = _interpolated(gains, place)
+    lost, of_lost = _interpolated(losses, place)
+    D = gain * doublings[arm] + lost
+    half, one = (
+        100 * statistics.mean(_scores(arms, place._replace(arm=single), "ensemble", "top1").values())
+        for single in ("half", "one")
+    )
+    values = (setting, arm, half, one, gain, doublings[arm], lost, G, D, G - D, f"G: {of_G}; cycles: {of_lost}")
+    return {key: cell(value) for key, value in zip(PREDICTED, values)}
+
+
+_Measured = Tuple[int, float, float, Optional[float], str]  # images, G, D, points per doubling, source
+
+
+def _of_pilot(arm: str, pilot: Sequence[Row]) -> Iterator[_Measured]:
+    for row in pilot:
+        if row["arm"] == arm:
+            members = statistics.mean(map(float, row["members"].split("/")))
+            one = float(row["one"])
+            gain = one - float(row["half"]) if row["half"] else None
+            yield int(row["images"]), float(row["ensemble"]) - members, one - members, gain, "pilot"
+
+
+def _of_runs(place: Place, arms: Arms) -> Iterator[_Measured]:
+    for other in arms:
+        if (other.setting, other.arm) == (place.setting, place.arm):
+            row = _figures(other, arms, [])
+            if row:
+                yield other.images, row["G"], row["D"], row["slope"], _name(other)
+
+
+def _interpolated(candidates: Sequence[Sequence[Known]], place: Place) -> Tuple[float, str]:
+    """Return a value at the images of `place`, linear over the logarithm between neighbours, and where it comes from.
+
+    Of the candidates, the one with the nearest number of images counts, the first of equals. Beyond its ends the value
+    is that of the end. What was run replaces the pilot.
+    """
+
+    def away(size: int) -> float:
+        return abs(math.log(size / place.images))
+
+    usable = [{known.images: known for known in each} for each in candidates if each]
+    if not usable:
+        raise DataError(f"nothing is known of {place.arm}; add it to {PILOT}, or run another number of images first")
+    known = min(usable, key=lambda each: min(map(away, each)))
+    below, above = [size for size in known if size <= place.images], [size for size in known if size >= place.images]
+    low = max(below) if below else min(above)
+    high = min(above) if above else low
+    source = " and ".join(f"{known[size].source} at {size:,}" for size in sorted({low, high}))
+    if low == high:
+        return known[low].value, source
+    share = math.log(place.images / low) / math.log(high / low)
+    return (1 - share) * known[low].value + share * known[high].value, source
+
+
+def read_predictions() -> List[Row]:
+    """Return the rows of predictions.csv; none if the file does not exist."""
+    return read_csv(PREDICTIONS) if os.path.exists(PREDICTIONS) else []

@@ -1,0 +1,113 @@
+"""Where ensembles begin to pay: G, D and differences with known answers, intervals, and predictions."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from resnet_cpu.errors import DataError
+from resnet_cpu.report import border
+from resnet_cpu.report.tables import markdown
+
+TOP1 = {  # by arm: (members, whole) of three seeds
+    "half": [((0.19,), 0.19), ((0.20,), 0.20), ((0.21,), 0.21)],
+    "one": [((0.22,), 0.22), ((0.22,), 0.22), ((0.24,), 0.24)],
+    "one_collapse": [((0.20,), 0.20), ((0.21,), 0.21), ((0.22,), 0.22)],
+    "late_36": [((0.20, 0.22), 0.23), ((0.21, 0.23), 0.24), ((0.22, 0.24), 0.25)],
+}
+
+
+def runs_of(arms=TOP1, setting="tiny-10000"):
+    rows = []
+    for arm, seeds in arms.items():
+        for seed, (members, whole) in enumerate(seeds):
+            common = {"run": f"border/{setting}/{arm}/seed-{seed}", "loss": "1", "ece": "0.1", "ece_scaled": "0.02"}
+            common.update(cpu="a processor", ranks="1", cores="1", tensorflow="2.15.1", code="c")
+            for number, top1 in enumerate(members):
+                rows.append({**common, "what": f"member:m{number}", "top1": str(top1), "loss_scaled": "3"})
+            scaled = "2.9" if arm.startswith("late") else "3.0"
+            rows.append(
+                {**common, "what": "ensemble", "top1": str(whole), "loss_scaled": scaled, "disagreement": "0.4"}
+            )
+            rows.append({**common, "what": "last", "top1": str(whole), "loss_scaled": ""})
+    return rows
+
+
+def test_figures_with_known_answers():
+    predictions = [{"setting": "tiny-10000", "arm": "late_36", "difference": "0.75"}]
+    (table,) = border.tables(runs_of(), predictions).values()
+    (row,) = table.rows
+    wanted = {"n": 3, "members": 22, "ensemble": 24, "one": 22.6667, "slope": 2.66667, "G": 2, "D": 0.666667}
+    assert {key: float(row[key]) for key in wanted} == pytest.approx(wanted, rel=1e-4)
+    assert row["single"] == "one" and float(row["predicted"]) == 0.75
+    # Differences of the seeds: 1, 2, 1. Student's t with two degrees of freedom, 95 %: 4.303 standard errors.
+    assert (float(row["difference"]), float(row["low"]), float(row["high"])) == pytest.approx(
+        (4 / 3, 4 / 3 - 4.303 / 3, 4 / 3 + 4.303 / 3), rel=1e-3
+    )
+    assert float(row["loss_difference"]) == pytest.approx(-0.1)
+    assert "| +1.33 (-0.10 ... +2.77) | +0.75 |" in markdown(table)
+
+
+def test_the_single_model_to_beat_is_the_better_one():
+    better = {**TOP1, "one_collapse": [((0.25,), 0.25)] * 3}
+    (row,) = border.tables(runs_of(better), [])["border"].rows
+    assert row["single"] == "one_collapse" and float(row["difference"]) == pytest.approx(-1)
+
+
+def test_only_seeds_that_both_have_are_compared():
+    fewer = {**TOP1, "one": TOP1["one"][:2], "one_collapse": []}
+    (row,) = border.tables(runs_of(fewer), [])["border"].rows
+    assert row["n"] == "2" and float(row["difference"]) == pytest.approx(1.5)
+    assert border.tables(runs_of({"late_36": TOP1["late_36"]}), []) == {}
+    alone = {**TOP1, "one": TOP1["one"][:1], "one_collapse": []}
+    (row,) = border.tables(runs_of(alone), [])["border"].rows
+    assert row["n"] == "1" and row["low"] == ""  # one seed has no interval
+
+
+PILOT = [
+    {"arm": "late_36", "images": "1000", "members": "10/20", "ensemble": "18", "one": "16", "half": "15"},
+    {"arm": "late_36", "images": "100000", "members": "30/30", "ensemble": "31", "one": "34", "half": "30"},
+]
+DOUBLINGS = {"late_36": 0.5, "late_100": 0.25, "published": 1.0}
+
+
+def test_a_prediction_is_interpolated_over_the_logarithm_of_the_images():
+    """G: 3 and 1, so 2 in the middle. What the cycles lose: 1 - 0.5 * 1 and 4 - 0.5 * 4, so 1.25."""
+    singles = {arm: TOP1[arm] for arm in ("half", "one")}
+    row = border.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(singles), PILOT)
+    assert {key: float(row[key]) for key in ("G", "cycles", "slope")} == pytest.approx(
+        {"G": 2, "cycles": 1.25, "slope": 2.66667}, rel=1e-4
+    )
+    assert float(row["D"]) == pytest.approx(2.66667 * 0.5 + 1.25, rel=1e-4)
+    assert float(row["difference"]) == pytest.approx(float(row["G"]) - float(row["D"]), rel=1e-4)
+    assert "pilot at 1,000 and pilot at 100,000" in row["from"]
+
+
+def test_a_prediction_prefers_what_was_run_and_borrows_from_a_like_arm():
+    singles = {arm: TOP1[arm] for arm in ("half", "one")}
+    runs = [*runs_of(TOP1, "tiny-10000"), *runs_of(singles, "tiny-20000"), *runs_of(TOP1, "cifar-20000")]
+    row = border.predict("tiny-20000", "late_100", DOUBLINGS, runs, PILOT)
+    assert row["from"].startswith("G: tiny-10000 at 10,000 and pilot at 100,000")
+    share = 0.30103  # log 2 / log 10
+    assert float(row["G"]) == pytest.approx((1 - share) * 2 + share * 1, rel=1e-4)
+
+
+def test_what_cannot_be_predicted_is_refused():
+    with pytest.raises(DataError, match="has been run; predict it before"):
+        border.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(), PILOT)
+    with pytest.raises(DataError, match="the slope needs finished runs of half and one"):
+        border.predict("tiny-5000", "late_36", DOUBLINGS, runs_of(), PILOT)
+    singles = {arm: TOP1[arm] for arm in ("half", "one")}
+    with pytest.raises(DataError, match="nothing is known of late_36"):
+        border.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(singles), [])
+
+
+def test_committed_predictions_follow_from_what_was_known_and_are_not_made_twice():
+    script = ROOT / "experiments" / "collapsed_ensemble" / "border" / "predict.py"
+    done = subprocess.run([sys.executable, script, "tiny-7"], cwd=ROOT, capture_output=True, text=True)
+    assert "the slope needs finished runs of half and one" in done.stderr
+    for row in border.read_predictions():
+        figures = {key: float(row[key]) for key in ("slope", "doublings", "cycles", "G", "D", "difference")}
+        assert figures["D"] == pytest.approx(figures["slope"] * figures["doublings"] + figures["cycles"], abs=1e-3)
+        assert figures["difference"] == pytest.approx(figures["G"] - figures["D"], abs=1e-3)
