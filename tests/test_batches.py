@@ -259,7 +259,9 @@ def test_what_was_skipped_before_a_restart_does_not_change_the_images(tmp_path):
 
 def test_more_bad_records_than_allowed_end_the_run(tmp_path):
     folder, _ = damaged(tmp_path, 19, 20, 49)
-    with pytest.raises(DataError, match="3 bad records, more than --max_bad=2; prepare the data set again"):
+    with pytest.raises(
+        DataError, match="3 bad records, listed above, more than --max_bad=2; find all of them with prepare verify"
+    ):
         training(folder, most=2)
     with pytest.raises(DataError, match="damaged JPEG"):  # negative control: by default the first one does
         training(folder)

@@ -252,3 +252,15 @@ def test_verify_reads_shards_written_by_others(slim, run_command, tmp_path):
 def test_opening_needs_no_run(slim):
     settings = commandline.parse(["--dataset=imagenet", f"--data_dir={slim}"])
     assert job.open_data(settings, ALONE).train.examples == 40
+
+
+def test_a_set_that_is_half_prepared_is_named_as_such(tmp_path):
+    folder = tmp_path / "imagenet"
+    folder.mkdir()
+    shards.write_split(str(folder), "train", iter([b"x"] * 3), 3, 3)
+    (folder / "train-00001-of-00003").unlink()
+    with pytest.raises(DataError, match="1 shards missing, the first is train-00001-of-00003; copy them"):
+        folders.describe(str(folder), "imagenet")
+    (folder / shards.UNFINISHED).mkdir()
+    with pytest.raises(DataError, match="prepare was interrupted: repeat its command, which continues"):
+        folders.describe(str(folder), "imagenet")

@@ -93,13 +93,36 @@ def test_unknown_files_labels_and_classes_are_named(tmp_path):
         outer.extractall(tmp_path / "train")
     (tmp_path / "ILSVRC2012_img_train.tar").unlink()
     (tmp_path / "train" / "n99999999.tar").write_bytes(tar(extra))
-    (tmp_path / "imagenet_2012_validation_synset_labels.txt").write_text("n77777777\n" * 19)
+    (tmp_path / "imagenet_2012_validation_synset_labels.txt").write_text("n77777777\n" * 20)
     text = refusal(tmp_path)
     assert "1 files that are not training images: README" in text
     assert f"1 training images that are empty or larger than 33,554,432 bytes: {SYNSETS[0]}_1.JPEG (0 bytes)" in text
-    assert "1 validation images without a label: ILSVRC2012_val_00000020.JPEG" in text
-    assert "1 classes without training images: n77777777" in text
+    assert "1 validation labels without training images: n77777777" in text
     assert "10 classes that the validation labels do not name" in text
+
+
+@pytest.mark.parametrize("labels", ["synsets", "kit"])
+@pytest.mark.parametrize("count", [19, 21, 49_999, 50_001])
+def test_labels_of_another_number_of_images_are_refused_whatever_is_allowed(labels, count, tmp_path):
+    """One line is missing or too many, and it may be anywhere: then all labels after it are wrong."""
+    imagenet(tmp_path)
+    write_labels(tmp_path, [SYNSETS[number % 10] for number in range(count)], 10, labels)
+    if labels == "kit":
+        (tmp_path / "imagenet_2012_validation_synset_labels.txt").unlink()
+    with pytest.raises(DataError, match=f"{count:,} labels, but validation images up to number 20: line N is the"):
+        find(str(tmp_path), allow_incomplete=True)
+
+
+def test_the_whole_list_of_labels_does_for_a_part_of_the_images(tmp_path):
+    imagenet(tmp_path)
+    write_labels(tmp_path, [SYNSETS[number % 10] for number in range(50_000)], 10, "synsets")
+    assert len(find(str(tmp_path), allow_incomplete=True).splits["validation"].names) == 20
+
+
+def test_images_that_a_table_of_labels_leaves_out_are_named(tmp_path):
+    imagenet(tmp_path, labels="none")
+    write_labels(tmp_path, [SYNSETS[number % 10] for number in range(19)], 10, "solution")
+    assert "1 validation images without a label: ILSVRC2012_val_00000020.JPEG" in refusal(tmp_path)
 
 
 def test_an_image_that_occurs_twice_is_named(tmp_path):

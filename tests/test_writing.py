@@ -99,6 +99,31 @@ def test_a_finished_set_is_left_alone_and_another_never_overwritten(raw, tmp_pat
     assert tree_hash(tmp_path) == before
 
 
+def test_shards_of_a_finished_set_that_are_missing_or_truncated_are_made_again(raw, tmp_path, small_shards, capsys):
+    made(raw, tmp_path)
+    before = tree_hash(tmp_path)
+    rows = shards.read_manifest(str(tmp_path))["splits"]
+    gone, cut, bare, other = (
+        tmp_path / row["name"] for row in (rows["train"][1], rows["train"][3], *rows["validation"][:2])
+    )
+    gone.unlink()
+    cut.write_bytes(cut.read_bytes()[:-7])
+    (tmp_path / shards.index_path(str(bare))).unlink()
+    written = other.stat().st_mtime_ns
+    assert made(raw, tmp_path) == {"train": 60, "validation": 9}
+    assert "3 of 11 shards are missing or have another size; they are made again" in capsys.readouterr().err
+    assert tree_hash(tmp_path) == before and other.stat().st_mtime_ns == written
+
+
+def test_a_shard_that_would_not_be_made_as_before_is_refused(raw, tmp_path, small_shards, monkeypatch):
+    """As with another version of Pillow, which would encode other bytes."""
+    made(raw, tmp_path)
+    (tmp_path / shards.read_manifest(str(tmp_path))["splits"]["train"][0]["name"]).unlink()
+    monkeypatch.setattr(writing, "_made", lambda left, *more: [(task.name, {"sha256": "other"}) for task in left])
+    with pytest.raises(DataError, match="not as before: another version of Pillow or resnet_cpu made this set"):
+        made(raw, tmp_path)
+
+
 def test_a_set_begun_with_other_flags_is_not_continued(raw, tmp_path, small_shards, monkeypatch):
     monkeypatch.setattr(writing.shards, "write_manifest", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):

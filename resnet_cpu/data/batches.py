@@ -277,8 +277,8 @@ def _note(split: Split, bad: Dict[int, DataError], tolerance: int) -> None:
         split.bad[example] = error
     if len(split.bad) > tolerance:
         raise DataError(
-            f"{_where(split)}: {len(split.bad)} bad records, more than --max_bad={tolerance}; prepare the data set "
-            "again, or raise --max_bad"
+            f"{_where(split)}: {len(split.bad)} bad records, listed above, more than --max_bad={tolerance}; find all "
+            "of them with prepare verify, or raise --max_bad"
         )
 
 

@@ -289,7 +289,9 @@ def _complete_set(folder: str, split: str, patterns: Mapping[str, Mapping[int, s
     missing = [shard for shard in range(int(total)) if shard not in names]
     if missing:
         first = pattern.replace("*", f"{missing[0]:0{len(total)}d}")
-        raise DataError(f"--data_dir={folder}: {len(missing)} shards missing, the first is {first}; copy them")
+        begun = os.path.isdir(os.path.join(folder, shards.UNFINISHED))
+        remedy = "prepare was interrupted: repeat its command, which continues" if begun else "copy them"
+        raise DataError(f"--data_dir={folder}: {len(missing)} shards missing, the first is {first}; {remedy}")
     if len(names) != int(total):
         raise DataError(f"--data_dir={folder}: {names[max(names)]} is not one of {total} shards; remove it")
     return [{"name": names[shard]} for shard in range(int(total))]

@@ -27,6 +27,7 @@ from resnet_cpu.errors import DataError, OutputError
 from resnet_cpu.run.atomic import write_atomically
 
 FORMAT_VERSION = 1  # of the manifest; one without the key has this version as well
+UNFINISHED = ".prepare"  # folder beside the shards while they are prepared
 RETRY_AFTER_S = 1.0  # after a read that failed: most failures of network file systems are brief
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
@@ -184,9 +185,13 @@ def read_manifest(folder: str) -> Dict:
             f"--data_dir={folder}: contains no {MANIFEST}; prepare the data set with python -m resnet_cpu.prepare"
         ) from None
     except ValueError as error:
-        raise DataError(f"{path}: not readable as JSON ({error}); prepare the data set again") from None
+        raise DataError(
+            f"{path}: not readable as JSON ({error}); copy it again, or remove it and repeat the prepare command"
+        ) from None
     except (KeyError, TypeError, AttributeError):
-        raise DataError(f"{path}: not the manifest of a data set; prepare the data set again") from None
+        raise DataError(
+            f"{path}: not the manifest of a data set; copy it again, or remove it and repeat the prepare command"
+        ) from None
 
 
 def _check_rows(path: str, splits: Mapping[str, List[Dict]]) -> None:

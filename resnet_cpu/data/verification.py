@@ -16,6 +16,7 @@ from resnet_cpu.data.images import BadImage, read_header
 from resnet_cpu.data.progress import Progress
 from resnet_cpu.data.shards import Split
 from resnet_cpu.errors import DataError, OutputError
+from resnet_cpu.text import count
 
 _CHUNK = 64  # records that are parsed at a time
 _BLOCK = 2**20  # bytes that are hashed at a time
@@ -52,6 +53,10 @@ def verify(folder: str, dataset: str, threads: int) -> Dict[str, int]:
     Prints a line on standard error for each bad record. Raises DataError at the end if there was one.
     """
     own = os.path.exists(os.path.join(folder, shards.MANIFEST))
+    if not own:
+        print(
+            f"note: no {shards.MANIFEST}: SHA-256 and sizes of the shards are not compared", file=sys.stderr, flush=True
+        )
     description = shards.read_manifest(folder) if own else folders.describe(folder, dataset)
     folders.make_indexes(description, folder)
     about = _Set(
@@ -86,23 +91,24 @@ def _conclude(folder: str, found: Dict[str, List[_Found]]) -> None:
         print(f"bad: {line}", file=sys.stderr, flush=True)
     formats: Dict[str, int] = {}
     for one in results:
-        for name, count in one.formats.items():
-            formats[name] = formats.get(name, 0) + count
-    for name, count in formats.items():
-        print(f"note: {count:,} images are {name}; they are read, but more slowly than JPEG", file=sys.stderr)
+        for name, number in one.formats.items():
+            formats[name] = formats.get(name, 0) + number
+    for name, number in formats.items():
+        print(f"note: {number:,} images are {name}; they are read, but more slowly than JPEG", file=sys.stderr)
     images = [np.array(one.images, np.uint64) for one in results]
     repeated = sum(map(len, images)) - len(np.unique(np.concatenate(images))) if images else 0
     if repeated:
         print(f"note: {repeated:,} images are the same, byte by byte, as an earlier one", file=sys.stderr)
     bad = [line for one in results for line in one.bad] + across
+    records, all_shards = f"{sum(one.examples for one in results):,}", f"{len(results):,}"
     if bad:
-        total = sum(one.examples for one in results)
         where = sum(bool(one.bad) for one in results)
         raise DataError(
-            f"{folder}: {len(bad):,} problems in {where:,} of {len(results):,} shards with {total:,} records, listed "
-            f"above, the first: {bad[0]}; copy or prepare these shards again; train --bad_records=skip goes without a "
-            "few damaged images"
+            f"{folder}: {count(len(bad), 'problem')} in {where:,} of {len(results):,} shards, listed above, the first: "
+            f"{bad[0]}. Copy these shards again, or remove them and repeat the prepare command, which makes only them"
         )
+    text = f"{count(records, 'record')} in {count(all_shards, 'shard')}, none of them bad"
+    print(f"verify: {text}", file=sys.stderr, flush=True)
 
 
 def _repeated_names(results: List[_Found]) -> List[str]:
@@ -137,6 +143,9 @@ def _contradictions(results: List[_Found]) -> List[str]:
 def _check_shard(about: _Set, split: str, row: Dict[str, Any]) -> _Found:
     """Check one shard: its SHA-256 where the manifest has it, and every record."""
     found = _Found(os.path.join(about.folder, row["name"]))
+    if not os.path.exists(found.path):
+        found.bad.append(f"{found.path}: missing")
+        return found
     try:
         opened = shards.open_split(about.folder, {"splits": {split: [row]}}, split)
     except DataError as error:

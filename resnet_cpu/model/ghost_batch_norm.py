@@ -17,6 +17,7 @@ class GhostBatchNormalization(tf.keras.layers.BatchNormalization):
         super().__init__(**options)
         self.stats_batch = stats_batch
 
+    @tf.autograph.experimental.do_not_convert  # `training` is a Python value; converting takes seconds
     def call(self, inputs: tf.Tensor, training: Optional[bool] = None, mask: Any = None) -> tf.Tensor:
         groups = number_of_groups(self.name, inputs, self.stats_batch) if training else 1
         if groups == 1:

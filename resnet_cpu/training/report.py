@@ -13,7 +13,7 @@ from resnet_cpu.report import plotting, profile, run_plots, tables
 from resnet_cpu.run import provenance
 from resnet_cpu.run.folder import RunFolder, finite, read_json, read_rows
 from resnet_cpu.scaling import steptimes
-from resnet_cpu.text import duration
+from resnet_cpu.text import count, duration
 from resnet_cpu.training.evaluation import Score
 from resnet_cpu.training.job import Job
 from resnet_cpu.training.step import Outcome
@@ -267,6 +267,10 @@ class Report:
             self.say("profile: nothing recorded, because this attempt did not run the steps of --profile_steps")
         for line in steptimes.lines(result["scaling"]) if "scaling" in result else ():
             self.say(line)
+        skipped = read_json(self._folder.file("bad_records.json"))
+        if skipped:
+            number = count(len(skipped), "bad training image")
+            self.say(f"{number} skipped in this run, listed in {self._job.run_dir}/bad_records.json")
         if result["complete"]:
             curves = f", curves in {self._job.run_dir}/plots" if plotting.available() else ""
             self.say(f"done: result in {self._job.run_dir}/result.json{curves}")

@@ -41,10 +41,10 @@ def find(raw_dir: str, allow_incomplete: bool) -> Listing:
     """
     train_at, validation_at = (_locate(raw_dir, names) for names in (_TRAIN, _VALIDATION))
     images: Dict[str, List[_Image]] = {"train": list(_images(train_at)), "validation": list(_images(validation_at))}
-    synset_of = _validation_synsets(raw_dir, validation_at)
     problems: List[str] = []
     train = _named(images["train"], _TRAIN_IMAGE, "training", problems)
     validation = _named(images["validation"], _VALIDATION_IMAGE, "validation", problems)
+    synset_of = _validation_synsets(raw_dir, validation_at, [image.name for image in validation])
     classes = sorted({image.name.split("_")[0] for image in train})
     if not classes:
         raise DataError(f"{train_at}: contains no training images, named as n01440764_10026.JPEG")
@@ -65,7 +65,7 @@ def find(raw_dir: str, allow_incomplete: bool) -> Listing:
     if unlabelled:
         problems.append(f"{len(unlabelled):,} validation images without a label: {some(unlabelled)}")
     if unknown:
-        problems.append(f"{len(unknown):,} classes without training images: {some(sorted(unknown))}")
+        problems.append(f"{len(unknown):,} validation labels without training images: {some(sorted(unknown))}")
     without = sorted(set(classes) - set(synset_of.values()))
     if without:
         problems.append(f"{len(without):,} classes that the validation labels do not name: {some(without)}")
@@ -161,8 +161,8 @@ def _in_archive(path: str) -> Iterator[_Image]:
 # --- validation labels -----------------------------------------------------------------------------------------------
 
 
-def _validation_synsets(raw_dir: str, validation_at: str) -> Dict[str, str]:
-    """Return the synset of each validation image, from the class folders or from a file of labels."""
+def _validation_synsets(raw_dir: str, validation_at: str, images: Sequence[str]) -> Dict[str, str]:
+    """Return the synset of each of the validation `images`, from the class folders or from a file of labels."""
     by_folder = {
         name: os.path.basename(folder)
         for folder, _, names in (os.walk(validation_at, followlinks=True) if os.path.isdir(validation_at) else ())
@@ -173,7 +173,7 @@ def _validation_synsets(raw_dir: str, validation_at: str) -> Dict[str, str]:
         return by_folder
     path = _find(raw_dir, _SYNSETS)
     if path is not None:
-        return _numbered(path, _lines(path))
+        return _numbered(path, _lines(path), images)
     path = _find(raw_dir, _SOLUTION)
     if path is not None:
         with open(path, newline="", encoding="utf-8", errors="replace") as file:
@@ -183,7 +183,7 @@ def _validation_synsets(raw_dir: str, validation_at: str) -> Dict[str, str]:
     if path is not None:
         of_number, numbers = _synsets_of_kit(raw_dir), _lines(path)
         try:
-            return _numbered(path, [of_number[int(number)] for number in numbers])
+            return _numbered(path, [of_number[int(number)] for number in numbers], images)
         except (KeyError, ValueError) as error:
             raise DataError(f"{path}: {error} is not the number of a class; take the file of the kit again") from None
     if _find(raw_dir, _KIT + ".tar.gz"):
@@ -205,11 +205,22 @@ def _lines(path: str) -> List[str]:
         return file.read().split()
 
 
-def _numbered(path: str, synsets: Sequence[str]) -> Dict[str, str]:
-    """Return the synset of each image, from the list in the order of the images' numbers."""
+def _numbered(path: str, synsets: Sequence[str], images: Sequence[str]) -> Dict[str, str]:
+    """Return the synset of each image, from the list in the order of the images' numbers.
+
+    Raises DataError for a list of another length than the whole set or the images that are there: of such a list, one
+    line may be missing or too many anywhere, and all labels after it would be wrong. No flag allows that.
+    """
     wrong = [synset for synset in synsets if not _CLASS.fullmatch(synset)]
     if wrong:
         raise DataError(f"{path}: {wrong[0][:40]!r} is not a synset, as n01440764; the file must hold one a line")
+    highest = max((int(name[-len("00000001.JPEG") : -len(".JPEG")]) for name in images), default=0)
+    whole = DATASETS["imagenet"].validation_examples
+    if len(synsets) not in (highest, whole):
+        raise DataError(
+            f"{path}: {len(synsets):,} labels, but validation images up to number {highest:,}: line N is the label of "
+            f"image N, so labels could belong to other images; take the file again, which has {whole:,} lines"
+        )
     return {f"ILSVRC2012_val_{number:08d}.JPEG": synset for number, synset in enumerate(synsets, 1)}
 
 

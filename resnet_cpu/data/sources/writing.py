@@ -33,7 +33,7 @@ from resnet_cpu.run.atomic import write_atomically
 MEASURED_IMAGES = 10_000  # training images, at least, whose pixels make up the mean and the deviation
 IMAGES_PER_SHARD = 2048  # of sets other than ImageNet
 _SHARDS_OF_IMAGENET = {"train": 1024, "validation": 128}  # as written by TF-slim
-_WORK = ".prepare"
+_WORK = shards.UNFINISHED
 _BAD_IMAGES = "bad_images.txt"
 # Shards and indexes that are being written, and nothing else that may be in the folder.
 _TEMPORARY = re.compile(r"(train|validation)-\d{5}-of-\d{5}(\.index\.npy)?\.tmp\d+")
@@ -81,7 +81,7 @@ def prepare(
         if manifest is None:
             manifest = _prepare(images, folder, made_of, options, processes, leave_out_bad)
         elif manifest.get("made_of") == made_of:
-            print(f"prepare: {folder} is prepared already; prepare verify checks it", file=sys.stderr, flush=True)
+            _repair(images, folder, manifest, options, processes)
         else:
             raise DataError(
                 f"--data_dir={folder}: contains {images.dataset} already, prepared from other files or with other "
@@ -119,6 +119,39 @@ def _prepare(
     return manifest
 
 
+def _repair(
+    images: Listing, folder: str, manifest: Dict[str, Any], options: conversion.Options, processes: int
+) -> None:
+    """Make again the shards of a finished set that are missing or have another size than the manifest says."""
+    expected = {row["name"]: row for rows in manifest["splits"].values() for row in rows}
+    tasks = tasks_of(images, manifest["made_of"]["seed"])
+    left = [task for task in tasks if not _is_whole(folder, task, expected[task.name])]
+    if not left:
+        print(f"prepare: {folder} is prepared already; prepare verify checks it", file=sys.stderr, flush=True)
+        return
+    text = f"{len(left):,} of {len(tasks):,} shards are missing or have another size; they are made again"
+    print(f"prepare: {text}", file=sys.stderr, flush=True)
+    work = os.path.join(folder, _WORK)
+    os.makedirs(work, exist_ok=True)
+    images.save(os.path.join(work, "listing.npz"))
+    for name, row in _made(left, folder, options, processes):
+        if row["sha256"] != expected[name]["sha256"]:
+            raise DataError(
+                f"{os.path.join(folder, name)}: not as before: another version of Pillow or resnet_cpu made this set; "
+                "remove the folder, and prepare the whole set again"
+            )
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_whole(folder: str, task: Task, row: Dict[str, Any]) -> bool:
+    """Return whether a shard and its index are there, the shard in the size of `row`."""
+    path = os.path.join(folder, task.name)
+    try:
+        return os.path.getsize(path) == row["bytes"] and os.path.exists(shards.index_path(path))
+    except OSError:
+        return False
+
+
 def _begin(folder: str, work: str, made_of: Dict[str, Any]) -> None:
     """Make the work folder, or check that an earlier one was begun with the same files and options."""
     os.makedirs(work, exist_ok=True)
@@ -143,9 +176,7 @@ def _finished_row(folder: str, work: str, task: Task) -> Optional[Dict[str, Any]
     try:
         with open(os.path.join(work, f"{task.name}.json"), encoding="utf-8") as file:
             row = json.load(file)
-        path = os.path.join(folder, task.name)
-        whole = os.path.getsize(path) == row["bytes"] and os.path.exists(shards.index_path(path))
-        return row if whole else None
+        return row if _is_whole(folder, task, row) else None
     except (OSError, ValueError, KeyError):
         return None
 

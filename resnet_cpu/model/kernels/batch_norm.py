@@ -28,6 +28,7 @@ class FusedBatchNormalization(tf.keras.layers.BatchNormalization):
         super().build(input_shape[0] if several else input_shape)
         self.input_spec = None  # Keras' is for a single input
 
+    @tf.autograph.experimental.do_not_convert  # `training` is a Python value; converting takes seconds
     def call(
         self, inputs: Union[tf.Tensor, Sequence[tf.Tensor]], training: Optional[bool] = None, mask: Any = None
     ) -> Union[tf.Tensor, List[tf.Tensor]]:

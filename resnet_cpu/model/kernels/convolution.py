@@ -16,6 +16,7 @@ class SinglePixelConv2D(tf.keras.layers.Conv2D):
     Images and kernel must have the orders [batch, height, width, channels] and [height, width, inputs, outputs].
     """
 
+    @tf.autograph.experimental.do_not_convert  # `training` is a Python value; converting takes seconds
     def call(self, inputs: tf.Tensor, training: Optional[bool] = None) -> tf.Tensor:
         height, width = (self._seen(axis, inputs.shape[1 + axis]) if training else None for axis in (0, 1))
         if height is None or width is None:
