@@ -12,9 +12,9 @@ from resnet_cpu.diagnosis.examination import Asked
 from resnet_cpu.diagnosis.facts import Folder, Handshake
 
 GIB = 2**30
-INTEL_PINS = {"numpy": "<2", "protobuf": "==3.20.3"}
+INTEL_PINS = {"numpy": "<2", "protobuf": "==4.23.4"}
 REQUIRED = {"numpy": ">=1.23", "protobuf": ">=3.20.3", "tensorflow": ">=2.15.1,<2.22"}
-INSTALLED = {"numpy": "1.26.4", "protobuf": "3.20.3", "tensorflow": "2.15.1"}
+INSTALLED = {"numpy": "1.26.4", "protobuf": "4.23.4", "tensorflow": "2.15.1"}
 MPI = {"seconds": 0.5, "library": "Open MPI v4.1.4", "loaded": ["/usr/lib/libmpi.so.40"]}
 TF = {"seconds": 7.0, "version": "2.15.1"}
 ALL_STAGES = {"mpi": MPI, "tensorflow": TF, "horovod": {"seconds": 8.0, "loaded": ["/usr/lib/libmpi.so.40"]}}
@@ -48,7 +48,7 @@ JUDGED = [
     (
         packages({**INSTALLED, "protobuf": "4.25.3"}),
         "warning",
-        ["protobuf 4.25.3 (==3.20.3)", "requirements/intel.txt"],
+        ["protobuf 4.25.3 (==4.23.4)", "requirements/intel.txt"],
     ),
     (packages(broken={"numpy": "ImportError: x"}), "problem", ["numpy (ImportError: x)"]),
     (checks.mpirun("/usr/bin/mpirun", "mpirun (Open MPI) 4.1.4\n\nmore", False, False, True), "ok", ["openmpi"]),
