@@ -84,5 +84,5 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
     assert whole[second : second + 9] == b"n01440764"
     whole[second] ^= 1
     path.write_bytes(whole)
-    with pytest.raises(DataError, match="damaged at byte 1024: no header of a member"):
+    with pytest.raises(DataError, match="damaged at byte 1024, where a file should begin"):
         listed(path)

@@ -111,7 +111,8 @@ class Report:
         if not _HAS_TENSORBOARD:
             self.say("TensorBoard is not installed: nothing is written for it (pip install tensorboard)")
         if job.last_step < job.total_steps:
-            self.say(f"will stop after step {job.last_step} (--max_steps), save a checkpoint and evaluate")
+            then = ", save a checkpoint and evaluate" if job.evaluates else " and save a checkpoint"
+            self.say(f"will stop after step {job.last_step} (--max_steps){then}")
         if saved is None:
             return
         self.say(f"resumed after step {step} from {job.resume_from} (attempt {job.attempt})")

@@ -185,6 +185,7 @@ DATA = [
 ]  # fmt: skip
 PREPARE = [
     ("no raw folder", [*FOLDER[:2], "--raw_dir={here}/none", "--data_dir={new}"], None, 65, ("none",)),
+    ("shards among the raw files", [*FOLDER[:3], "--data_dir={raw}"], None, 64, ("--raw_dir",)),
     ("a raw folder without classes", [*FOLDER[:2], "--raw_dir={data}", "--data_dir={new}"], None, 65, ("data",)),
     ("a single class", FOLDER, one_class, 65, ("class",)),
     ("a file that is not an image", FOLDER, write("raw/train/cat/0.jpg", b"<html>" * 99), 65, ("0.jpg",)),

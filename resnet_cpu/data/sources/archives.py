@@ -78,6 +78,6 @@ def _check(where: str, member: tarfile.TarInfo) -> None:
 def _check_end(where: str, file: BinaryIO, position: int, end: int) -> None:
     """Raise DataError unless a block of zeros, the mark of the end, stands where the last member ends."""
     if os.pread(file.fileno(), min(512, max(end - position, 0)), position).strip(b"\0"):
-        raise DataError(f"{where}: damaged at byte {position}: no header of a member; download it again")
+        raise DataError(f"{where}: damaged at byte {position}, where a file should begin; download it again")
     if end - position < 512:
-        raise DataError(f"{where}: truncated: the mark of its end is missing; download it again")
+        raise DataError(f"{where}: truncated: its end is missing; download it again")

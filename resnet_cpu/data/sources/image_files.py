@@ -1,19 +1,23 @@
 """The command prepare for sets of image files: find the images, then write them or say what would be written."""
 
+import os
 from typing import Dict
 
 from resnet_cpu.data.sources import conversion, image_folders, imagenet, writing
 from resnet_cpu.data.sources.dry_run import dry_run
 from resnet_cpu.data.sources.listing import Listing
+from resnet_cpu.errors import FlagError
 from resnet_cpu.settings import Prepare, Settings
 
 
 def prepare(source: str, settings: Settings, data_dir: str, processes: int) -> Dict[str, int]:
     """Prepare `source` with `processes` processes; return the number of images of each split.
 
-    Raises DataError for raw files that are missing, damaged or too many.
+    Raises DataError for raw files that are missing, damaged or too many, FlagError for shards among the raw files.
     """
     asked = settings.prepare
+    if os.path.realpath(asked.raw_dir or "") == os.path.realpath(data_dir):
+        raise FlagError(f"--data_dir={data_dir}: is --raw_dir; name another folder for the shards")
     images, options = _find(source, asked), conversion.Options(asked.short_side, asked.jpeg_quality)
     if settings.launch.dry_run:
         return dry_run(images, data_dir, settings.recipe.seed, options, processes)
