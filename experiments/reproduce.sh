@@ -4,7 +4,7 @@
 # skipped, interrupted ones are continued.
 #
 #   make reproduce                        RUNS=folder (runs/reproduce)  SEEDS="0 1 2"  JOBS=cores  ONLY=part-of-a-name
-#   MISSING=1 make reproduce              without the runs that experiments/results/runs.csv holds
+#   MISSING=1 make reproduce              without the runs that experiments/results/runs.csv holds (ladders: scaling_runs.csv)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs=${RUNS:-runs/reproduce}
@@ -24,6 +24,7 @@ scaling() {
       for ((ranks = 1; ranks <= $(nproc); ranks *= 2)); do
         folder=scaling/$kind/rep-$repetition/ranks-$ranks
         if ! [[ $folder =~ $only ]] || [[ -e $runs/$folder/scaling.json ]]; then continue; fi
+        if [[ -n ${MISSING:-} ]] && grep -q "^$folder," experiments/results/scaling_runs.csv; then continue; fi
         mkdir -p "$runs/$folder"
         if taskset -c "0-$((ranks - 1))" launch/local.sh "$ranks" python -m resnet_cpu.train \
           --flagfile="experiments/scaling/small_$kind.flags" --run_dir="$runs/$folder" --threads=1 --data_threads=1 \
@@ -57,17 +58,27 @@ list() {
 
 # The border where ensembles begin to pay (docs/ensemble.md). Each setting: a name and the number of training images, the flags
 # that make it, and the arms. `third` trains three networks for an ensemble of independent ones. The data are not part of the
-# repository: border/make_data.py, and the image folders of CIFAR-10, both by `prepare folder`.
+# repository: data/half_tiny_imagenet as border/make_data.py describes, and data/cifar10 by `prepare folder` from CIFAR-10 as
+# train/CLASS/... and test/CLASS/...; without them these runs are left out. Other ensembles wait for border/predict.py.
 border() {
-  local seed setting arms flags arm
+  local seed setting arms flags arm number data
   while read -r setting arms flags; do
+    data=data/half_tiny_imagenet
+    if [[ $flags == *--data_dir=* ]]; then
+      data=${flags##*--data_dir=}
+      data=${data%% *}
+    fi
+    if ! [[ -e $data/manifest.json ]]; then
+      echo "border/$setting: left out, because $data does not hold the data (see $0)" >&2
+      continue
+    fi
     for seed in $seeds; do
       for arm in ${arms//,/ }; do
         if [[ $arm == third ]]; then
           for number in 0 1 2; do
             echo "border/$setting/independent/seed-$seed/$number --flagfile=$border/third.flags --train_examples=${setting#*-} --seed=$((10 * seed + 100 + number)) $flags"
           done
-        else
+        elif [[ $arm == one* || $arm == half ]] || grep -qs "^$setting,$arm," "$border/predictions.csv"; then
           echo "border/$setting/$arm/seed-$seed --flagfile=$border/$arm.flags --train_examples=${setting#*-} --seed=$seed $flags"
         fi
       done
@@ -83,15 +94,19 @@ cifar-50000 half,one,one_collapse,late_36,late_100 --data_dir=data/cifar10 --num
 SETTINGS
 }
 
+finished() { grep -qs '"complete": true' "$1/result.json"; }
+
 # Independent networks are combined when all three are finished.
 combine() {
   local folder
   for folder in "$runs"/border/*/independent/seed-*; do
-    [[ -d $folder/0 && -d $folder/1 && -d $folder/2 && ! -e $folder/ensemble.json ]] || continue
-    grep -qs '"complete": true' "$folder/0/result.json" && grep -qs '"complete": true' "$folder/1/result.json" &&
-      grep -qs '"complete": true' "$folder/2/result.json" || continue
+    if [[ -e $folder/ensemble.json ]] || ! { finished "$folder/0" && finished "$folder/1" && finished "$folder/2"; }; then
+      continue
+    fi
     if python -m resnet_cpu.evaluate --ensemble --members="$folder/0,$folder/1,$folder/2" >"$folder/ensemble.part" 2>>"$folder/log"; then
       mv "$folder/ensemble.part" "$folder/ensemble.json"
+    else
+      echo "$(date +%T) ended with $?: $folder/ensemble.json (see $folder/log)"
     fi
   done
 }

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import OUTSIDE, ROOT
 
 from resnet_cpu.errors import DataError
 from resnet_cpu.report import border
@@ -103,11 +103,33 @@ def test_what_cannot_be_predicted_is_refused():
         border.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(singles), [])
 
 
-def test_committed_predictions_follow_from_what_was_known_and_are_not_made_twice():
-    script = ROOT / "experiments" / "collapsed_ensemble" / "border" / "predict.py"
-    done = subprocess.run([sys.executable, script, "tiny-7"], cwd=ROOT, capture_output=True, text=True)
-    assert "the slope needs finished runs of half and one" in done.stderr
-    for row in border.read_predictions():
+SCRIPT = ROOT / "experiments" / "collapsed_ensemble" / "border" / "predict.py"
+
+
+def test_the_script_names_what_it_needs_and_predicts_nothing_twice(tmp_path):
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    done = subprocess.run([sys.executable, SCRIPT, "tiny-7"], cwd=tmp_path, env=OUTSIDE, capture_output=True, text=True)
+    assert done.returncode == 2 and "the slope needs finished runs of half and one" in done.stderr
+    (tmp_path / "experiments").unlink()
+    place = tmp_path / "experiments" / "collapsed_ensemble" / "border"
+    place.mkdir(parents=True)
+    (place / "predictions.csv").write_text(f"{','.join(border.PREDICTED)}\ntiny-7,late_36{',1' * 9}\n")
+    done = subprocess.run([sys.executable, SCRIPT, "tiny-7"], cwd=tmp_path, env=OUTSIDE, capture_output=True, text=True)
+    assert done.returncode == 2 and "has predictions of tiny-7; they are not made twice" in done.stderr
+
+
+def test_predictions_add_up(monkeypatch):
+    """The rows that are committed, and one that is made here."""
+    monkeypatch.chdir(ROOT)
+    singles = {arm: TOP1[arm] for arm in ("half", "one")}
+    made = border.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(singles), PILOT)
+    for row in [made, *border.read_predictions()]:
         figures = {key: float(row[key]) for key in ("slope", "doublings", "cycles", "G", "D", "difference")}
         assert figures["D"] == pytest.approx(figures["slope"] * figures["doublings"] + figures["cycles"], abs=1e-3)
         assert figures["difference"] == pytest.approx(figures["G"] - figures["D"], abs=1e-3)
+
+
+def test_runs_outside_of_the_study_are_left_alone():
+    odd = [{**row, "run": row["run"].replace("tiny-10000", name)} for row in runs_of() for name in ("foo", "mine-7")]
+    (row,) = border.tables(odd, [])["border"].rows
+    assert (row["setting"], row["images"]) == ("mine", "7")

@@ -2,15 +2,17 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import types
 from typing import List, Optional
 from unittest import mock
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import OUTSIDE
+from conftest import OUTSIDE, ROOT
 
 from resnet_cpu import commandline
 from resnet_cpu.errors import FlagError
@@ -366,12 +368,27 @@ def test_a_library_that_is_missing_or_of_another_build(tmp_path, monkeypatch):
             library.choose(settings("--fused_kernels=yes"))
 
 
-def test_without_the_package_tensorflow_the_library_has_another_name(monkeypatch):
-    """As in an environment that has only tensorflow-cpu, or a TensorFlow that its site built."""
-    ours = library.key()
-    for version in ("2.99.0", None):
-        monkeypatch.setattr(library, "version", lambda package, version=version: version)
-        assert library.key.__wrapped__() != ours
+def test_each_tensorflow_has_its_own_library(monkeypatch, tmp_path):
+    """Also those that a site has built, which have no metadata: another file, or another time, is another one."""
+
+    def key(version, origin=None):
+        monkeypatch.setattr(library, "version", lambda package: version)
+        monkeypatch.setattr(
+            library.importlib.util, "find_spec", lambda name: origin and types.SimpleNamespace(origin=origin)
+        )
+        return library.key.__wrapped__()
+
+    ours, file = library.key(), tmp_path / "__init__.py"
+    file.write_text("")
+    keys = [ours, key("2.99.0"), key(None), key(None, str(file))]
+    os.utime(file, (1, 1))
+    assert len({*keys, key(None, str(file))}) == 5
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_program_for_sanitizers_still_compiles():
+    flags = ["-std=c++17", "-fsyntax-only", "-mavx2", "-mfma", f"-I{library.FOLDER}"]
+    subprocess.run(["g++", *flags, ROOT / "tests" / "kernels_sanitized.cc"], check=True)
 
 
 def test_the_choice_can_be_made_by_a_flag():

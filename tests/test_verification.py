@@ -49,7 +49,7 @@ def listed(folder, capsys):
     with pytest.raises(DataError) as refused:
         verification.verify(str(folder), "imagenet", 2)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bad: ")]
-    assert re.search(f": {len(lines)} problems? in .* remove them and repeat the prepare command", str(refused.value))
+    assert re.search(f": {len(lines)} problems?, listed above", str(refused.value))
     return sorted(line[len("bad: ") :].replace(f"{folder}/", "") for line in lines)
 
 
@@ -131,4 +131,5 @@ def test_as_a_user_runs_it(run_command, tmp_path):
     assert process.returncode == 0 and json.loads(last_line(process.stdout)) == {"train": 8, "validation": 1}
     process = run_command("prepare", "verify", f"--data_dir={write(tmp_path / 'bad', [*GOOD, example(8, b'')])}")
     assert process.returncode == 65 and "Traceback" not in process.stderr
-    assert "bad: " in process.stderr and "1 problem in 1 of 3 shards, listed above" in process.stderr
+    assert "bad: " in process.stderr and "1 problem, listed above" in process.stderr
+    assert "Bad are 1 of 3 shards: copy them again" in process.stderr

@@ -119,8 +119,11 @@ def test_a_shard_that_would_not_be_made_as_before_is_refused(raw, tmp_path, smal
     """As with another version of Pillow, which would encode other bytes."""
     made(raw, tmp_path)
     (tmp_path / shards.read_manifest(str(tmp_path))["splits"]["train"][0]["name"]).unlink()
-    monkeypatch.setattr(writing, "_made", lambda left, *more: [(task.name, {"sha256": "other"}) for task in left])
-    with pytest.raises(DataError, match="not as before: another version of Pillow or resnet_cpu made this set"):
+    monkeypatch.setattr(
+        writing, "_made", lambda left, *more: [(task.name, {"sha256": "other", "bad": []}) for task in left]
+    )
+    monkeypatch.setattr(writing.os, "remove", lambda path: None)
+    with pytest.raises(DataError, match="not as before: a raw file has changed, or another version of Pillow"):
         made(raw, tmp_path)
 
 

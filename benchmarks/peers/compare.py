@@ -52,7 +52,6 @@ BASES = {
     "ours_2_ranks": ["ours_1_rank", "horovod_defaults", "keras_stock", "keras_intel", "tensorflow_newest",
                      "tensorflow_newest_tuned", "pytorch", "pytorch_tcmalloc", "pytorch_launcher", "pytorch_compiled",
                      "pytorch_ddp"],
-    "ours_2_ranks_bfloat16": ["ours_2_ranks", "keras_intel"],  # of earlier rounds
 }  # fmt: skip
 
 
@@ -222,6 +221,11 @@ def main() -> None:
             settings = " ".join(f"{key}={value}" for key, value in side.environment.items())
             print(f"{name}: {side.description}\n    {settings} {' '.join(map(str, side.command))}")
         return
+    others = [
+        key for key in ("image_size", "batch_size", "precision") if getattr(arguments, key) != parser.get_default(key)
+    ]
+    if others and arguments.out == parser.get_default("out"):
+        parser.error(f"--{others[0]}: {out} holds rounds of the default setting; name another file with --out")
     if not arguments.report:
         chosen = {"all": list(sides), "goals": GOALS}.get(arguments.sides, arguments.sides.split(","))
         check(parser, sides, chosen)

@@ -78,12 +78,18 @@ def verify(folder: str, dataset: str, threads: int) -> Dict[str, int]:
             for line in result.bad:
                 print(f"bad: {line}", file=sys.stderr, flush=True)
             progress.add(1)
-    _conclude(folder, found)
+    remedy = "copy them again"
+    if "made_of" in description:
+        remedy += ", or remove them and repeat the prepare command, which makes only them"
+    _conclude(folder, found, remedy)
     return {split: sum(one.examples for one in results) for split, results in found.items()}
 
 
-def _conclude(folder: str, found: Dict[str, List[_Found]]) -> None:
-    """Check what concerns several shards, print a summary, and raise DataError if anything was bad."""
+def _conclude(folder: str, found: Dict[str, List[_Found]], remedy: str) -> None:
+    """Check what concerns several shards, print a summary, and raise DataError if anything was bad.
+
+    `remedy`: what helps against bad shards.
+    """
     results = sorted((one for results in found.values() for one in results), key=lambda one: one.path)
     repeated_names = [line for one in found.values() for line in _repeated_names(one)]
     across = [*repeated_names, *_contradictions(results)]
@@ -102,11 +108,9 @@ def _conclude(folder: str, found: Dict[str, List[_Found]]) -> None:
     bad = [line for one in results for line in one.bad] + across
     records, all_shards = f"{sum(one.examples for one in results):,}", f"{len(results):,}"
     if bad:
-        where = sum(bool(one.bad) for one in results)
-        raise DataError(
-            f"{folder}: {count(len(bad), 'problem')} in {where:,} of {len(results):,} shards, listed above, the first: "
-            f"{bad[0]}. Copy these shards again, or remove them and repeat the prepare command, which makes only them"
-        )
+        number = sum(bool(one.bad) for one in results)
+        text = f"{folder}: {count(f'{len(bad):,}', 'problem')}, listed above, the first: {bad[0]}"
+        raise DataError(f"{text}. Bad are {number:,} of {len(results):,} shards: {remedy}" if number else text)
     text = f"{count(records, 'record')} in {count(all_shards, 'shard')}, none of them bad"
     print(f"verify: {text}", file=sys.stderr, flush=True)
 

@@ -59,7 +59,7 @@ def collect(folder: str) -> Tuple[List[Row], List[Row]]:
 def _of_several_runs(folder: str) -> Iterator[Row]:
     """Yield the rows of ensembles of several runs: a folder of runs with the output of `evaluate --ensemble`.
 
-    Their cost is that of all runs. The folder's `ensemble.json` is that output.
+    Their cost is that of all runs in the folder. The folder's `ensemble.json` is that output.
     """
     for path, folders, names in os.walk(folder):
         folders.sort()
@@ -71,7 +71,8 @@ def _of_several_runs(folder: str) -> Iterator[Row]:
             [found for found in (read_json(os.path.join(run, file)) for run in below) if found]
             for file in ("result.json", "run.json")
         )
-        if not scores or not below or len(results) < len(below) or len(records) < len(below):
+        finished = [result for result in results if result.get("complete")]
+        if not scores or not below or len(finished) < len(below) or len(records) < len(below):
             where = printable(os.path.join(path, ENSEMBLE))
             problem = "it is not readable, or a run beside it has not finished"
             print(f"tables: {where}: skipped, because {problem}", file=sys.stderr)

@@ -99,6 +99,8 @@ def _by_place(runs: Iterable[Row]) -> Arms:
         parts = row["run"].split("/")
         if holds(row) and len(parts) == 4:
             setting, _, images = parts[1].rpartition("-")
+            if not images.isdigit():
+                continue  # a run of the user's own
             found.setdefault(Place(setting, int(images), parts[2]), {}).setdefault(parts[3], {})[row["what"]] = row
     return found
 
@@ -177,7 +179,7 @@ def _columns(rows: Sequence[Dict[str, Any]]) -> List[Tuple[str, List[str]]]:
         return f"{mean:+.{digits}f}" + ("" if low is None else f" ({low:+.{digits}f} ... {high:+.{digits}f})")
 
     return [
-        ("data", [_SETTINGS[row["setting"]] for row in rows]),
+        ("data", [_SETTINGS.get(row["setting"], row["setting"]) for row in rows]),
         ("images", [f"{row['images']:,}" for row in rows]),
         ("ensemble of three", [_ARMS[row["arm"]] for row in rows]),
         ("n", [str(row["n"]) for row in rows]),

@@ -2,7 +2,7 @@
 
     ONLY=border/tiny-10000/half make reproduce; ONLY=border/tiny-10000/one/ make reproduce
     python -m resnet_cpu.tables --runs=runs/reproduce
-    python experiments/collapsed_ensemble/border/predict.py tiny-10000       # then commit, and run the ensembles
+    python experiments/collapsed_ensemble/border/predict.py tiny-10000 late_36 late_100     # then commit, and run these
 
 How: `resnet_cpu.report.border.predict`.
 """
@@ -30,14 +30,16 @@ def doublings(arm: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("setting", help="SET-IMAGES, such as tiny-10000")
-    setting = parser.parse_args().setting
+    parser.add_argument("arms", nargs="*", help=f"ensembles to predict (default: {', '.join(ENSEMBLES)})")
+    arguments = parser.parse_args()
+    setting, arms = arguments.setting, arguments.arms or ENSEMBLES
     predicted = border.read_predictions()
     if any(row["setting"] == setting for row in predicted):
         parser.error(f"{border.PREDICTIONS} has predictions of {setting}; they are not made twice")
     runs, pilot = tables.read_results(accuracy.RUNS), tables.read_csv(border.PILOT)
     behind = {arm: doublings(arm) for arm in ENSEMBLES}
     try:
-        rows = [border.predict(setting, arm, behind, runs, pilot) for arm in ENSEMBLES]
+        rows = [border.predict(setting, arm, behind, runs, pilot) for arm in arms]
     except DataError as error:
         parser.error(str(error))
     for row in rows:

@@ -126,20 +126,25 @@ def _repair(
     expected = {row["name"]: row for rows in manifest["splits"].values() for row in rows}
     tasks = tasks_of(images, manifest["made_of"]["seed"])
     left = [task for task in tasks if not _is_whole(folder, task, expected[task.name])]
+    work = os.path.join(folder, _WORK)
+    _remove_leftovers(folder)
+    shutil.rmtree(work, ignore_errors=True)
     if not left:
         print(f"prepare: {folder} is prepared already; prepare verify checks it", file=sys.stderr, flush=True)
         return
+    _check_space(folder, images, left, options)
     text = f"{len(left):,} of {len(tasks):,} shards are missing or have another size; they are made again"
     print(f"prepare: {text}", file=sys.stderr, flush=True)
-    work = os.path.join(folder, _WORK)
     os.makedirs(work, exist_ok=True)
     images.save(os.path.join(work, "listing.npz"))
     for name, row in _made(left, folder, options, processes):
         if row["sha256"] != expected[name]["sha256"]:
-            raise DataError(
-                f"{os.path.join(folder, name)}: not as before: another version of Pillow or resnet_cpu made this set; "
-                "remove the folder, and prepare the whole set again"
-            )
+            path = os.path.join(folder, name)
+            os.remove(path)  # else it would count as whole if its size is right
+            cause = "a raw file has changed, or another version of Pillow or resnet_cpu made this set"
+            if row["bad"]:
+                cause = f"{len(row['bad'])} images cannot be read any more, the first: {row['bad'][0]}"
+            raise DataError(f"{path}: not as before: {cause}; remove the folder, and prepare the whole set again")
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -165,10 +170,15 @@ def _begin(folder: str, work: str, made_of: Dict[str, Any]) -> None:
                 f"--data_dir={folder}: was begun from other files or with other flags ({changed}); repeat the command "
                 "as it was, or remove the folder"
             )
+    _remove_leftovers(folder)
+    write_atomically(begun, json.dumps(made_of).encode())
+
+
+def _remove_leftovers(folder: str) -> None:
+    """Remove what a process that was killed has not finished; the lock is held."""
     for name in os.listdir(folder):
         if _TEMPORARY.fullmatch(name):
-            os.remove(os.path.join(folder, name))  # of a process that was killed; the lock is ours
-    write_atomically(begun, json.dumps(made_of).encode())
+            os.remove(os.path.join(folder, name))
 
 
 def _finished_row(folder: str, work: str, task: Task) -> Optional[Dict[str, Any]]:
@@ -185,7 +195,8 @@ def _check_space(folder: str, images: Listing, left: Sequence[Task], options: co
     if options.short_side:
         return  # the size is not known beforehand
     need = sum(int(images.splits[task.split].sizes[list(task.rows)].sum()) for task in left)
-    free = shutil.disk_usage(folder).free
+    paths = [os.path.join(folder, task.name) for task in left]
+    free = shutil.disk_usage(folder).free + sum(os.path.getsize(path) for path in paths if os.path.exists(path))
     if need > free:
         raise OutputError(
             f"--data_dir={folder}: {need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; make room, choose "

@@ -7,6 +7,7 @@ library of others is never loaded. `build.py` makes it.
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import pathlib
 import platform
@@ -60,10 +61,19 @@ def file() -> pathlib.Path:
 @functools.cache
 def key() -> str:
     """Return a digest of everything that the library is built from."""
-    digest = hashlib.sha256(f"{version('tensorflow')} {platform.machine()}".encode())
+    digest = hashlib.sha256(f"{_tensorflow()} {platform.machine()}".encode())
     for name in SOURCES:
         digest.update((FOLDER / name).read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _tensorflow() -> str:
+    """Return what identifies the installed TensorFlow: its version or, of one without metadata, its place and time."""
+    found = version("tensorflow")
+    if found is not None:
+        return found
+    spec = importlib.util.find_spec("tensorflow")
+    return f"{spec.origin} {os.stat(spec.origin).st_mtime_ns}" if spec and spec.origin else "none"
 
 
 @functools.cache
