@@ -22,7 +22,7 @@ def test_fit_finds_the_minimum_and_refuses_too_few_points():
 def test_rows_name_source_network_and_role():
     for row in published.rows().values():
         assert row["source"] and row["kind"] in ("read", "derived") and float(row["value"]) > 0
-        assert row["network"] in NETWORKS
+        assert row["network"] in NETWORKS and row["exchange"] in published.EXCHANGES
         roles = {row[name] for name in published.FITS}
         assert roles <= {"", published.FITTED, published.HELD_OUT} and roles != {""}
 

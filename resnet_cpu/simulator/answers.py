@@ -170,7 +170,7 @@ def _batch_lines(cluster: Cluster, nodes: int) -> List[str]:
 
 def published_lines() -> List[str]:
     """Return the published figures, those that a fit used and those held out, beside the predictions, with errors."""
-    lines = ["published points (Intel Caffe with MLSL, no Horovod)"]
+    lines = ["published points (of Intel Caffe with MLSL, if not named otherwise)"]
     rows = published.rows()
     titles = {
         "two_constants": "two constants, two points (speed, jitter)",

@@ -20,7 +20,11 @@ from resnet_cpu.simulator.exchange import Exchange, Node, Step
 from resnet_cpu.simulator.network import NETWORKS, Allocation
 
 IMAGENET_EPOCHS, IMAGENET_EXAMPLES = 90, 1_281_167
-CAFFE = Exchange(cycle_s=0.0, fusion_bytes=0, negotiated=False)  # MLSL reduces each layer as soon as it is ready
+#: How the libraries of the published runs exchange gradients, by the column `exchange`.
+EXCHANGES = {
+    "caffe": Exchange(cycle_s=0.0, fusion_bytes=0, negotiated=False),  # MLSL reduces each layer as soon as it is ready
+    "horovod": Exchange(),
+}
 #: The constants of `Node` that a fit finds, with the values from which it starts. The names are columns of the CSV.
 FITS = {
     "two_constants": {"image_s": 1 / 50, "jitter": 0.03},
@@ -151,8 +155,8 @@ def many_cores() -> ManyCores:
 def _step(row: Dict[str, str], node: Node, nodes: int) -> Step:
     """Return a step of a published row's job on this number of nodes."""
     gradients = tensors.gradients(conv1_bias=True)
-    allocation = Allocation(nodes, int(row["ranks_per_node"]))
-    return exchange.step(gradients, int(row["batch_per_rank"]), node, allocation, NETWORKS[row["network"]], CAFFE)
+    allocation, network = Allocation(nodes, int(row["ranks_per_node"])), NETWORKS[row["network"]]
+    return exchange.step(gradients, int(row["batch_per_rank"]), node, allocation, network, EXCHANGES[row["exchange"]])
 
 
 def _predict(row: Dict[str, str], node: Node) -> float:
