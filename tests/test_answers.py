@@ -77,5 +77,5 @@ def test_the_plot_shows_the_curve_and_the_points(tmp_path, monkeypatch):
     assert answer("--nodes=64", "--batch_size=32", "--format=png") == "simulate.png"
     assert (tmp_path / "simulate.png").stat().st_size > 10_000
     curves, points, *_ = drawn["given"]
-    assert [(point["nodes"], point["fitted"]) for point in points] == [(32, True), (64, False)]
+    assert [(point["nodes"], point["fitted"]) for point in points] == [(32, True), (64, False), (8, False), (2, False)]
     assert all(nodes[-1] == 64 and shares[0] == 1 for nodes, shares in curves.values())

@@ -52,6 +52,7 @@ def test_published_points_fitted_and_held_out():
         assert max(abs(point.error) for point in fitted) < 1e-4
     held = {point.name: abs(point.error) for point in found.comparisons if not point.fitted}
     assert held["c5_64"] < 0.05 and held["recipe_a"] < 0.10
+    assert held["mlperf_caffe_8"] < 0.03 and 0.2 < held["mlperf_horovod_2"] < 0.25
     many = published.many_cores()
     assert abs(many.minutes.error) < 0.25
     assert (many.minutes.name, many.minutes.fitted) == ("paper_minutes", False)
