@@ -2,7 +2,8 @@
 
     launch/local.sh 1 python benchmarks/roofline.py --rounds 7 --out benchmarks/results/roofline.csv
 
-The definition was fixed before the first measurement. One process on all cores, float32, 224x224, batch 32.
+The definition was fixed before the first measurement. One process on all cores, 224x224, batch 32, float32; with
+--precision=bfloat16 all but the update moves half the bytes, and both ceilings are those of bfloat16.
 
 - Compute ceiling: the fastest of a fixed set of convolutions (3x3 and 1x1, forward, no padding) and a product of
   matrices of 4096 x 4096, with the same kernels and threads as our step. A rate is FLOPs (two per multiply-add) over
@@ -43,7 +44,7 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import paired
 
-FLOAT = 4  # bytes
+BYTES = {"float32": 4, "bfloat16": 2}  # of a value of an activation, and of a weight as the layers read it
 # (name, height and width of the output, kernel, channels in, channels out), stride 1; kernel 0: a product of matrices
 SET = [
     ("3x3 64 at 56x56", 56, 3, 64, 64),
@@ -69,6 +70,7 @@ class Conv:
     stride: int
     padding: int  # on each side, included in `inputs`
     first: bool  # of the network: the gradient of its input is not needed
+    precision: str
 
     @property
     def passes(self) -> Tuple[str, ...]:
@@ -89,7 +91,7 @@ class Conv:
         """Return the bytes of a pass: input, output and kernel once, or their gradients."""
         height, width = (side - 2 * self.padding for side in self.inputs[:2])
         ins, outs = batch * height * width * self.inputs[2], batch * self.outputs[0] * self.outputs[1] * self.outputs[2]
-        return FLOAT * (ins + outs + self.kernel**2 * self.inputs[2] * self.outputs[2])
+        return BYTES[self.precision] * (ins + outs + self.kernel**2 * self.inputs[2] * self.outputs[2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,38 +106,34 @@ class Part:
         return max(self.flops / flops_per_s, self.bytes / bytes_per_s)
 
 
-def convolutions(model: Any) -> List[Conv]:
+def convolutions(model: Any, precision: str) -> List[Conv]:
     """Return the convolutions of a Keras model in the order of its layers."""
     found = []
     for layer in model.layers:
         if type(layer).__name__ == "Conv2D":
             kernel, stride = layer.kernel_size[0], layer.strides[0]
             padding = (kernel - 1) // 2
-            height, width, channels = layer.input_shape[1:]
+            height, width, channels = layer.input.shape[1:]
             if layer.padding == "same":  # otherwise a layer before it pads
                 height, width = height + 2 * padding, width + 2 * padding
-            found.append(
-                Conv((height, width, channels), layer.output_shape[1:], kernel, stride, padding, first=not found)
-            )
+            ins, outs = (height, width, channels), tuple(layer.output.shape[1:])
+            found.append(Conv(ins, outs, kernel, stride, padding, not found, precision))
     return found
 
 
-def parts(model: Any, batch: int, padding: bool = True) -> List[Part]:
+def parts(model: Any, batch: int, precision: str, padding: bool = True) -> List[Part]:
     """Return the parts of a step by the definition above; without `padding`, leave out multiplications by zero."""
     found = []
-    for conv in convolutions(model):
+    for conv in convolutions(model, precision):
         found += [
             Part(f"convolutions {conv.kernel}x{conv.kernel}, {way}", conv.flops(batch, padding), conv.bytes(batch))
             for way in conv.passes
         ]
+    size = BYTES[precision]
     for layer in model.layers:
         kind = type(layer).__name__
-        outs = FLOAT * batch * _elements(layer.output_shape)
-        ins = (
-            FLOAT
-            * batch
-            * _elements(layer.input_shape[0] if isinstance(layer.input_shape, list) else layer.input_shape)
-        )
+        source = layer.input[0] if isinstance(layer.input, list) else layer.input
+        outs, ins = (size * batch * _elements(tensor.shape) for tensor in (layer.output, source))
         if kind == "BatchNormalization":
             found += [
                 Part("batch norm and ReLU, forward", 0, 3 * outs),
@@ -149,13 +147,13 @@ def parts(model: Any, batch: int, padding: bool = True) -> List[Part]:
             found += [Part("pools", 0, ins + outs), Part("pools", 0, ins + outs)]
         elif kind == "Dense":
             weights = layer.count_params()
-            found += [Part("classifier", 2.0 * ins / FLOAT * layer.units, ins + outs + FLOAT * weights)] * 3
-    weights = sum(variable.shape.num_elements() for variable in model.trainable_variables)
-    found.append(Part("update", 0, 5.0 * FLOAT * weights))
+            found += [Part("classifier", 2.0 * ins / size * layer.units, ins + outs + size * weights)] * 3
+    weights = sum(_elements(variable.shape) for variable in model.trainable_variables)
+    found.append(Part("update", 0, 5.0 * BYTES["float32"] * weights))
     return found
 
 
-def _elements(shape: tuple) -> int:
+def _elements(shape: Any) -> int:
     count = 1
     for side in shape:
         count *= side or 1  # None is the batch dimension
@@ -188,8 +186,8 @@ def passes(conv: Conv, batch: int) -> Dict[str, Callable[[], Any]]:
 
     spare = 2 * conv.padding if conv.stride == 1 else 0
     shape = [batch, conv.inputs[0] - spare, conv.inputs[1] - spare, conv.inputs[2]]
-    images, gradient = tf.random.normal(shape), tf.random.normal([batch, *conv.outputs])
-    kernel = tf.random.normal([conv.kernel, conv.kernel, conv.inputs[2], conv.outputs[2]])
+    images, gradient = _normal(shape, conv.precision), _normal([batch, *conv.outputs], conv.precision)
+    kernel = _normal([conv.kernel, conv.kernel, conv.inputs[2], conv.outputs[2]], conv.precision)
     strides = [1, conv.stride, conv.stride, 1]
     raw = {"strides": strides, "padding": "SAME" if spare else "VALID"}
     forward = tf.function(lambda x, w: tf.raw_ops.Conv2D(input=x, filter=w, **raw))
@@ -206,7 +204,13 @@ def passes(conv: Conv, batch: int) -> Dict[str, Callable[[], Any]]:
     return ways
 
 
-def compute_set(batch: int, window_s: float) -> Dict[str, Callable[[], float]]:
+def _normal(shape: List[int], precision: str) -> Any:
+    import tensorflow as tf
+
+    return tf.cast(tf.random.normal(shape), precision)
+
+
+def compute_set(batch: int, window_s: float, precision: str) -> Dict[str, Callable[[], float]]:
     """Return a call for each kernel of `SET` that measures its rate in GFLOP/s."""
     import tensorflow as tf
 
@@ -217,12 +221,12 @@ def compute_set(batch: int, window_s: float) -> Dict[str, Callable[[], float]]:
 
     for name, size, kernel, ins, outs in SET:
         if kernel == 0:
-            left, right = tf.random.normal([size, ins]), tf.random.normal([ins, outs])
+            left, right = _normal([size, ins], precision), _normal([ins, outs], precision)
             product = tf.function(tf.matmul)
             calls[name] = measure(lambda p=product, a=left, b=right: p(a, b), 2.0 * size * ins * outs)
         else:
             whole = size + kernel - 1
-            conv = Conv((whole, whole, ins), (size, size, outs), kernel, 1, padding=0, first=True)
+            conv = Conv((whole, whole, ins), (size, size, outs), kernel, 1, 0, True, precision)
             calls[name] = measure(passes(conv, batch)["forward"], conv.flops(batch))
     return calls
 
@@ -250,7 +254,7 @@ def training_step(arguments: argparse.Namespace) -> Tuple[Callable[[], Any], Any
     from resnet_cpu.resolve import resolve_batch
 
     command = ["--dataset=synthetic", f"--batch_size={arguments.batch_size}", f"--image_size={arguments.image_size}"]
-    settings = commandline.parse(command, "benchmark")
+    settings = commandline.parse([*command, f"--precision={arguments.precision}"], "benchmark")
     world = control.connect(settings.system.ranks)
     if world.size > 1:
         raise SystemExit("roofline.py needs a single rank: launch/local.sh 1 python benchmarks/roofline.py ...")
@@ -275,7 +279,7 @@ def training_step(arguments: argparse.Namespace) -> Tuple[Callable[[], Any], Any
     )  # fmt: skip
     rates = Rates(0.0, 0.0, 0.0)  # the same cost as any other, and never divergence
     size = [arguments.image_size, arguments.image_size, 3]
-    shaped = tf.keras.models.clone_model(model, tf.keras.Input(size))
+    shaped = tf.keras.models.clone_model(state.build_model(settings, False), tf.keras.Input(size))
     return lambda: train_step.take(batches, rates), shaped
 
 
@@ -288,13 +292,14 @@ def main() -> None:
     )
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--precision", choices=BYTES, default="float32")
     arguments = parser.parse_args()
-    batch = arguments.batch_size
+    batch, precision = arguments.batch_size, arguments.precision
     train, model = training_step(arguments)
-    found, convs = parts(model, batch), collections.Counter(convolutions(model))
-    largest = FLOAT * batch * max(conv.outputs[0] * conv.outputs[1] * conv.outputs[2] for conv in convs)
+    found, convs = parts(model, batch, precision), collections.Counter(convolutions(model, precision))
+    largest = BYTES[precision] * batch * max(conv.outputs[0] * conv.outputs[1] * conv.outputs[2] for conv in convs)
     alone = {(conv, way): call for conv in convs for way, call in passes(conv, batch).items()}
-    computing = compute_set(batch, arguments.window_s)
+    computing = compute_set(batch, arguments.window_s, precision)
     train(), train()  # the first call traces the graph
 
     def step_rate() -> float:
@@ -319,9 +324,8 @@ def main() -> None:
             rows.append(row)
             print(f"round {number + 1}: ours {row['ours images/s']:.3f} images/s", flush=True)
     paired.write(arguments.out, [{name: row[name] for name in rows[0]} for row in rows])
-    report(
-        rows, found, parts(model, batch, padding=False), convs, batch, pathlib.Path(arguments.out).with_suffix(".png")
-    )
+    unpadded = parts(model, batch, precision, padding=False)
+    report(rows, found, unpadded, convs, batch, pathlib.Path(arguments.out).with_suffix(".png"))
 
 
 def _label(conv: Conv, way: str) -> str:

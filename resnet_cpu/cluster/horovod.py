@@ -61,10 +61,28 @@ def means_by_bfloat16(tensors: Sequence[tf.Tensor]) -> List[tf.Tensor]:
         return list(tensors)
     means: List[Any] = [None] * len(tensors)
     for number, part in enumerate(_parts([tensor.shape.num_elements() for tensor in tensors])):
-        flat = _mean_by_bfloat16(tf.concat([tf.reshape(tensors[i], [-1]) for i in part], 0), f"gradients_{number}")
-        for i, values in zip(part, tf.split(flat, [tensors[i].shape.num_elements() for i in part])):
-            means[i] = tf.reshape(values, tensors[i].shape)
+        chosen = [tensors[i] for i in part]
+        values = _mean_by_bfloat16(_joined(chosen), f"gradients_{number}")
+        for i, value in zip(part, _separated(values, chosen)):
+            means[i] = value
     return means
+
+
+def means_in_one_message(tensors: Sequence[tf.Tensor], name: str) -> List[tf.Tensor]:
+    """Return the means of `tensors`, all of one type, over ranks."""
+    if _core is None:
+        return list(tensors)
+    return _separated(mean(_joined(tensors), name), tensors)
+
+
+def _joined(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    return tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0)
+
+
+def _separated(values: tf.Tensor, like: Sequence[tf.Tensor]) -> List[tf.Tensor]:
+    """Return the joined `values` in the shapes of `like`."""
+    parts = tf.split(values, [tensor.shape.num_elements() for tensor in like])
+    return [tf.reshape(part, tensor.shape) for part, tensor in zip(parts, like)]
 
 
 def _parts(counts: Sequence[int]) -> List[List[int]]:

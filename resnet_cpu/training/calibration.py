@@ -38,8 +38,7 @@ def scaled(
     two. Each array is [examples, classes], `labels` [examples]. `beat` is called after each pass over the examples.
     """
     temperatures, hits, confidences, losses = [], [], [], []
-    for fold in (0, 1) if len(labels) > 1 else (0,):
-        fitted = (1 - fold) if len(labels) > 1 else 0
+    for fold, fitted in ((0, 1), (1, 0)) if len(labels) > 1 else ((0, 0),):
         inverse = _fit([one[fitted::2] for one in probabilities], labels[fitted::2], beat)
         truth = labels[fold::2]
         for part, mean in means([one[fold::2] for one in probabilities]):

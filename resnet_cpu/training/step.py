@@ -168,12 +168,12 @@ class TrainStep:
         for variable, summed in zip(self._statistics, self._statistics_sums):
             if summed is not None:
                 variable.assign(_mean(variable, summed, self._micro_batches))
-        _average_statistics(self._statistics)
         cross_entropy = _mean(tf.cast(cross_entropy, tf.float32), self._loss_sum, self._micro_batches)
+        means = _average(self._statistics, cross_entropy, stop)
         for summed in (*self._gradient_sums, *self._statistics_sums, self._loss_sum):
             if summed is not None:
                 summed.assign(tf.zeros_like(summed))
-        return horovod.mean(tf.stack([cross_entropy, stop]), "loss_and_stop"), over.finished_at
+        return means, over.finished_at
 
     def _losses(self, images: tf.Tensor, labels: tf.Tensor) -> Tuple[tf.Tensor, tf.Tensor]:
         """Return (the loss to minimise, the cross-entropy to report): means over the micro-batch."""
@@ -190,15 +190,17 @@ def _mean(last: tf.Tensor, summed: Optional[tf.Variable], count: int) -> tf.Tens
     return last if summed is None else (summed + last) / count
 
 
-def _average_statistics(statistics: List[tf.Variable]) -> None:
-    """Average batch norm's moving statistics over ranks, in one message.
+def _average(statistics: List[tf.Variable], loss: tf.Tensor, stop: tf.Tensor) -> tf.Tensor:
+    """Average batch norm's moving statistics, the loss and `stop` over ranks in one message; return [loss, stop].
 
-    The authors' Caffe does so before each test and snapshot. Moving averages are linear, so averaging in every step
-    gives the same statistics at the end; and the state is the same on all ranks whenever a run is cut off.
+    The authors' Caffe averages statistics before each test and snapshot. Moving averages are linear, so averaging in
+    every step gives the same statistics at the end; and the state is the same on all ranks whenever a run is cut off.
     """
-    if not statistics or not horovod.active():
-        return
-    flat = horovod.mean(tf.concat([tf.reshape(variable, [-1]) for variable in statistics], 0), "statistics")
-    parts = tf.split(flat, [variable.shape.num_elements() for variable in statistics])
-    for variable, part in zip(statistics, parts):
-        variable.assign(tf.reshape(part, variable.shape))
+    pair = tf.stack([loss, stop])
+    if not horovod.active():
+        return pair
+    kind = statistics[0].dtype if statistics else pair.dtype
+    *means, last = horovod.means_in_one_message([*statistics, tf.cast(pair, kind)], "statistics_loss_and_stop")
+    for variable, value in zip(statistics, means):
+        variable.assign(value)
+    return tf.cast(last, pair.dtype)
