@@ -94,6 +94,26 @@ cifar-50000 half,one,one_collapse,late_36,late_100 --data_dir=data/cifar10 --num
 SETTINGS
 }
 
+# The LR-scaling ladder on CIFAR-10, with 10 epochs, and once with 20. Without the data (see border) it is left out.
+cifar() {
+  local seed rung rule name
+  if ! [[ -e data/cifar10/manifest.json ]]; then
+    echo "ladder_cifar: left out, because data/cifar10 does not hold the data (see $0)" >&2
+    return
+  fi
+  for seed in $seeds; do
+    for rung in 256 1024 4096 8192 16384; do
+      for rule in linear:ladder unscaled:unscaled lars:lars; do
+        name=$ladder/cifar_${rule#*:}.flags
+        echo "ladder_cifar/${rule%:*}-$rung/seed-$seed --flagfile=$name --global_batch_size=$rung --seed=$seed"
+        if [[ $seed == 0 ]]; then
+          echo "ladder_cifar_20/${rule%:*}-$rung/seed-$seed --flagfile=$name --global_batch_size=$rung --seed=$seed $(sed -n 's/^--phase=main:epochs=10/--phase=main:epochs=20/p' "$name")"
+        fi
+      done
+    done
+  done
+}
+
 finished() { grep -qs '"complete": true' "$1/result.json"; }
 
 # Independent networks are combined when all three are finished.
@@ -152,3 +172,4 @@ list | all
 average | all
 border | all
 combine
+cifar | all

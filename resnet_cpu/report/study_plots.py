@@ -99,7 +99,8 @@ def draw_efficiency(rows: Sequence[Row], published: Sequence[Row], path: str) ->
 
 def draw_results(runs: Sequence[Row], curves: Sequence[Row], tables: Mapping[str, Sequence[Row]], folder: str) -> None:
     """Draw the experiments of this repository: rows of runs.csv, curves.csv and of every table's CSV file, by table."""
-    _draw_ladder(runs, os.path.join(folder, "ladder.png"))
+    for table in ("ladder", "ladder_cifar", "ladder_cifar_20"):
+        _draw_ladder(_grouped([row for row in runs if row["what"] == "last"], table), os.path.join(folder, f"{table}.png"))
     for table in ("ensemble", "ensemble_full"):
         _draw_ensembles(_grouped(runs, table), os.path.join(folder, f"{table}.png"))
     _draw_cycles(curves, os.path.join(folder, "cycles.png"))
@@ -121,9 +122,8 @@ def _grouped(rows: Sequence[Row], prefix: str) -> Dict[str, List[Row]]:
     return groups
 
 
-def _draw_ladder(runs: Sequence[Row], path: str) -> None:
+def _draw_ladder(arms: Mapping[str, Sequence[Row]], path: str) -> None:
     """Draw top-1 over the global batch: a colour for each rule, a point for each seed, a line through the means."""
-    arms = _grouped([row for row in runs if row["what"] == "last"], "ladder")
     rules: Dict[str, Dict[int, List[float]]] = {}
     for arm, rows in arms.items():
         rule, _, rung = arm.rpartition("-")
@@ -136,13 +136,16 @@ def _draw_ladder(runs: Sequence[Row], path: str) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     for number, (rule, rungs) in enumerate(sorted(rules.items())):
         sizes, colour = sorted(rungs), f"C{number}"
-        axes.plot(sizes, [sum(rungs[size]) / len(rungs[size]) for size in sizes], "-", color=colour, label=rule)
+        means = [sum(rungs[size]) / len(rungs[size]) for size in sizes]
+        axes.plot(sizes, means, "-", color=colour)
+        axes.annotate(rule, (sizes[-1], means[-1]), (8, 0), textcoords="offset points", color=colour, va="center")
         for size in sizes:
             axes.plot([size] * len(rungs[size]), rungs[size], "o", color=colour, markersize=4)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.margins(x=0.15)
     axes.set_xlabel("global batch, images")
     axes.set_ylabel("top-1, %")
-    axes.legend()
     axes.grid(alpha=0.3)
     save(figure, path)
 
