@@ -114,6 +114,20 @@ cifar() {
   done
 }
 
+# Time to accuracy with growing images on Tiny-ImageNet, as `prepare tiny_imagenet` writes it; without the data it is left out.
+image_size() {
+  local seed arm
+  if ! [[ -e data/tiny_imagenet/manifest.json ]]; then
+    echo "image_size: left out, because data/tiny_imagenet does not hold the data" >&2
+    return
+  fi
+  for seed in $seeds; do
+    for arm in constant growing; do
+      echo "image_size/$arm/seed-$seed --flagfile=experiments/image_size/$arm.flags --seed=$seed"
+    done
+  done
+}
+
 finished() { grep -qs '"complete": true' "$1/result.json"; }
 
 # Independent networks are combined when all three are finished.
@@ -173,3 +187,4 @@ average | all
 border | all
 combine
 cifar | all
+image_size | all

@@ -69,18 +69,27 @@ def write_run(folder, *arguments):
     (folder / "result.json").write_text('{"images_per_second": 0.64, "ranks": 2}')
 
 
-def test_table_shows_images_and_time_of_every_phase(capsys, tmp_path):
+def times(text, *names):
+    """Return the last cell of the rows of these phases."""
+    return [next(line for line in text.splitlines() if line.startswith(name)).split()[-1] for name in names]
+
+
+def test_table_shows_images_and_time_of_every_phase(capsys):
     plan.main([*ASKED, "--speed=2.56"])
     text = capsys.readouterr().out
-    main, tail = (next(line for line in text.splitlines() if line.startswith(name)) for name in ("main", "tail"))
-    assert " 5,120 " in main and main.endswith(" 33m20s")  # 20 steps of 256 images at 2.56 images/s
-    assert " 12,800 " in tail and tail.endswith(" 1h23m")
-    assert "1h56m at 2.6 images/s of all ranks" in text and "evaluations" in text
-    write_run(tmp_path)
-    plan.main([*ASKED, f"--speed={tmp_path}"])
-    assert capsys.readouterr().out == text  # 0.32 images/s per rank, eight ranks
+    assert " 5,120 " in text and " 12,800 " in text
+    assert times(text, "main", "tail") == ["33m20s", "42m31s"]  # 20 steps of 256; 50 of them, at (160 / 224)^2 pixels
+    assert "1h15m at 2.6 images/s of all ranks at 224x224 pixels" in text and "evaluations" in text
     plan.main(ASKED)
     assert "time" not in capsys.readouterr().out
+
+
+def test_the_speed_of_a_past_run_is_that_of_all_its_phases(tmp_path, capsys):
+    write_run(tmp_path)
+    plan.main([*ASKED, f"--speed={tmp_path}"])
+    text = capsys.readouterr().out
+    assert "1h56m at 2.6 images/s of all ranks, " in text  # 17,920 images at 0.32 images/s per rank, eight ranks
+    assert times(text, "main", "tail") == ["51m16s", "1h05m"]
 
 
 def test_the_speed_of_a_past_run_is_only_taken_for_the_same_network(tmp_path, capsys):

@@ -1,7 +1,7 @@
 """The plan of a flagfile, as `python -m resnet_cpu.plan` prints it: a table, CSV with a row per step, or a plot."""
 
 import math
-from typing import Callable, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 from resnet_cpu.data.datasets import facts_of
 from resnet_cpu.errors import DataError, FlagError
@@ -27,7 +27,7 @@ def answer(settings: Settings) -> str:
         _draw(resolved, examples)
         return PLOT
     rate = images_per_second(settings, resolved, ranks)
-    return "\n".join([*table_lines(resolved, ranks, examples, rate), *notes(settings, resolved)])
+    return "\n".join([*table_lines(settings, resolved, ranks, examples, rate), *notes(settings, resolved)])
 
 
 def train_examples(settings: Settings) -> int:
@@ -70,11 +70,15 @@ def csv_lines(resolved: Resolved, examples: int, momentum_correction: bool) -> I
         )
 
 
-def table_lines(resolved: Resolved, ranks: int, examples: int, rate: Optional[float]) -> List[str]:
+def table_lines(settings: Settings, resolved: Resolved, ranks: int, examples: int, rate: Optional[float]) -> List[str]:
     """Return a row for each phase in the order of execution, then the totals; with times if images/s are given."""
     batch, steps = resolved.batch, schedule.total_steps(resolved.phases)
     images = steps * batch.total
-    columns = _columns(batch.total, examples, rate)
+    usual = settings.data.image_size
+    columns = _columns(batch.total, examples)
+    seconds = phase_seconds(settings, resolved, rate) if rate is not None else {}
+    if seconds:
+        columns.append(("time", lambda phase: duration(seconds[phase.name])))
     rows = [[title for title, _ in columns], *([cell(phase) for _, cell in columns] for phase in resolved.phases)]
     micro_batches = f" x {batch.accumulate_steps} accumulated" if batch.accumulate_steps > 1 else ""
     lines = [
@@ -86,10 +90,29 @@ def table_lines(resolved: Resolved, ranks: int, examples: int, rate: Optional[fl
     ]
     lines += member_lines(resolved, images / examples)
     if rate is not None:
-        lines.append(
-            f"{duration(images / rate)} at {rate:,.1f} images/s of all ranks, evaluations and start not counted"
-        )
+        resized = _is_number(settings) and any(phase.image_size != usual for phase in resolved.phases)
+        at = f" at {usual}x{usual} pixels, at other sizes in proportion to their number" if resized else ""
+        total = duration(sum(seconds.values()))
+        lines.append(f"{total} at {rate:,.1f} images/s of all ranks{at}, evaluations and start not counted")
     return lines
+
+
+def phase_seconds(settings: Settings, resolved: Resolved, rate: float) -> Dict[str, float]:
+    """Return the seconds of each phase by its name; the time of an image is taken to be proportional to its pixels.
+
+    `rate`, in images/s, is that of images of --image_size if --speed gives a number, and of all phases together if it
+    is that of a past run.
+    """
+    images = {phase.name: phase.steps * resolved.batch.total for phase in resolved.phases}
+    usual = settings.data.image_size
+    work = {phase.name: images[phase.name] * (phase.image_size / usual) ** 2 for phase in resolved.phases}
+    unit = 1.0 if _is_number(settings) else sum(images.values()) / sum(work.values())
+    return {name: value * unit / rate for name, value in work.items()}
+
+
+def _is_number(settings: Settings) -> bool:
+    speed = settings.prediction.speed
+    return speed is not None and past_run.rate_of(speed) is not None
 
 
 def member_lines(resolved: Resolved, epochs: float) -> List[str]:
@@ -107,9 +130,9 @@ def member_lines(resolved: Resolved, epochs: float) -> List[str]:
     return [*lines, f"members on average: {mean:.2f} doublings behind (docs/ensemble.md, when it pays)"]
 
 
-def _columns(global_batch: int, examples: int, rate: Optional[float]) -> List[Tuple[str, Callable[[Phase], str]]]:
-    """Return (title, function from a phase to its cell) of every column."""
-    columns: List[Tuple[str, Callable[[Phase], str]]] = [
+def _columns(global_batch: int, examples: int) -> List[Tuple[str, Callable[[Phase], str]]]:
+    """Return (title, function from a phase to its cell) of every column but the time."""
+    return [
         ("phase", lambda phase: phase.name),
         ("from", lambda phase: phase.parent or "-"),
         ("kind", lambda phase: " ".join(kind for kind in ("branch", "member") if getattr(phase, kind)) or "-"),
@@ -126,9 +149,6 @@ def _columns(global_batch: int, examples: int, rate: Optional[float]) -> List[Tu
         ("augment", lambda phase: phase.augment),
         ("image", lambda phase: str(phase.image_size)),
     ]
-    if rate is not None:
-        columns.append(("time", lambda phase: duration(phase.steps * global_batch / rate)))
-    return columns
 
 
 def notes(settings: Settings, resolved: Resolved) -> List[str]:

@@ -100,7 +100,9 @@ def draw_efficiency(rows: Sequence[Row], published: Sequence[Row], path: str) ->
 def draw_results(runs: Sequence[Row], curves: Sequence[Row], tables: Mapping[str, Sequence[Row]], folder: str) -> None:
     """Draw the experiments of this repository: rows of runs.csv, curves.csv and of every table's CSV file, by table."""
     for table in ("ladder", "ladder_cifar", "ladder_cifar_20"):
-        _draw_ladder(_grouped([row for row in runs if row["what"] == "last"], table), os.path.join(folder, f"{table}.png"))
+        _draw_ladder(
+            _grouped([row for row in runs if row["what"] == "last"], table), os.path.join(folder, f"{table}.png")
+        )
     for table in ("ensemble", "ensemble_full"):
         _draw_ensembles(_grouped(runs, table), os.path.join(folder, f"{table}.png"))
     _draw_cycles(curves, os.path.join(folder, "cycles.png"))
