@@ -93,6 +93,8 @@ if [[ $may_install == yes ]] && ! compgen -G '/usr/lib/*/libtcmalloc_minimal.so.
   missing+=(libtcmalloc-minimal4)
 fi
 
+# Without a compiler the rest is set up: one rank trains with TensorFlow's operations. MPI is missing only where its module is not loaded.
+if [[ $may_install == no && ${missing[*]} == g++ ]]; then missing=(); fi
 if ((${#missing[@]})); then
   [[ $may_install == yes ]] || fail "missing system packages (Debian names): ${missing[*]}; they cannot be installed here without apt-get and root or sudo. Ask for them, or load your site's MPI module and set RAW_DIR to the folder of the Fashion-MNIST files"
   say "system packages: ${missing[*]}"
@@ -104,6 +106,7 @@ if ((${#missing[@]})); then
 fi
 
 mpi_version=$(mpirun --version 2>&1 | head -n 1)
+compiler=$(g++ --version 2>/dev/null | head -n 1) || true
 # The name that the documentation uses. It stays what it is, so that queued jobs keep their environment.
 link() {
   if [[ $VENV == ".venv-$stack" ]]; then
@@ -112,7 +115,7 @@ link() {
   fi
 }
 
-stamp_text=$( printf 'stack %s\n' "$stack"; { cat "$lock" requirements/horovod.txt setup.cfg launch/install.sh resnet_cpu/model/kernels/{*.h,*.cc,build.py}; "$python" --version; echo "$mpi_version"; } | sha256sum)
+stamp_text=$( printf 'stack %s\n' "$stack"; { cat "$lock" requirements/horovod.txt setup.cfg launch/install.sh resnet_cpu/model/kernels/{*.h,*.cc,build.py}; "$python" --version; echo "$mpi_version"; echo "${compiler:+compiled}"; } | sha256sum)
 if [[ -f $VENV/installed && $(<"$VENV/installed") == "$stamp_text" ]]; then
   link
   exit 0
@@ -135,7 +138,7 @@ pip install -qq --no-deps --require-hashes ${PIP_ARGS:-} -r "$lock"
 # Horovod is linked against one TensorFlow and one MPI. A wheel is kept for each combination of what it was built with.
 tensorflow=$(sed -n 's/^tensorflow==\([0-9.]*\).*/\1/p' "$lock")
 built_with=$(
-  printf '%s\n' "tensorflow $tensorflow" "$("$in_venv" -VV)" "$(uname -m)" "$mpi_version" "$(mpicxx -show 2>&1)" "$(g++ --version | head -n 1)"
+  printf '%s\n' "tensorflow $tensorflow" "$("$in_venv" -VV)" "$(uname -m)" "$mpi_version" "$(mpicxx -show 2>&1)" "$compiler"
   cat requirements/horovod.txt
   sed -n '/^build_horovod/,/^}/p' launch/install.sh
 )
@@ -187,7 +190,7 @@ build_horovod() {
   cp -r "$work/wheel" "$1.$$" && mv -T "$1.$$" "$1"
 }
 
-if [[ ! -f $VENV/horovod-built-for || $(<"$VENV/horovod-built-for") != "$built_with" ]]; then
+if [[ -n $compiler && (! -f $VENV/horovod-built-for || $(<"$VENV/horovod-built-for") != "$built_with") ]]; then
   if ! compgen -G "$wheels/horovod-*.whl" >/dev/null; then
     rm -rf "$wheels"
     say "Horovod $HOROVOD, built against this TensorFlow and this MPI (about two minutes; log: $VENV/horovod-build.log)"
@@ -204,4 +207,6 @@ say "fused kernels (about 20 seconds, unless a library of these sources and this
 pip check >/dev/null || fail "the environment in $VENV is inconsistent (see '$VENV/bin/python -m pip check'); remove $VENV and try again"
 printf '%s\n' "$stamp_text" >"$VENV/installed"
 link
+[[ -n $compiler ]] ||
+  say "warning: g++ was not found, so Horovod was not built and jobs can have one rank only (make train RANKS=1). Install g++, or load your site's module, and call this again"
 say "ready: source $VENV/bin/activate"

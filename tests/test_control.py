@@ -1,6 +1,7 @@
 """Rank and number of cores of a process, from what launchers and the kernel report; messages between ranks."""
 
 import os
+import sys
 
 import pytest
 
@@ -127,3 +128,13 @@ def test_work_on_rank_0_beats_on_all_ranks():
     beats = []
     assert control.World(1, 0).on_rank0_with_beats(lambda beat: [beat(), beat(), 7][-1], lambda: beats.append(1)) == 7
     assert len(beats) == 2
+
+def test_several_ranks_without_horovod_are_refused_with_a_remedy(monkeypatch):
+    from resnet_cpu.cluster import horovod
+
+    monkeypatch.setitem(sys.modules, "horovod", None)
+    monkeypatch.setitem(sys.modules, "horovod.tensorflow", None)
+    with pytest.raises(FlagError, match="2 ranks need Horovod, .* run make setup where g.. and MPI .*single rank"):
+        horovod.start(control.World(2, 0))
+    horovod.start(control.World(1, 0))  # one rank does not need it
+    assert not horovod.active()

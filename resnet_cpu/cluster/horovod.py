@@ -25,7 +25,8 @@ def start(world: World) -> None:
         import horovod.tensorflow as core
     except ImportError as error:
         raise FlagError(
-            f"{world.size} ranks need Horovod, but it does not load ({error}); see BUILD_NOTES.md"
+            f"{world.size} ranks need Horovod, but it does not load ({error}); run make setup where g++ and MPI are "
+            "installed (BUILD_NOTES.md), or use a single rank"
         ) from None
     if not core.mpi_built():
         raise FlagError("this Horovod was built without MPI; build it as described in BUILD_NOTES.md")
