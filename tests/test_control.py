@@ -129,6 +129,7 @@ def test_work_on_rank_0_beats_on_all_ranks():
     assert control.World(1, 0).on_rank0_with_beats(lambda beat: [beat(), beat(), 7][-1], lambda: beats.append(1)) == 7
     assert len(beats) == 2
 
+
 def test_several_ranks_without_horovod_are_refused_with_a_remedy(monkeypatch):
     from resnet_cpu.cluster import horovod
 
