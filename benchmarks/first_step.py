@@ -1,0 +1,86 @@
+"""Measure where the time goes from the start of a process until a step of ResNet-50 takes as long as any other.
+
+    launch/local.sh 1 python benchmarks/first_step.py --rounds 5 --batch_size 8
+
+Each round is a process of its own. `flags and placement`: from the start of Python; `TensorFlow`: its import, with that
+of the Intel extension; `network`: the layers and the initial weights; `trace`: the graph of a training step; `first
+step`: TensorFlow's optimisation of the graph, the creation of kernels and the step itself; then the second and the
+third step. Data are synthetic.
+"""
+
+import json
+import statistics
+import sys
+import time
+
+import paired
+
+STAGES = ("flags and placement", "TensorFlow", "network", "trace", "first step", "second step", "third step")
+
+
+def main() -> None:
+    parser = paired.parser(__doc__)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--started", type=float, help="used by this program for its own processes")
+    arguments = parser.parse_args()
+    flags = [f"--{name}={getattr(arguments, name)}" for name in ("batch_size", "image_size", "precision")]
+    if arguments.started is not None:
+        print(json.dumps(stages(["--dataset=synthetic", *flags], arguments.started)))
+        return
+    rows = []
+    for number in range(arguments.rounds):
+        command = [sys.executable, __file__, *flags, f"--started={time.time()}"]
+        rows.append(json.loads(paired.last_line(paired.start(command))))
+        print(f"round {number + 1}: {sum(list(rows[-1].values())[:5]):.1f} s", flush=True)
+    for name in STAGES:
+        values = [row[name] for row in rows]
+        print(f"  {name}: {statistics.median(values):.2f} s ({min(values):.2f} ... {max(values):.2f})")
+    paired.write(arguments.out, rows)
+
+
+def stages(command: list, started: float) -> paired.Row:
+    """Return the seconds of each of STAGES in this process; it was started at `started`, seconds since the epoch."""
+    marks = [started]
+
+    def mark() -> None:
+        marks.append(time.time())
+
+    from resnet_cpu import commandline
+    from resnet_cpu.cluster import control, placement
+    from resnet_cpu.resolve import resolve_batch
+
+    settings = commandline.parse(command, "benchmark")
+    world = control.connect(1)
+    placement.apply(settings.system.threads, world.cores)
+    mark()
+    import tensorflow as tf
+
+    mark()
+    from resnet_cpu.data.batches import training_batches
+    from resnet_cpu.model.kernels import library
+    from resnet_cpu.recipe.schedule import Rates
+    from resnet_cpu.training import state, step
+
+    batch = resolve_batch(settings, 1)
+    fused = library.choose(settings).used
+    model = state.build_model(settings, fused)
+    train_step = step.TrainStep(model, settings.recipe, fused_update=fused)
+    mark()
+    images = tf.TensorSpec([batch.per_rank, settings.data.image_size, settings.data.image_size, 3])
+    labels, rates = tf.TensorSpec([batch.per_rank], tf.int32), tf.TensorSpec([3])
+    train_step.update.get_concrete_function(images, labels, rates, tf.TensorSpec([]))
+    mark()
+    batches = training_batches(
+        settings, world, None, examples=4 * batch.total, batch=batch, first_step=0, last_step=10**6, augment="none",
+        image_size=settings.data.image_size,
+    )  # fmt: skip
+    for _ in range(3):
+        train_step.take(batches, Rates(0.0, 0.0, 0.0))
+        mark()
+    return {name: later - earlier for name, earlier, later in zip(STAGES, marks, marks[1:])}
+
+
+if __name__ == "__main__":
+    main()
