@@ -174,10 +174,13 @@ one() {
 export -f one
 export runs
 
+# Three independent networks count as finished when their combination is in the table.
 wanted() {
-  local line
+  local line name
   while read -r line; do
-    if [[ -z ${MISSING:-} ]] || ! grep -q "^${line%% *}," experiments/results/runs.csv; then echo "$line"; fi
+    name=${line%% *}
+    if [[ $name == */independent/* ]]; then name=${name%/*}; fi
+    if [[ -z ${MISSING:-} ]] || ! grep -q "^$name," experiments/results/runs.csv; then echo "$line"; fi
   done
 }
 all() { { grep -E "^[^ ]*$only" || true; } | wanted | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }

@@ -84,6 +84,17 @@ def test_a_prediction_is_interpolated_over_the_logarithm_of_the_images():
     assert "pilot at 1,000 and pilot at 100,000" in row["from"]
 
 
+def test_a_better_model_with_a_collapse_is_what_a_prediction_compares_with():
+    singles = {"half": TOP1["half"], "one": TOP1["one"], "one_collapse": [((0.25,), 0.25)] * 3}
+    plain, better = (
+        border.predict("tiny-10000", "late_36", DOUBLINGS, runs_of({arm: singles[arm] for arm in chosen}), PILOT)
+        for chosen in (("half", "one"), ("half", "one", "one_collapse"))
+    )
+    assert float(plain["collapse"]) == 0
+    assert float(better["collapse"]) == pytest.approx(100 * (0.25 - 0.68 / 3), abs=1e-3)
+    assert float(better["D"]) - float(plain["D"]) == pytest.approx(float(better["collapse"]), abs=1e-3)
+
+
 def test_a_prediction_prefers_what_was_run_and_borrows_from_a_like_arm():
     singles = {arm: TOP1[arm] for arm in ("half", "one")}
     runs = [*runs_of(TOP1, "tiny-10000"), *runs_of(singles, "tiny-20000"), *runs_of(TOP1, "cifar-20000")]
@@ -113,7 +124,7 @@ def test_the_script_names_what_it_needs_and_predicts_nothing_twice(tmp_path):
     (tmp_path / "experiments").unlink()
     place = tmp_path / "experiments" / "collapsed_ensemble" / "border"
     place.mkdir(parents=True)
-    (place / "predictions.csv").write_text(f"{','.join(border.PREDICTED)}\ntiny-7,late_36{',1' * 9}\n")
+    (place / "predictions.csv").write_text(f"{','.join(border.PREDICTED)}\ntiny-7,late_36{',1' * 10}\n")
     done = subprocess.run([sys.executable, SCRIPT, "tiny-7"], cwd=tmp_path, env=OUTSIDE, capture_output=True, text=True)
     assert done.returncode == 2 and "has predictions of tiny-7; they are not made twice" in done.stderr
 
@@ -124,8 +135,9 @@ def test_predictions_add_up(monkeypatch):
     singles = {arm: TOP1[arm] for arm in ("half", "one")}
     made = border.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(singles), PILOT)
     for row in [made, *border.read_predictions()]:
-        figures = {key: float(row[key]) for key in ("slope", "doublings", "cycles", "G", "D", "difference")}
-        assert figures["D"] == pytest.approx(figures["slope"] * figures["doublings"] + figures["cycles"], abs=1e-3)
+        figures = {key: float(row[key]) for key in ("slope", "doublings", "cycles", "collapse", "G", "D", "difference")}
+        lost = figures["cycles"] + figures["collapse"]
+        assert figures["D"] == pytest.approx(figures["slope"] * figures["doublings"] + lost, abs=1e-3)
         assert figures["difference"] == pytest.approx(figures["G"] - figures["D"], abs=1e-3)
 
 

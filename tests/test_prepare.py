@@ -126,6 +126,14 @@ def test_two_prepares_at_a_time_leave_a_data_set_that_verifies(run, tmp_path):
     assert run("verify", f"--data_dir={tmp_path}") == {"train": 1000, "validation": 21}
 
 
+@pytest.mark.parametrize("place, words", [("raw", "is --raw_dir; name"), ("raw/shards", "lies in --raw_dir, among")])
+def test_shards_may_not_lie_among_the_images(run_command, tmp_path, place, words):
+    raw = folders(tmp_path / "raw")
+    process = run_command("prepare", "folder", f"--raw_dir={raw}", f"--data_dir={tmp_path / place}")
+    assert process.returncode == 64 and words in process.stderr
+    assert sorted(path.name for path in raw.iterdir()) == ["train", "validation"]
+
+
 def test_a_tree_of_images_is_prepared_verified_and_trained_on(run_command, tmp_path):
     """The number of classes comes from the prepared set."""
     raw, data = folders(tmp_path / "raw", train=12), tmp_path / "data"

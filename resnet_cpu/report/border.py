@@ -18,7 +18,9 @@ from resnet_cpu.text import count
 
 FOLDER = os.path.join(EXPERIMENTS, "collapsed_ensemble", "border")
 PREDICTIONS, PILOT = (os.path.join(FOLDER, f"{name}.csv") for name in ("predictions", "pilot"))
-PREDICTED = ("setting", "arm", "half", "one", "slope", "doublings", "cycles", "G", "D", "difference", "from")
+PREDICTED = (
+    *("setting", "arm", "half", "one", "slope", "doublings", "cycles", "collapse", "G", "D", "difference", "from"),
+)
 SINGLES = ("one", "one_collapse")
 _SETTINGS = {
     "tiny": "half of Tiny-ImageNet",
@@ -131,6 +133,13 @@ def slope(arms: Arms, place: Place) -> Optional[float]:
     return 100 * statistics.mean(one[seed] - half[seed] for seed in seeds) if seeds else None
 
 
+def _of_collapse(arms: Arms, place: Place) -> float:
+    """Return how many points the best single model is ahead of the plain one."""
+    best = best_single(arms, place)
+    scores = [_scores(arms, place._replace(arm=arm), "ensemble", "top1").values() for arm in (best, "one") if arm]
+    return 100 * (statistics.mean(scores[0]) - statistics.mean(scores[1])) if all(scores) else 0.0
+
+
 def _figures(place: Place, arms: Arms, predictions: Sequence[Row]) -> Optional[Dict[str, Any]]:
     """Return the row of one ensemble, top-1 in percent; None if no seed has both the ensemble and the single model."""
     single = best_single(arms, place)
@@ -222,8 +231,9 @@ def predict(setting: str, arm: str, doublings: Mapping[str, float], runs: Iterab
 
     D is predicted as the gain of one model per doubling of the budget, measured in this setting with `half` and `one`,
     times the doublings by which the members are behind on average, plus what the cycles lose: D minus that product
-    where it is known. G and the loss of the cycles come from the pilot and from what has been run with other numbers
-    of images, linear over the logarithm of the number. `doublings` has those of every arm.
+    where it is known, against a model without a collapse. If one with a collapse has been run in this setting and is
+    better, D is larger by the difference. G and the loss of the cycles come from the pilot and from what has been run
+    with other numbers of images, linear over the logarithm of the number. `doublings` has those of every arm.
 
     Raises DataError if the single models of the setting, or all figures of other settings, are missing, and if the arm
     has been run.
@@ -245,12 +255,14 @@ def predict(setting: str, arm: str, doublings: Mapping[str, float], runs: Iterab
         )
     G, of_G = _interpolated(gains, place)
     lost, of_lost = _interpolated(losses, place)
-    D = gain * doublings[arm] + lost
+    collapse = _of_collapse(arms, place)
+    D = gain * doublings[arm] + lost + collapse
     half, one = (
         100 * statistics.mean(_scores(arms, place._replace(arm=single), "ensemble", "top1").values())
         for single in ("half", "one")
     )
-    values = (setting, arm, half, one, gain, doublings[arm], lost, G, D, G - D, f"G: {of_G}; cycles: {of_lost}")
+    source = f"G: {of_G}; cycles: {of_lost}"
+    values = (setting, arm, half, one, gain, doublings[arm], lost, collapse, G, D, G - D, source)
     return {key: cell(value) for key, value in zip(PREDICTED, values)}
 
 
@@ -271,7 +283,7 @@ def _of_runs(place: Place, arms: Arms) -> Iterator[_Measured]:
         if (other.setting, other.arm) == (place.setting, place.arm):
             row = _figures(other, arms, [])
             if row:
-                yield other.images, row["G"], row["D"], row["slope"], _name(other)
+                yield other.images, row["G"], row["D"] - _of_collapse(arms, other), row["slope"], _name(other)
 
 
 def _interpolated(candidates: Sequence[Sequence[Known]], place: Place) -> Tuple[float, str]:
