@@ -20,7 +20,7 @@ help:
 	@echo "make smoke   set up and train a tiny network on synthetic data (half a minute after the set-up)"
 	@echo "make reproduce  run every experiment behind docs/results.md (hours; may be interrupted and called again), then make tables"
 	@echo "make tables  update the tables and plots of the documents from experiments/results/*.csv"
-	@echo "make setup   set up only: an environment with everything built (about 3 minutes), and the link .venv to it"
+	@echo "make setup   set up only: an environment with everything built that g++ allows (about 3 minutes), and the link .venv to it"
 	@echo "make wheelhouse  put every package into wheelhouse/, for nodes without a network (docs/offline.md)"
 	@echo "make lint    check style and types; make format corrects the style; make docs writes the generated pages; make lock updates the lock"
 	@echo "make clean   remove the environments and caches, never data or runs"

@@ -33,10 +33,12 @@ def main() -> None:
     for number in range(arguments.rounds):
         command = [sys.executable, __file__, *flags, f"--started={time.time()}"]
         rows.append(json.loads(paired.last_line(paired.start(command))))
-        print(f"round {number + 1}: {sum(list(rows[-1].values())[:5]):.1f} s", flush=True)
-    for name in STAGES:
+        rows[-1]["until the end of the first step"] = sum(rows[-1][name] for name in STAGES[:5])
+        print(f"round {number + 1}: {rows[-1]['until the end of the first step']:.1f} s", flush=True)
+    for name in rows[0]:
         values = [row[name] for row in rows]
-        print(f"  {name}: {statistics.median(values):.2f} s ({min(values):.2f} ... {max(values):.2f})")
+        low, high = paired.interval(values)
+        print(f"{name}: median {statistics.median(values):.2f} s, {low:.2f} ... {high:.2f}, n = {len(values)}")
     paired.write(arguments.out, rows)
 
 
@@ -68,17 +70,18 @@ def stages(command: list, started: float) -> paired.Row:
     model = state.build_model(settings, fused)
     train_step = step.TrainStep(model, settings.recipe, fused_update=fused)
     mark()
-    images = tf.TensorSpec([batch.per_rank, settings.data.image_size, settings.data.image_size, 3])
-    labels, rates = tf.TensorSpec([batch.per_rank], tf.int32), tf.TensorSpec([3])
-    train_step.update.get_concrete_function(images, labels, rates, tf.TensorSpec([]))
-    mark()
+    size = settings.data.image_size
     batches = training_batches(
         settings, world, None, examples=4 * batch.total, batch=batch, first_step=0, last_step=10**6, augment="none",
-        image_size=settings.data.image_size,
+        image_size=size,
     )  # fmt: skip
+    images, labels = tf.TensorSpec([batch.per_rank, size, size, 3]), tf.TensorSpec([batch.per_rank], tf.int64)
+    train_step.update.get_concrete_function(images, labels, tf.TensorSpec([3]), tf.TensorSpec([]))
+    mark()
     for _ in range(3):
         train_step.take(batches, Rates(0.0, 0.0, 0.0))
         mark()
+    assert train_step.update.experimental_get_tracing_count() == 1, "the first step traced another graph"
     return {name: later - earlier for name, earlier, later in zip(STAGES, marks, marks[1:])}
 
 

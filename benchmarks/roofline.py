@@ -3,7 +3,7 @@
     launch/local.sh 1 python benchmarks/roofline.py --rounds 7 --out benchmarks/results/roofline.csv
 
 The definition was fixed before the first measurement. One process on all cores, 224x224, batch 32, float32; with
---precision=bfloat16 all but the update moves half the bytes, and both ceilings are those of bfloat16.
+--precision=bfloat16 all but the classifier and the update moves half the bytes, and the ceilings are those of bfloat16.
 
 - Compute ceiling: the fastest of a fixed set of convolutions (3x3 and 1x1, forward, no padding) and a product of
   matrices of 4096 x 4096, with the same kernels and threads as our step. A rate is FLOPs (two per multiply-add) over
@@ -32,7 +32,6 @@ other parts is the time of a step with these kernels and no losses between them.
 
 import argparse
 import collections
-import dataclasses
 import os
 import pathlib
 import statistics
@@ -43,8 +42,8 @@ import time
 from typing import Any, Callable, Dict, List, Tuple
 
 import paired
+from step_bound import BYTES, Conv, Part, convolutions, parts, summed
 
-BYTES = {"float32": 4, "bfloat16": 2}  # of a value of an activation, and of a weight as the layers read it
 # (name, height and width of the output, kernel, channels in, channels out), stride 1; kernel 0: a product of matrices
 SET = [
     ("3x3 64 at 56x56", 56, 3, 64, 64),
@@ -58,116 +57,6 @@ SET = [
     ("1x1 1024 to 1024 at 28x28", 28, 1, 1024, 1024),
     ("matrices 4096", 4096, 0, 4096, 4096),
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Conv:
-    """Convolution of the network: shapes as (height, width, channels), padding included in the input."""
-
-    inputs: Tuple[int, int, int]
-    outputs: Tuple[int, int, int]
-    kernel: int
-    stride: int
-    padding: int  # on each side, included in `inputs`
-    first: bool  # of the network: the gradient of its input is not needed
-    precision: str
-
-    @property
-    def passes(self) -> Tuple[str, ...]:
-        return ("forward", "kernel") if self.first else ("forward", "input", "kernel")
-
-    def flops(self, batch: int, padding: bool = True) -> float:
-        """Return the FLOPs of a pass, with or without the multiplications by padding."""
-        height, width, channels = self.outputs
-        taps = self.kernel**2 * height * width if padding else self._taps(0) * self._taps(1)
-        return 2.0 * batch * taps * channels * self.inputs[2]
-
-    def _taps(self, axis: int) -> int:
-        """Return the number of pairs (output position, kernel position) along an axis that fall on the image."""
-        image = range(self.padding, self.inputs[axis] - self.padding)
-        return sum(self.stride * at + tap in image for at in range(self.outputs[axis]) for tap in range(self.kernel))
-
-    def bytes(self, batch: int) -> float:
-        """Return the bytes of a pass: input, output and kernel once, or their gradients."""
-        height, width = (side - 2 * self.padding for side in self.inputs[:2])
-        ins, outs = batch * height * width * self.inputs[2], batch * self.outputs[0] * self.outputs[1] * self.outputs[2]
-        return BYTES[self.precision] * (ins + outs + self.kernel**2 * self.inputs[2] * self.outputs[2])
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Part of a training step: FLOPs and bytes per batch."""
-
-    name: str
-    flops: float
-    bytes: float
-
-    def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
-        return max(self.flops / flops_per_s, self.bytes / bytes_per_s)
-
-
-def convolutions(model: Any, precision: str) -> List[Conv]:
-    """Return the convolutions of a Keras model in the order of its layers."""
-    found = []
-    for layer in model.layers:
-        if type(layer).__name__ == "Conv2D":
-            kernel, stride = layer.kernel_size[0], layer.strides[0]
-            padding = (kernel - 1) // 2
-            height, width, channels = layer.input.shape[1:]
-            if layer.padding == "same":  # otherwise a layer before it pads
-                height, width = height + 2 * padding, width + 2 * padding
-            ins, outs = (height, width, channels), tuple(layer.output.shape[1:])
-            found.append(Conv(ins, outs, kernel, stride, padding, not found, precision))
-    return found
-
-
-def parts(model: Any, batch: int, precision: str, padding: bool = True) -> List[Part]:
-    """Return the parts of a step by the definition above; without `padding`, leave out multiplications by zero."""
-    found = []
-    for conv in convolutions(model, precision):
-        found += [
-            Part(f"convolutions {conv.kernel}x{conv.kernel}, {way}", conv.flops(batch, padding), conv.bytes(batch))
-            for way in conv.passes
-        ]
-    size = BYTES[precision]
-    for layer in model.layers:
-        kind = type(layer).__name__
-        source = layer.input[0] if isinstance(layer.input, list) else layer.input
-        outs, ins = (size * batch * _elements(tensor.shape) for tensor in (layer.output, source))
-        if kind == "BatchNormalization":
-            found += [
-                Part("batch norm and ReLU, forward", 0, 3 * outs),
-                Part("batch norm and ReLU, backward", 0, 5 * outs),
-            ]
-        elif kind == "Add":
-            found += [Part("additions, forward", 0, outs), Part("additions, backward", 0, 2 * outs)]
-        elif kind == "MaxPooling2D":
-            found += [Part("pools", 0, ins + outs), Part("pools", 0, ins + outs + ins)]
-        elif kind == "GlobalAveragePooling2D":
-            found += [Part("pools", 0, ins + outs), Part("pools", 0, ins + outs)]
-        elif kind == "Dense":
-            weights = layer.count_params()
-            found += [Part("classifier", 2.0 * ins / size * layer.units, ins + outs + size * weights)] * 3
-    weights = sum(_elements(variable.shape) for variable in model.trainable_variables)
-    found.append(Part("update", 0, 5.0 * BYTES["float32"] * weights))
-    return found
-
-
-def _elements(shape: Any) -> int:
-    count = 1
-    for side in shape:
-        count *= side or 1  # None is the batch dimension
-    return count
-
-
-def summed(found: List[Part], flops_per_s: float, bytes_per_s: float) -> Dict[str, Tuple[float, float, float]]:
-    """Return (GFLOP, GB, seconds at the ceilings) of the parts of each name."""
-    table: Dict[str, Tuple[float, float, float]] = {}
-    for part in found:
-        flops, moved, seconds = table.get(part.name, (0.0, 0.0, 0.0))
-        seconds += part.seconds(flops_per_s, bytes_per_s)
-        table[part.name] = (flops + part.flops / 1e9, moved + part.bytes / 1e9, seconds)
-    return table
 
 
 def seconds_per_call(call: Callable[[], Any], window_s: float) -> float:
@@ -295,6 +184,12 @@ def main() -> None:
     parser.add_argument("--precision", choices=BYTES, default="float32")
     arguments = parser.parse_args()
     batch, precision = arguments.batch_size, arguments.precision
+    others = [name for name in ("batch_size", "image_size", "precision")
+              if getattr(arguments, name) != parser.get_default(name)]  # fmt: skip
+    if others and arguments.out == parser.get_default("out"):
+        parser.error(
+            f"--{others[0]}: {arguments.out} holds rounds of the default setting; name another file with --out"
+        )
     train, model = training_step(arguments)
     found, convs = parts(model, batch, precision), collections.Counter(convolutions(model, precision))
     largest = BYTES[precision] * batch * max(conv.outputs[0] * conv.outputs[1] * conv.outputs[2] for conv in convs)
@@ -425,7 +320,7 @@ def draw(
     axes.set(
         xlabel="FLOP/byte",
         ylabel="GFLOP/s",
-        title=f"{gflops:.0f} GFLOP/s, {gigabytes:.1f} GB/s",
+        title=f"{next(iter(convs)).precision}, {gflops:.0f} GFLOP/s, {gigabytes:.1f} GB/s",
     )
     axes.grid(True, which="both", alpha=0.2)
     axes.legend(loc="lower right")

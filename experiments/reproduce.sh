@@ -118,7 +118,7 @@ cifar() {
 image_size() {
   local seed arm
   if ! [[ -e data/tiny_imagenet/manifest.json ]]; then
-    echo "image_size: left out, because data/tiny_imagenet does not hold the data" >&2
+    echo "image_size: left out, because data/tiny_imagenet does not hold the data (see experiments/image_size/base.flags)" >&2
     return
   fi
   for seed in $seeds; do

@@ -93,9 +93,15 @@ if [[ $may_install == yes ]] && ! compgen -G '/usr/lib/*/libtcmalloc_minimal.so.
   missing+=(libtcmalloc-minimal4)
 fi
 
-# Without a compiler the rest is set up: one rank trains with TensorFlow's operations. MPI is missing only where its module is not loaded.
-if [[ $may_install == no && ${missing[*]} == g++ ]]; then missing=(); fi
-if ((${#missing[@]})); then
+# If nothing but the compiler and its tools is missing, all but Horovod and the fused kernels is set up, for jobs of one rank.
+without_compiler=no
+if [[ $may_install == no && " ${missing[*]} " == *" g++ "* ]]; then
+  without_compiler=yes
+  for package in "${missing[@]}"; do
+    case $package in g++ | make | cmake) ;; *) without_compiler=no ;; esac
+  done
+fi
+if ((${#missing[@]})) && [[ $without_compiler == no ]]; then
   [[ $may_install == yes ]] || fail "missing system packages (Debian names): ${missing[*]}; they cannot be installed here without apt-get and root or sudo. Ask for them, or load your site's MPI module and set RAW_DIR to the folder of the Fashion-MNIST files"
   say "system packages: ${missing[*]}"
   export DEBIAN_FRONTEND=noninteractive
@@ -115,8 +121,11 @@ link() {
   fi
 }
 
-stamp_text=$( printf 'stack %s\n' "$stack"; { cat "$lock" requirements/horovod.txt setup.cfg launch/install.sh resnet_cpu/model/kernels/{*.h,*.cc,build.py}; "$python" --version; echo "$mpi_version"; echo "${compiler:+compiled}"; } | sha256sum)
-if [[ -f $VENV/installed && $(<"$VENV/installed") == "$stamp_text" ]]; then
+stamp_text=$( printf 'stack %s\n' "$stack"; { cat "$lock" requirements/horovod.txt setup.cfg launch/install.sh resnet_cpu/model/kernels/{*.h,*.cc,build.py}; "$python" --version; echo "$mpi_version"; } | sha256sum)
+compiled=$stamp_text$'\ncompiled'
+if [[ -n $compiler ]]; then stamp_text=$compiled; fi
+# What was built with a compiler is complete, also for a shell without it.
+if [[ -f $VENV/installed && ($(<"$VENV/installed") == "$stamp_text" || $(<"$VENV/installed") == "$compiled") ]]; then
   link
   exit 0
 fi
@@ -207,6 +216,6 @@ say "fused kernels (about 20 seconds, unless a library of these sources and this
 pip check >/dev/null || fail "the environment in $VENV is inconsistent (see '$VENV/bin/python -m pip check'); remove $VENV and try again"
 printf '%s\n' "$stamp_text" >"$VENV/installed"
 link
-[[ -n $compiler ]] ||
-  say "warning: g++ was not found, so Horovod was not built and jobs can have one rank only (make train RANKS=1). Install g++, or load your site's module, and call this again"
+[[ -n $compiler ]] || grep -qsx "tensorflow $tensorflow" "$VENV/horovod-built-for" ||
+  say "warning: g++ was not found, so Horovod and the fused kernels were not built, and jobs can have one rank only (make train RANKS=1). Install g++, or load your site's module, and call this again"
 say "ready: source $VENV/bin/activate"

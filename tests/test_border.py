@@ -74,7 +74,7 @@ DOUBLINGS = {"late_36": 0.5, "late_100": 0.25, "published": 1.0}
 
 def test_a_prediction_is_interpolated_over_the_logarithm_of_the_images():
     """G: 3 and 1, so 2 in the middle. What the cycles lose: 1 - 0.5 * 1 and 4 - 0.5 * 4, so 1.25."""
-    singles = {arm: TOP1[arm] for arm in ("half", "one")}
+    singles = {arm: TOP1[arm] for arm in ("half", "one", "one_collapse")}
     row = border.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(singles), PILOT)
     assert {key: float(row[key]) for key in ("G", "cycles", "slope")} == pytest.approx(
         {"G": 2, "cycles": 1.25, "slope": 2.66667}, rel=1e-4
@@ -85,18 +85,27 @@ def test_a_prediction_is_interpolated_over_the_logarithm_of_the_images():
 
 
 def test_a_better_model_with_a_collapse_is_what_a_prediction_compares_with():
-    singles = {"half": TOP1["half"], "one": TOP1["one"], "one_collapse": [((0.25,), 0.25)] * 3}
+    singles = {arm: TOP1[arm] for arm in ("half", "one", "one_collapse")}
+    better = {**singles, "one_collapse": [((0.25,), 0.25)] * 3}
     plain, better = (
-        border.predict("tiny-10000", "late_36", DOUBLINGS, runs_of({arm: singles[arm] for arm in chosen}), PILOT)
-        for chosen in (("half", "one"), ("half", "one", "one_collapse"))
+        border.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(chosen), PILOT) for chosen in (singles, better)
     )
     assert float(plain["collapse"]) == 0
     assert float(better["collapse"]) == pytest.approx(100 * (0.25 - 0.68 / 3), abs=1e-3)
     assert float(better["D"]) - float(plain["D"]) == pytest.approx(float(better["collapse"]), abs=1e-3)
 
 
+def test_what_the_cycles_lose_is_relative_to_the_plain_model_also_where_a_collapse_was_better():
+    """In tiny-10000, D is 0.66667 against `one`, with 2.66667 points per doubling: -0.66667 at half a doubling."""
+    singles = {arm: TOP1[arm] for arm in ("half", "one", "one_collapse")}
+    for finished in (TOP1, {**TOP1, "one_collapse": [((0.25,), 0.25)] * 3}):
+        runs = [*runs_of(finished, "tiny-10000"), *runs_of(singles, "tiny-5000")]
+        row = border.predict("tiny-5000", "late_36", DOUBLINGS, runs, [])
+        assert float(row["cycles"]) == pytest.approx(-2 / 3, rel=1e-4)
+
+
 def test_a_prediction_prefers_what_was_run_and_borrows_from_a_like_arm():
-    singles = {arm: TOP1[arm] for arm in ("half", "one")}
+    singles = {arm: TOP1[arm] for arm in ("half", "one", "one_collapse")}
     runs = [*runs_of(TOP1, "tiny-10000"), *runs_of(singles, "tiny-20000"), *runs_of(TOP1, "cifar-20000")]
     row = border.predict("tiny-20000", "late_100", DOUBLINGS, runs, PILOT)
     assert row["from"].startswith("G: tiny-10000 at 10,000 and pilot at 100,000")
@@ -107,9 +116,9 @@ def test_a_prediction_prefers_what_was_run_and_borrows_from_a_like_arm():
 def test_what_cannot_be_predicted_is_refused():
     with pytest.raises(DataError, match="has been run; predict it before"):
         border.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(), PILOT)
-    with pytest.raises(DataError, match="the slope needs finished runs of half and one"):
+    with pytest.raises(DataError, match="needs finished runs of half, one and one_collapse"):
         border.predict("tiny-5000", "late_36", DOUBLINGS, runs_of(), PILOT)
-    singles = {arm: TOP1[arm] for arm in ("half", "one")}
+    singles = {arm: TOP1[arm] for arm in ("half", "one", "one_collapse")}
     with pytest.raises(DataError, match="nothing is known of late_36"):
         border.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(singles), [])
 
@@ -120,7 +129,7 @@ SCRIPT = ROOT / "experiments" / "collapsed_ensemble" / "border" / "predict.py"
 def test_the_script_names_what_it_needs_and_predicts_nothing_twice(tmp_path):
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     done = subprocess.run([sys.executable, SCRIPT, "tiny-7"], cwd=tmp_path, env=OUTSIDE, capture_output=True, text=True)
-    assert done.returncode == 2 and "the slope needs finished runs of half and one" in done.stderr
+    assert done.returncode == 2 and "needs finished runs of half, one and one_collapse" in done.stderr
     (tmp_path / "experiments").unlink()
     place = tmp_path / "experiments" / "collapsed_ensemble" / "border"
     place.mkdir(parents=True)
@@ -132,7 +141,7 @@ def test_the_script_names_what_it_needs_and_predicts_nothing_twice(tmp_path):
 def test_predictions_add_up(monkeypatch):
     """The rows that are committed, and one that is made here."""
     monkeypatch.chdir(ROOT)
-    singles = {arm: TOP1[arm] for arm in ("half", "one")}
+    singles = {arm: TOP1[arm] for arm in ("half", "one", "one_collapse")}
     made = border.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(singles), PILOT)
     for row in [made, *border.read_predictions()]:
         figures = {key: float(row[key]) for key in ("slope", "doublings", "cycles", "collapse", "G", "D", "difference")}

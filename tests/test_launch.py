@@ -63,6 +63,44 @@ def test_without_root_the_missing_packages_are_listed(bare_machine):
     assert "cmake" not in line
 
 
+INSTALLED = """\
+if [[ "$1 $2" == "-m venv" ]]; then mkdir -p "$VENV/bin"; cp "$0" "$VENV/bin/python"; fi
+echo 11
+"""
+
+
+@pytest.fixture
+def without_compiler(bare_machine):
+    """A machine with MPI, without g++, cmake, make and root, on which every call of Python succeeds."""
+    put, run = bare_machine
+    put("python3", INSTALLED)
+    for name, script in (("id", "echo 1000"), ("mpirun", "echo mpirun 4"), ("mpicxx", "echo g++"), ("uname", "echo x")):
+        put(name, script)
+    put("mkdir", f'{shutil.which("mkdir")} "$@"')
+    for tool in ("cp", "rm", "cut"):
+        put(tool, f'{shutil.which(tool)} "$@"')
+    return put, lambda: run("launch/install.sh", RAW_DIR="/raw")
+
+
+def test_without_a_compiler_all_but_horovod_is_installed_and_a_warning_says_so(without_compiler, tmp_path):
+    process = without_compiler[1]()
+    assert process.returncode == 0, process.stderr
+    warning, ready = process.stderr.splitlines()[-2:]
+    assert "warning: g++ was not found" in warning and "one rank only" in warning and "ready" in ready
+    again = without_compiler[1]()
+    assert (again.returncode, again.stderr) == (0, "")
+
+
+def test_what_was_built_with_a_compiler_is_complete_without_it(without_compiler, tmp_path):
+    without_compiler[1]()
+    stamp = tmp_path / "venv" / "installed"
+    stamp.write_text(stamp.read_text() + "compiled\n")
+    process = without_compiler[1]()
+    assert (process.returncode, process.stderr) == (0, "")
+    stamp.write_text("of another lock\n")
+    assert "warning" in without_compiler[1]().stderr
+
+
 @pytest.mark.parametrize(
     "minor, environ, venv",
     [

@@ -126,12 +126,13 @@ def test_two_prepares_at_a_time_leave_a_data_set_that_verifies(run, tmp_path):
     assert run("verify", f"--data_dir={tmp_path}") == {"train": 1000, "validation": 21}
 
 
-@pytest.mark.parametrize("place, words", [("raw", "is --raw_dir; name"), ("raw/shards", "lies in --raw_dir, among")])
-def test_shards_may_not_lie_among_the_images(run_command, tmp_path, place, words):
-    raw = folders(tmp_path / "raw")
-    process = run_command("prepare", "folder", f"--raw_dir={raw}", f"--data_dir={tmp_path / place}")
+@pytest.mark.parametrize("place, words", [(".", "is --raw_dir; name"), ("shards", "lies in --raw_dir, among its")])
+def test_shards_may_not_lie_among_the_classes(run_command, tmp_path, place, words):
+    raw = folders(tmp_path) / "train"
+    flags = [f"--raw_dir={raw}", f"--data_dir={raw / place}", "--validation_share=0.2"]
+    process = run_command("prepare", "folder", *flags)
     assert process.returncode == 64 and words in process.stderr
-    assert sorted(path.name for path in raw.iterdir()) == ["train", "validation"]
+    assert sorted(path.name for path in raw.iterdir()) == ["cat", "dog", "eel"]
 
 
 def test_a_tree_of_images_is_prepared_verified_and_trained_on(run_command, tmp_path):

@@ -71,8 +71,6 @@ def means_by_bfloat16(tensors: Sequence[tf.Tensor]) -> List[tf.Tensor]:
 
 def means_in_one_message(tensors: Sequence[tf.Tensor], name: str) -> List[tf.Tensor]:
     """Return the means of `tensors`, all of one type, over ranks."""
-    if _core is None:
-        return list(tensors)
     return _separated(mean(_joined(tensors), name), tensors)
 
 

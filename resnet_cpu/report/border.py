@@ -19,7 +19,8 @@ from resnet_cpu.text import count
 FOLDER = os.path.join(EXPERIMENTS, "collapsed_ensemble", "border")
 PREDICTIONS, PILOT = (os.path.join(FOLDER, f"{name}.csv") for name in ("predictions", "pilot"))
 PREDICTED = (
-    *("setting", "arm", "half", "one", "slope", "doublings", "cycles", "collapse", "G", "D", "difference", "from"),
+    *("setting", "arm", "half", "one", "slope", "doublings"),
+    *("cycles", "collapse", "G", "D", "difference", "from"),
 )
 SINGLES = ("one", "one_collapse")
 _SETTINGS = {
@@ -133,11 +134,20 @@ def slope(arms: Arms, place: Place) -> Optional[float]:
     return 100 * statistics.mean(one[seed] - half[seed] for seed in seeds) if seeds else None
 
 
-def _of_collapse(arms: Arms, place: Place) -> float:
-    """Return how many points the best single model is ahead of the plain one."""
-    best = best_single(arms, place)
-    scores = [_scores(arms, place._replace(arm=arm), "ensemble", "top1").values() for arm in (best, "one") if arm]
-    return 100 * (statistics.mean(scores[0]) - statistics.mean(scores[1])) if all(scores) else 0.0
+class _Pairs(NamedTuple):
+    """Top-1 of an ensemble and of a single model, in percent, for each seed that has both."""
+
+    seeds: List[str]
+    members: List[float]  # means over the members
+    ensemble: List[float]
+    single: List[float]
+
+
+def _pairs(place: Place, single: str, arms: Arms) -> _Pairs:
+    alone, here = (_scores(arms, place._replace(arm=arm), "ensemble", "top1") for arm in (single, place.arm))
+    seeds = sorted(set(alone) & set(here))
+    members = [100 * _members(arms[place][seed]) for seed in seeds]
+    return _Pairs(seeds, members, *([100 * scores[seed] for seed in seeds] for scores in (here, alone)))
 
 
 def _figures(place: Place, arms: Arms, predictions: Sequence[Row]) -> Optional[Dict[str, Any]]:
@@ -146,15 +156,13 @@ def _figures(place: Place, arms: Arms, predictions: Sequence[Row]) -> Optional[D
     if single is None:
         return None
     alone, here = arms[place._replace(arm=single)], arms[place]
-    seeds = sorted(seed for seed in set(alone) & set(here) if "ensemble" in alone[seed] and "ensemble" in here[seed])
+    seeds, members, ensemble, one = _pairs(place, single, arms)
     if not seeds:
         return None
 
     def of(rows: Dict[str, Dict[str, Row]], key: str, factor: float) -> List[float]:
         return [factor * float(rows[seed]["ensemble"][key]) for seed in seeds]
 
-    members = [100 * _members(here[seed]) for seed in seeds]
-    ensemble, one = of(here, "top1", 100), of(alone, "top1", 100)
     loss = [mine - theirs for mine, theirs in zip(of(here, "loss_scaled", 1), of(alone, "loss_scaled", 1))]
     difference = interval([mine - theirs for mine, theirs in zip(ensemble, one)])
     predicted = [row for row in predictions if (row["setting"], row["arm"]) == (_name(place), place.arm)]
@@ -231,9 +239,9 @@ def predict(setting: str, arm: str, doublings: Mapping[str, float], runs: Iterab
 
     D is predicted as the gain of one model per doubling of the budget, measured in this setting with `half` and `one`,
     times the doublings by which the members are behind on average, plus what the cycles lose: D minus that product
-    where it is known, against a model without a collapse. If one with a collapse has been run in this setting and is
-    better, D is larger by the difference. G and the loss of the cycles come from the pilot and from what has been run
-    with other numbers of images, linear over the logarithm of the number. `doublings` has those of every arm.
+    where it is known, against `one`; plus what `one_collapse` is ahead of `one`, if it is. G and the loss of the cycles
+    come from the pilot and from what has been run with other numbers of images, linear over the logarithm of the
+    number. `doublings` has those of every arm.
 
     Raises DataError if the single models of the setting, or all figures of other settings, are missing, and if the arm
     has been run.
@@ -244,8 +252,9 @@ def predict(setting: str, arm: str, doublings: Mapping[str, float], runs: Iterab
     if place in arms:
         raise DataError(f"border/{setting}/{arm} has been run; predict it before")
     gain = slope(arms, place)
-    if gain is None:
-        raise DataError(f"border/{setting}: the slope needs finished runs of half and one; run them before")
+    by_collapse = _pairs(place._replace(arm="one_collapse"), "one", arms)
+    if gain is None or not by_collapse.seeds:
+        raise DataError(f"border/{setting}: needs finished runs of half, one and one_collapse; run them before")
     gains, losses = [], []
     for other in (arm, *([_LIKE[arm]] if arm in _LIKE else [])):
         measured = [*_of_pilot(other, pilot), *_of_runs(place._replace(arm=other), arms)]
@@ -255,7 +264,7 @@ def predict(setting: str, arm: str, doublings: Mapping[str, float], runs: Iterab
         )
     G, of_G = _interpolated(gains, place)
     lost, of_lost = _interpolated(losses, place)
-    collapse = _of_collapse(arms, place)
+    collapse = max(0.0, statistics.mean(by_collapse.ensemble) - statistics.mean(by_collapse.single))
     D = gain * doublings[arm] + lost + collapse
     half, one = (
         100 * statistics.mean(_scores(arms, place._replace(arm=single), "ensemble", "top1").values())
@@ -281,9 +290,13 @@ def _of_pilot(arm: str, pilot: Sequence[Row]) -> Iterator[_Measured]:
 def _of_runs(place: Place, arms: Arms) -> Iterator[_Measured]:
     for other in arms:
         if (other.setting, other.arm) == (place.setting, place.arm):
-            row = _figures(other, arms, [])
-            if row:
-                yield other.images, row["G"], row["D"] - _of_collapse(arms, other), row["slope"], _name(other)
+            seeds, members, ensemble, one = _pairs(other, "one", arms)
+            if seeds:
+                mean = statistics.mean(members)
+                yield (
+                    *(other.images, statistics.mean(ensemble) - mean, statistics.mean(one) - mean),
+                    *(slope(arms, other), _name(other)),
+                )
 
 
 def _interpolated(candidates: Sequence[Sequence[Known]], place: Place) -> Tuple[float, str]:

@@ -91,7 +91,7 @@ def table_lines(settings: Settings, resolved: Resolved, ranks: int, examples: in
     lines += member_lines(resolved, images / examples)
     if rate is not None:
         resized = _is_number(settings) and any(phase.image_size != usual for phase in resolved.phases)
-        at = f" at {usual}x{usual} pixels, at other sizes in proportion to their number" if resized else ""
+        at = f" at {usual}x{usual} pixels, and of others in proportion to the pixels" if resized else ""
         total = duration(sum(seconds.values()))
         lines.append(f"{total} at {rate:,.1f} images/s of all ranks{at}, evaluations and start not counted")
     return lines

@@ -1,6 +1,6 @@
 """Predict the ensembles of a setting before they are run, from its single models; add rows to predictions.csv.
 
-    ONLY=border/tiny-10000/half make reproduce; ONLY=border/tiny-10000/one/ make reproduce
+    ONLY=border/tiny-10000/half make reproduce; ONLY=border/tiny-10000/one make reproduce
     python -m resnet_cpu.tables --runs=runs/reproduce
     python experiments/collapsed_ensemble/border/predict.py tiny-10000 late_36 late_100     # then commit, and run these
 

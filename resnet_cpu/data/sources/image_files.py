@@ -19,9 +19,10 @@ def prepare(source: str, settings: Settings, data_dir: str, processes: int) -> D
     raw, shards = (os.path.realpath(folder) for folder in (asked.raw_dir or "", data_dir))
     if raw == shards:
         raise FlagError(f"--data_dir={data_dir}: is --raw_dir; name another folder for the shards")
-    # ImageNet's archives are looked up by name; in a tree of images, a folder of shards would be taken for a class.
-    if source != "imagenet" and os.path.commonpath([raw, shards]) == raw:
-        raise FlagError(f"--data_dir={data_dir}: lies in --raw_dir, among the images; name a folder outside of it")
+    # In a tree that has classes at its top, a folder of shards would be taken for a class.
+    flat = source == "folder" and not os.path.isdir(os.path.join(raw, "train"))
+    if flat and os.path.commonpath([raw, shards]) == raw:
+        raise FlagError(f"--data_dir={data_dir}: lies in --raw_dir, among its classes; name a folder outside of it")
     images, options = _find(source, asked), conversion.Options(asked.short_side, asked.jpeg_quality)
     if settings.launch.dry_run:
         return dry_run(images, data_dir, settings.recipe.seed, options, processes)
