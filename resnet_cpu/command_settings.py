@@ -57,8 +57,8 @@ class Prediction:
     )
     speed: Optional[str] = setting(
         None,
-        "Speed to assume: a number of images/s (plan: of all ranks together, for images of image_size pixels; simulate: of a single "
-        "node without communication), or the folder of a past run of the same network.",
+        "Speed to assume: a number of images/s (plan: of all ranks together, for images of image_size; simulate: "
+        "of a single node without communication), or the folder of a past run of the same network.",
         path=True,
     )
 
