@@ -75,6 +75,13 @@ def parser(doc: Optional[str]) -> argparse.ArgumentParser:
     return made
 
 
+def refuse_default_file(made: argparse.ArgumentParser, arguments: argparse.Namespace, *settings: str) -> None:
+    """Exit with an error if one of `settings` is not the default while --out is: that file holds other rounds."""
+    others = [name for name in settings if getattr(arguments, name) != made.get_default(name)]
+    if others and arguments.out == made.get_default("out"):
+        made.error(f"--{others[0]}: {arguments.out} holds rounds of the default setting; name another file with --out")
+
+
 def compare(
     sides: Dict[str, Callable[[], float]], ratios: Iterable[Tuple[str, str]], rounds: int, out: Optional[str]
 ) -> None:

@@ -184,12 +184,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=BYTES, default="float32")
     arguments = parser.parse_args()
     batch, precision = arguments.batch_size, arguments.precision
-    others = [name for name in ("batch_size", "image_size", "precision")
-              if getattr(arguments, name) != parser.get_default(name)]  # fmt: skip
-    if others and arguments.out == parser.get_default("out"):
-        parser.error(
-            f"--{others[0]}: {arguments.out} holds rounds of the default setting; name another file with --out"
-        )
+    paired.refuse_default_file(parser, arguments, "batch_size", "image_size", "precision")
     train, model = training_step(arguments)
     found, convs = parts(model, batch, precision), collections.Counter(convolutions(model, precision))
     largest = BYTES[precision] * batch * max(conv.outputs[0] * conv.outputs[1] * conv.outputs[2] for conv in convs)

@@ -221,11 +221,7 @@ def main() -> None:
             settings = " ".join(f"{key}={value}" for key, value in side.environment.items())
             print(f"{name}: {side.description}\n    {settings} {' '.join(map(str, side.command))}")
         return
-    others = [
-        key for key in ("image_size", "batch_size", "precision") if getattr(arguments, key) != parser.get_default(key)
-    ]
-    if others and arguments.out == parser.get_default("out"):
-        parser.error(f"--{others[0]}: {out} holds rounds of the default setting; name another file with --out")
+    paired.refuse_default_file(parser, arguments, "image_size", "batch_size", "precision")
     if not arguments.report:
         chosen = {"all": list(sides), "goals": GOALS}.get(arguments.sides, arguments.sides.split(","))
         check(parser, sides, chosen)

@@ -292,11 +292,8 @@ def _of_runs(place: Place, arms: Arms) -> Iterator[_Measured]:
         if (other.setting, other.arm) == (place.setting, place.arm):
             seeds, members, ensemble, one = _pairs(other, "one", arms)
             if seeds:
-                mean = statistics.mean(members)
-                yield (
-                    *(other.images, statistics.mean(ensemble) - mean, statistics.mean(one) - mean),
-                    *(slope(arms, other), _name(other)),
-                )
+                G, D = (statistics.mean(whole) - statistics.mean(members) for whole in (ensemble, one))
+                yield other.images, G, D, slope(arms, other), _name(other)
 
 
 def _interpolated(candidates: Sequence[Sequence[Known]], place: Place) -> Tuple[float, str]:
