@@ -52,7 +52,7 @@ def run(command: Sequence[str], fault: Optional[str], within: float) -> Ended:
         reader.start()
         left: List[int] = []
         try:
-            while process.poll() is None or processes(token):
+            while process.poll() is None or remain(token):
                 if time.monotonic() > (happened[0] + within if happened else began + LONGEST_S):
                     left = processes(token)
                     break
@@ -67,6 +67,14 @@ def run(command: Sequence[str], fault: Optional[str], within: float) -> Ended:
         out.seek(0)
         start = happened[0] if happened else began
         return Ended(code, bool(happened), max(ended - start, 0.0), len(left), out.read(), "".join(lines))
+
+
+def remain(token: str) -> bool:
+    """Return whether an attempt has processes. One that starts a program has no environment at first: look twice."""
+    if processes(token):
+        return True
+    time.sleep(_POLL_S)
+    return bool(processes(token))
 
 
 def processes(token: str) -> List[int]:

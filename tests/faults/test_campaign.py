@@ -72,6 +72,13 @@ def test_negative_control_processes_that_are_left_are_counted_and_ended():
     assert ended.code == 0 and ended.reached and ended.left == 1
 
 
+@pytest.mark.parametrize("looks, expected", [([[], [7]], True), ([[], []], False), ([[7]], True)])
+def test_a_process_that_is_executing_a_program_is_not_taken_for_gone(looks, expected, monkeypatch):
+    looks = iter(looks)
+    monkeypatch.setattr(attempts, "processes", lambda token: next(looks))
+    assert attempts.remain("token") == expected
+
+
 def test_negative_control_other_ends_than_promised_are_noticed(tmp_path):
     damage.make(str(tmp_path))
     kill = campaign.FAULTS["kill"]
