@@ -48,10 +48,11 @@ GOALS += ["tensorflow_newest_tuned"]
 # A peer may have several sides. All are bases; the fastest one on this machine is what counts.
 BASES = {
     "ours_1_rank": ["keras_stock", "keras_intel", "tensorflow_newest", "tensorflow_newest_tuned", "pytorch",
-                    "pytorch_tcmalloc", "pytorch_launcher", "pytorch_compiled", "pytorch_ddp"],
+                    "pytorch_tcmalloc", "pytorch_launcher", "pytorch_compiled", "pytorch_ddp",
+                    "pytorch_ddp_compiled"],
     "ours_2_ranks": ["ours_1_rank", "horovod_defaults", "keras_stock", "keras_intel", "tensorflow_newest",
                      "tensorflow_newest_tuned", "pytorch", "pytorch_tcmalloc", "pytorch_launcher", "pytorch_compiled",
-                     "pytorch_ddp"],
+                     "pytorch_ddp", "pytorch_ddp_compiled"],
 }  # fmt: skip
 
 
@@ -88,7 +89,10 @@ def all_sides(venvs: pathlib.Path, steps: int, image_size: int, batch_size: int,
         "KMP_BLOCKTIME": "1",
         "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
     }
-    compiled = {**intel_openmp, "TORCHINDUCTOR_CACHE_DIR": str(venvs / "inductor")}
+    inductor = str(venvs / "inductor")  # what torch.compile has compiled
+    compiled = {**intel_openmp, "TORCHINDUCTOR_CACHE_DIR": inductor}
+    processes = [torch, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    ddp = [*processes, *train, "--tuned", f"--steps={half}"]
     return {
         "ours_1_rank": Side("launch/local.sh 1", ["launch/local.sh", 1, *one], here, ours_packages),
         "ours_2_ranks": Side("launch/local.sh 2", ["launch/local.sh", 2, *two], here, ours_packages),
@@ -122,9 +126,11 @@ def all_sides(venvs: pathlib.Path, steps: int, image_size: int, batch_size: int,
         ),
         "pytorch_ddp": Side(
             "DistributedDataParallel over gloo, 2 processes of one core each, tcmalloc, tuned",
-            [torch, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *train, "--tuned",
-             f"--steps={half}"],
-            torch, torch_packages, {**allocator, "OMP_NUM_THREADS": "1"},
+            ddp, torch, torch_packages, {**allocator, "OMP_NUM_THREADS": "1"},
+        ),
+        "pytorch_ddp_compiled": Side(
+            "also with torch.compile", [*ddp, "--compile"], torch, torch_packages,
+            {**allocator, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": inductor},
         ),
         "horovod_defaults": Side(
             "our step with plain mpirun -np 2: default binding and waiting of Open MPI", [*mpirun, *two], here,
