@@ -83,7 +83,11 @@ border() {
         fi
       done
     done
-  done <<'SETTINGS'
+  done < <(border_settings)
+}
+
+border_settings() {
+  cat <<'SETTINGS'
 tiny-10000 half,one,one_collapse,late_36,late_100,published,third
 tiny-45000 half,one,one_collapse,late_36,late_100,published,third
 tiny-20000 half,one,one_collapse,late_36,late_100,published
@@ -147,15 +151,29 @@ combine() {
 
 # The batch-norm statistics of averaged weights are not the averaged statistics: compute them in a hundred steps at LR 0.
 average() {
-  local seed table mean
+  local seed table folder setting arm flags
   for seed in $seeds; do
     for table in ensemble ensemble_full; do
-      mean=$runs/$table/average-seed-$seed.npz
-      grep -qs '"complete": true' "$runs/$table/cycles/seed-$seed/result.json" || continue
-      [[ -e $mean ]] || python -m resnet_cpu.evaluate --ensemble --run_dir="$runs/$table/cycles/seed-$seed" --export="$mean" >/dev/null
-      echo "$table/average/seed-$seed --flagfile=$ensemble/${table/ensemble/small}.flags --init_from=$mean --seed=$seed --phase=statistics:steps=100,lr=0,augment=light"
+      averaged "$table/cycles/seed-$seed" "$table/average/seed-$seed" --flagfile="$ensemble/${table/ensemble/small}.flags" --seed="$seed"
+    done
+    for folder in "$runs"/border/*/{late_*,published}/"seed-$seed"; do
+      arm=$(basename "$(dirname "$folder")") setting=$(basename "$(dirname "$(dirname "$folder")")")
+      flags=$(border_settings | sed -n "s/^$setting [^ ]* *//p")
+      # shellcheck disable=SC2086  # a list of flags
+      averaged "border/$setting/$arm/seed-$seed" "border/$setting/average_$arm/seed-$seed" --flagfile="$border/base.flags" \
+        --train_examples="${setting#*-}" --seed="$seed" $flags
     done
   done
+}
+
+# averaged MEMBERS RUN FLAG...: if the run MEMBERS is finished, average its members and print the line of RUN.
+averaged() {
+  local members=$runs/$1 run=$2 mean=$runs/$2.npz
+  shift 2
+  finished "$members" || return 0
+  mkdir -p "$(dirname "$mean")"
+  [[ -e $mean ]] || python -m resnet_cpu.evaluate --ensemble --run_dir="$members" --export="$mean" >/dev/null
+  echo "$run $* --init_from=$mean --phase=statistics:steps=100,lr=0,augment=light"
 }
 
 # SLOT is the number of the process as xargs counts them; it selects the core. A failed run is reported, the others continue.
@@ -186,8 +204,8 @@ wanted() {
 all() { { grep -E "^[^ ]*$only" || true; } | wanted | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
 scaling
 list | all
-average | all
 border | all
 combine
+average | all
 cifar | all
 image_size | all

@@ -4,31 +4,24 @@ With G, how much better an ensemble is than its members on average, and D, how m
 budget is than these members, the ensemble wins if and only if G > D. docs/ensemble.md explains both.
 
 Runs are rows of runs.csv named border/SETTING-IMAGES/ARM/seed-N; `half` and `one` are single models with half of the
-budget and all of it, `one_collapse` is another one with all of it. All other arms are ensembles.
+budget and all of it, `one_collapse` is another one with all of it. All other arms are ensembles. `average_ARM` has the
+averaged weights of the members of an ensemble.
 """
 
 import math
-import os
 import statistics
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
-from resnet_cpu.errors import DataError
-from resnet_cpu.report.tables import EXPERIMENTS, Row, Table, cell, origin, read_csv
+from resnet_cpu.report.tables import Row, Table, cell, origin
 from resnet_cpu.text import count
 
-FOLDER = os.path.join(EXPERIMENTS, "collapsed_ensemble", "border")
-PREDICTIONS, PILOT = (os.path.join(FOLDER, f"{name}.csv") for name in ("predictions", "pilot"))
-PREDICTED = (
-    *("setting", "arm", "half", "one", "slope", "doublings"),
-    *("cycles", "collapse", "G", "D", "difference", "from"),
-)
 SINGLES = ("one", "one_collapse")
-_SETTINGS = {
+SETTINGS = {
     "tiny": "half of Tiny-ImageNet",
     "wide": "the same, twice the width",
     "cifar": "CIFAR-10",
 }
-_ARMS = {
+ENSEMBLES = {
     "late_36": "late, restarts at 36 %",
     "late_100": "late, restarts at 100 %",
     "published": "as published",
@@ -75,19 +68,24 @@ Arms = Dict[Place, Dict[str, Dict[str, Row]]]  # the rows of each place by seed 
 
 def tables(runs: Iterable[Row], predictions: Sequence[Row]) -> Dict[str, Table]:
     """Return the table `border`, a row for each setting, number of images and ensemble; {} without such runs."""
-    arms = _by_place(runs)
-    found = (_figures(place, arms, predictions) for place in sorted(arms) if place.arm in _ARMS)
+    arms = by_place(runs)
+    found = (_figures(place, arms, predictions) for place in sorted(arms) if place.arm in ENSEMBLES)
     rows = [row for row in found if row]
     if not rows:
         return {}
-    used = [row for place in arms for seeds in arms[place].values() for row in seeds.values()]
-    machines = [f"{row['cpu']}, {count(row['ranks'], 'rank')}, {count(row['cores'], 'core')}" for row in used]
     note = (
         "Top-1 in %, differences in points; mean ± standard deviation over n seeds. `one model` is the better of two, "
         "with and without a collapse. In brackets: 95 % interval of the mean of the paired differences (Student's t). "
-        f"{origin(used, machines)}"
+        f"{origin_of(arms)}"
     )
     return {"border": Table(_columns(rows), note, [_as_text(row) for row in rows], _COLUMNS)}
+
+
+def origin_of(arms: Arms) -> str:
+    """Return the end of a note: the machines and versions that all runs of this study come from."""
+    used = [row for seeds in arms.values() for rows in seeds.values() for row in rows.values()]
+    machines = [f"{row['cpu']}, {count(row['ranks'], 'rank')}, {count(row['cores'], 'core')}" for row in used]
+    return origin(used, machines)
 
 
 def holds(run: Row) -> bool:
@@ -95,7 +93,7 @@ def holds(run: Row) -> bool:
     return run["run"].startswith("border/")
 
 
-def _by_place(runs: Iterable[Row]) -> Arms:
+def by_place(runs: Iterable[Row]) -> Arms:
     """Return for each place the rows of each seed, by what they score."""
     found: Arms = {}
     for row in runs:
@@ -108,12 +106,13 @@ def _by_place(runs: Iterable[Row]) -> Arms:
     return found
 
 
-def _scores(arms: Arms, place: Place, what: str, key: str) -> Dict[str, float]:
+def scores_of(arms: Arms, place: Place, what: str, key: str) -> Dict[str, float]:
     """Return a score of an arm by seed; of a single model, `ensemble` is that of its only member."""
     return {seed: float(rows[what][key]) for seed, rows in arms.get(place, {}).items() if what in rows}
 
 
-def _members(rows: Dict[str, Row]) -> float:
+def members_of(rows: Dict[str, Row]) -> float:
+    """Return the mean top-1 of the members of an ensemble, from its rows by what they score."""
     return statistics.mean(float(row["top1"]) for what, row in rows.items() if what.startswith("member:"))
 
 
@@ -121,7 +120,7 @@ def best_single(arms: Arms, place: Place) -> Optional[str]:
     """Return the arm of SINGLES with the best mean in the setting of `place`; None if none was run."""
     means = {}
     for arm in SINGLES:
-        scores = _scores(arms, place._replace(arm=arm), "ensemble", "top1")
+        scores = scores_of(arms, place._replace(arm=arm), "ensemble", "top1")
         if scores:
             means[arm] = statistics.mean(scores.values())
     return max(means, key=lambda arm: means[arm]) if means else None
@@ -129,12 +128,12 @@ def best_single(arms: Arms, place: Place) -> Optional[str]:
 
 def slope(arms: Arms, place: Place) -> Optional[float]:
     """Return how many points one model gains by a doubling of the budget, from half of it to all of it."""
-    half, one = (_scores(arms, place._replace(arm=arm), "ensemble", "top1") for arm in ("half", "one"))
+    half, one = (scores_of(arms, place._replace(arm=arm), "ensemble", "top1") for arm in ("half", "one"))
     seeds = sorted(set(half) & set(one))
     return 100 * statistics.mean(one[seed] - half[seed] for seed in seeds) if seeds else None
 
 
-class _Pairs(NamedTuple):
+class Pairs(NamedTuple):
     """Top-1 of an ensemble and of a single model, in percent, for each seed that has both."""
 
     seeds: List[str]
@@ -143,11 +142,11 @@ class _Pairs(NamedTuple):
     single: List[float]
 
 
-def _pairs(place: Place, single: str, arms: Arms) -> _Pairs:
-    alone, here = (_scores(arms, place._replace(arm=arm), "ensemble", "top1") for arm in (single, place.arm))
+def pairs_of(place: Place, single: str, arms: Arms) -> Pairs:
+    alone, here = (scores_of(arms, place._replace(arm=arm), "ensemble", "top1") for arm in (single, place.arm))
     seeds = sorted(set(alone) & set(here))
-    members = [100 * _members(arms[place][seed]) for seed in seeds]
-    return _Pairs(seeds, members, *([100 * scores[seed] for seed in seeds] for scores in (here, alone)))
+    members = [100 * members_of(arms[place][seed]) for seed in seeds]
+    return Pairs(seeds, members, *([100 * scores[seed] for seed in seeds] for scores in (here, alone)))
 
 
 def _figures(place: Place, arms: Arms, predictions: Sequence[Row]) -> Optional[Dict[str, Any]]:
@@ -156,7 +155,7 @@ def _figures(place: Place, arms: Arms, predictions: Sequence[Row]) -> Optional[D
     if single is None:
         return None
     alone, here = arms[place._replace(arm=single)], arms[place]
-    seeds, members, ensemble, one = _pairs(place, single, arms)
+    seeds, members, ensemble, one = pairs_of(place, single, arms)
     if not seeds:
         return None
 
@@ -165,7 +164,7 @@ def _figures(place: Place, arms: Arms, predictions: Sequence[Row]) -> Optional[D
 
     loss = [mine - theirs for mine, theirs in zip(of(here, "loss_scaled", 1), of(alone, "loss_scaled", 1))]
     difference = interval([mine - theirs for mine, theirs in zip(ensemble, one)])
-    predicted = [row for row in predictions if (row["setting"], row["arm"]) == (_name(place), place.arm)]
+    predicted = [row for row in predictions if (row["setting"], row["arm"]) == (name_of(place), place.arm)]
     return {
         **{"setting": place.setting, "images": place.images, "arm": place.arm, "n": len(seeds), "single": single},
         **{"members": statistics.mean(members), "members_sd": interval(members).sd},
@@ -182,7 +181,7 @@ def _figures(place: Place, arms: Arms, predictions: Sequence[Row]) -> Optional[D
     }
 
 
-def _name(place: Place) -> str:
+def name_of(place: Place) -> str:
     return f"{place.setting}-{place.images}"
 
 
@@ -196,9 +195,9 @@ def _columns(rows: Sequence[Dict[str, Any]]) -> List[Tuple[str, List[str]]]:
         return f"{mean:+.{digits}f}" + ("" if low is None else f" ({low:+.{digits}f} ... {high:+.{digits}f})")
 
     return [
-        ("data", [_SETTINGS.get(row["setting"], row["setting"]) for row in rows]),
+        ("data", [SETTINGS.get(row["setting"], row["setting"]) for row in rows]),
         ("images", [f"{row['images']:,}" for row in rows]),
-        ("ensemble of three", [_ARMS[row["arm"]] for row in rows]),
+        ("ensemble of three", [ENSEMBLES[row["arm"]] for row in rows]),
         ("n", [str(row["n"]) for row in rows]),
         ("members", [spread(row, "members") for row in rows]),
         ("ensemble", [spread(row, "ensemble") for row in rows]),
@@ -218,108 +217,3 @@ def _columns(rows: Sequence[Dict[str, Any]]) -> List[Tuple[str, List[str]]]:
 
 def _as_text(row: Dict[str, Any]) -> Row:
     return {key: cell(row[key]) for key in _COLUMNS}
-
-
-# --- predictions -----------------------------------------------------------------------------------------------------
-
-# An arm whose figures stand in for those of another one that has not been run at about as many images.
-_LIKE = {"late_100": "late_36", "published": "late_36"}
-
-
-class Known(NamedTuple):
-    """A measured `value` of an arm with a number of training images, in points, and where it was measured."""
-
-    images: int
-    value: float
-    source: str
-
-
-def predict(setting: str, arm: str, doublings: Mapping[str, float], runs: Iterable[Row], pilot: Sequence[Row]) -> Row:
-    """Return a row of predictions.csv for an ensemble that has not been run in `setting`, SET-IMAGES.
-
-    D is predicted as the gain of one model per doubling of the budget, measured in this setting with `half` and `one`,
-    times the doublings by which the members are behind on average, plus what the cycles lose: D minus that product
-    where it is known, against `one`; plus what `one_collapse` is ahead of `one`, if it is. G and the loss of the cycles
-    come from the pilot and from what has been run with other numbers of images, linear over the logarithm of the
-    number. `doublings` has those of every arm.
-
-    Raises DataError if the single models of the setting, or all figures of other settings, are missing, and if the arm
-    has been run.
-    """
-    arms = _by_place(runs)
-    name, _, images = setting.rpartition("-")
-    place = Place(name, int(images), arm)
-    if place in arms:
-        raise DataError(f"border/{setting}/{arm} has been run; predict it before")
-    gain = slope(arms, place)
-    by_collapse = _pairs(place._replace(arm="one_collapse"), "one", arms)
-    if gain is None or not by_collapse.seeds:
-        raise DataError(f"border/{setting}: needs finished runs of half, one and one_collapse; run them before")
-    gains, losses = [], []
-    for other in (arm, *([_LIKE[arm]] if arm in _LIKE else [])):
-        measured = [*_of_pilot(other, pilot), *_of_runs(place._replace(arm=other), arms)]
-        gains.append([Known(size, G, source) for size, G, _, _, source in measured])
-        losses.append(
-            [Known(size, D - by * doublings[other], source) for size, _, D, by, source in measured if by is not None]
-        )
-    G, of_G = _interpolated(gains, place)
-    lost, of_lost = _interpolated(losses, place)
-    collapse = max(0.0, statistics.mean(by_collapse.ensemble) - statistics.mean(by_collapse.single))
-    D = gain * doublings[arm] + lost + collapse
-    half, one = (
-        100 * statistics.mean(_scores(arms, place._replace(arm=single), "ensemble", "top1").values())
-        for single in ("half", "one")
-    )
-    source = f"G: {of_G}; cycles: {of_lost}"
-    values = (setting, arm, half, one, gain, doublings[arm], lost, collapse, G, D, G - D, source)
-    return {key: cell(value) for key, value in zip(PREDICTED, values)}
-
-
-_Measured = Tuple[int, float, float, Optional[float], str]  # images, G, D, points per doubling, source
-
-
-def _of_pilot(arm: str, pilot: Sequence[Row]) -> Iterator[_Measured]:
-    for row in pilot:
-        if row["arm"] == arm:
-            members = statistics.mean(map(float, row["members"].split("/")))
-            one = float(row["one"])
-            gain = one - float(row["half"]) if row["half"] else None
-            yield int(row["images"]), float(row["ensemble"]) - members, one - members, gain, "pilot"
-
-
-def _of_runs(place: Place, arms: Arms) -> Iterator[_Measured]:
-    for other in arms:
-        if (other.setting, other.arm) == (place.setting, place.arm):
-            seeds, members, ensemble, one = _pairs(other, "one", arms)
-            if seeds:
-                G, D = (statistics.mean(whole) - statistics.mean(members) for whole in (ensemble, one))
-                yield other.images, G, D, slope(arms, other), _name(other)
-
-
-def _interpolated(candidates: Sequence[Sequence[Known]], place: Place) -> Tuple[float, str]:
-    """Return a value at the images of `place`, linear over the logarithm between neighbours, and where it comes from.
-
-    Of the candidates, the one with the nearest number of images counts, the first of equals. Beyond its ends the value
-    is that of the end. What was run replaces the pilot.
-    """
-
-    def away(size: int) -> float:
-        return abs(math.log(size / place.images))
-
-    usable = [{known.images: known for known in each} for each in candidates if each]
-    if not usable:
-        raise DataError(f"nothing is known of {place.arm}; add it to {PILOT}, or run another number of images first")
-    known = min(usable, key=lambda each: min(map(away, each)))
-    below, above = [size for size in known if size <= place.images], [size for size in known if size >= place.images]
-    low = max(below) if below else min(above)
-    high = min(above) if above else low
-    source = " and ".join(f"{known[size].source} at {size:,}" for size in sorted({low, high}))
-    if low == high:
-        return known[low].value, source
-    share = math.log(place.images / low) / math.log(high / low)
-    return (1 - share) * known[low].value + share * known[high].value, source
-
-
-def read_predictions() -> List[Row]:
-    """Return the rows of predictions.csv; none if the file does not exist."""
-    return read_csv(PREDICTIONS) if os.path.exists(PREDICTIONS) else []

@@ -1,0 +1,118 @@
+"""Predict an ensemble of the study of `report/border` from single models, before it is run."""
+
+import math
+import os
+import statistics
+from typing import Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from resnet_cpu.errors import DataError
+from resnet_cpu.report import border
+from resnet_cpu.report.tables import EXPERIMENTS, Row, cell, read_csv
+
+FOLDER = os.path.join(EXPERIMENTS, "collapsed_ensemble", "border")
+PREDICTIONS, PILOT = (os.path.join(FOLDER, f"{name}.csv") for name in ("predictions", "pilot"))
+PREDICTED = (
+    *("setting", "arm", "half", "one", "slope", "doublings"),
+    *("cycles", "collapse", "G", "D", "difference", "from"),
+)
+# An arm whose figures stand in for those of another one that has not been run at about as many images.
+_LIKE = {"late_100": "late_36", "published": "late_36"}
+
+
+class Known(NamedTuple):
+    """A measured `value` of an arm with a number of training images, in points, and where it was measured."""
+
+    images: int
+    value: float
+    source: str
+
+
+def predict(setting: str, arm: str, doublings: Mapping[str, float], runs: Iterable[Row], pilot: Sequence[Row]) -> Row:
+    """Return a row of predictions.csv for an ensemble that has not been run in `setting`, SET-IMAGES.
+
+    D is predicted as the gain of one model per doubling of the budget, measured in this setting with `half` and `one`,
+    times the doublings by which the members are behind on average, plus what the cycles lose: D minus that product
+    where it is known, against `one`; plus what `one_collapse` is ahead of `one`, if it is. G and the loss of the cycles
+    come from the pilot and from what has been run with other numbers of images, linear over the logarithm of the
+    number. `doublings` has those of every arm.
+
+    Raises DataError if the single models of the setting, or all figures of other settings, are missing, and if the arm
+    has been run.
+    """
+    arms = border.by_place(runs)
+    name, _, images = setting.rpartition("-")
+    place = border.Place(name, int(images), arm)
+    if place in arms:
+        raise DataError(f"border/{setting}/{arm} has been run; predict it before")
+    gain = border.slope(arms, place)
+    by_collapse = border.pairs_of(place._replace(arm="one_collapse"), "one", arms)
+    if gain is None or not by_collapse.seeds:
+        raise DataError(f"border/{setting}: needs finished runs of half, one and one_collapse; run them before")
+    gains, losses = [], []
+    for other in (arm, *([_LIKE[arm]] if arm in _LIKE else [])):
+        measured = [*_of_pilot(other, pilot), *_of_runs(place._replace(arm=other), arms)]
+        gains.append([Known(size, G, source) for size, G, _, _, source in measured])
+        losses.append(
+            [Known(size, D - by * doublings[other], source) for size, _, D, by, source in measured if by is not None]
+        )
+    G, of_G = _interpolated(gains, place)
+    lost, of_lost = _interpolated(losses, place)
+    collapse = max(0.0, statistics.mean(by_collapse.ensemble) - statistics.mean(by_collapse.single))
+    D = gain * doublings[arm] + lost + collapse
+    half, one = (
+        100 * statistics.mean(border.scores_of(arms, place._replace(arm=single), "ensemble", "top1").values())
+        for single in ("half", "one")
+    )
+    source = f"G: {of_G}; cycles: {of_lost}"
+    values = (setting, arm, half, one, gain, doublings[arm], lost, collapse, G, D, G - D, source)
+    return {key: cell(value) for key, value in zip(PREDICTED, values)}
+
+
+_Measured = Tuple[int, float, float, Optional[float], str]  # images, G, D, points per doubling, source
+
+
+def _of_pilot(arm: str, pilot: Sequence[Row]) -> Iterator[_Measured]:
+    for row in pilot:
+        if row["arm"] == arm:
+            members = statistics.mean(map(float, row["members"].split("/")))
+            one = float(row["one"])
+            gain = one - float(row["half"]) if row["half"] else None
+            yield int(row["images"]), float(row["ensemble"]) - members, one - members, gain, "pilot"
+
+
+def _of_runs(place: border.Place, arms: border.Arms) -> Iterator[_Measured]:
+    for other in arms:
+        if (other.setting, other.arm) == (place.setting, place.arm):
+            seeds, members, ensemble, one = border.pairs_of(other, "one", arms)
+            if seeds:
+                G, D = (statistics.mean(whole) - statistics.mean(members) for whole in (ensemble, one))
+                yield other.images, G, D, border.slope(arms, other), border.name_of(other)
+
+
+def _interpolated(candidates: Sequence[Sequence[Known]], place: border.Place) -> Tuple[float, str]:
+    """Return a value at the images of `place`, linear over the logarithm between neighbours, and where it comes from.
+
+    Of the candidates, the one with the nearest number of images counts, the first of equals. Beyond its ends the value
+    is that of the end. What was run replaces the pilot.
+    """
+
+    def away(size: int) -> float:
+        return abs(math.log(size / place.images))
+
+    usable = [{known.images: known for known in each} for each in candidates if each]
+    if not usable:
+        raise DataError(f"nothing is known of {place.arm}; add it to {PILOT}, or run another number of images first")
+    known = min(usable, key=lambda each: min(map(away, each)))
+    below, above = [size for size in known if size <= place.images], [size for size in known if size >= place.images]
+    low = max(below) if below else min(above)
+    high = min(above) if above else low
+    source = " and ".join(f"{known[size].source} at {size:,}" for size in sorted({low, high}))
+    if low == high:
+        return known[low].value, source
+    share = math.log(place.images / low) / math.log(high / low)
+    return (1 - share) * known[low].value + share * known[high].value, source
+
+
+def read() -> List[Row]:
+    """Return the rows of predictions.csv; none if the file does not exist."""
+    return read_csv(PREDICTIONS) if os.path.exists(PREDICTIONS) else []
