@@ -18,6 +18,7 @@ from resnet_cpu import faults
 TOKEN = "RESNET_CPU_TEST_ATTEMPT"  # in the environment of every process of an attempt
 LONGEST_S = 600.0  # for an attempt that meets no fault
 _POLL_S = 0.1
+_LOOK_AGAIN_S = 0.02
 
 
 class Ended(NamedTuple):
@@ -52,7 +53,7 @@ def run(command: Sequence[str], fault: Optional[str], within: float) -> Ended:
         reader.start()
         left: List[int] = []
         try:
-            while process.poll() is None or remain(token):
+            while process.poll() is None or processes(token):
                 if time.monotonic() > (happened[0] + within if happened else began + LONGEST_S):
                     left = processes(token)
                     break
@@ -69,16 +70,19 @@ def run(command: Sequence[str], fault: Optional[str], within: float) -> Ended:
         return Ended(code, bool(happened), max(ended - start, 0.0), len(left), out.read(), "".join(lines))
 
 
-def remain(token: str) -> bool:
-    """Return whether an attempt has processes. One that starts a program has no environment at first: look twice."""
-    if processes(token):
-        return True
-    time.sleep(_POLL_S)
-    return bool(processes(token))
-
-
 def processes(token: str) -> List[int]:
-    """Return the processes of this machine that have `token` in their environment; those that are dead have none."""
+    """Return the processes of this machine that have `token` in their environment; those that are dead have none.
+
+    A process that is starting a program has no readable environment for a moment: where none is found, look twice.
+    """
+    found = _look(token)
+    if not found:
+        time.sleep(_LOOK_AGAIN_S)
+        found = _look(token)
+    return found
+
+
+def _look(token: str) -> List[int]:
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit():

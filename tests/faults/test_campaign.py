@@ -72,11 +72,11 @@ def test_negative_control_processes_that_are_left_are_counted_and_ended():
     assert ended.code == 0 and ended.reached and ended.left == 1
 
 
-@pytest.mark.parametrize("looks, expected", [([[], [7]], True), ([[], []], False), ([[7]], True)])
-def test_a_process_that_is_executing_a_program_is_not_taken_for_gone(looks, expected, monkeypatch):
+@pytest.mark.parametrize("looks, expected", [([[], [7]], [7]), ([[], []], []), ([[7]], [7])])
+def test_a_process_that_is_starting_a_program_is_not_taken_for_gone(looks, expected, monkeypatch):
     looks = iter(looks)
-    monkeypatch.setattr(attempts, "processes", lambda token: next(looks))
-    assert attempts.remain("token") == expected
+    monkeypatch.setattr(attempts, "_look", lambda token: next(looks))
+    assert attempts.processes("token") == expected
 
 
 def test_negative_control_other_ends_than_promised_are_noticed(tmp_path):
