@@ -56,10 +56,10 @@ list() {
   done
 }
 
-# The border where ensembles begin to pay (docs/ensemble.md). Each setting: a name and the number of training images, the flags
-# that make it, and the arms. `third` trains three networks for an ensemble of independent ones. The data are not part of the
-# repository: data/half_tiny_imagenet as border/make_data.py describes, and data/cifar10 by `prepare folder` from CIFAR-10 as
-# train/CLASS/... and test/CLASS/...; without them these runs are left out. Other ensembles wait for border/predict.py.
+# The border where ensembles begin to pay (docs/ensemble.md). `third` trains three networks for an ensemble of independent ones.
+# The data are not part of the repository: data/half_tiny_imagenet as border/make_data.py describes, and data/cifar10 by
+# `prepare folder` from CIFAR-10 as train/CLASS/... and test/CLASS/...; without them these runs are left out. Other ensembles
+# wait for border/predict.py.
 border() {
   local seed setting arms flags arm number data
   while read -r setting arms flags; do
@@ -86,6 +86,7 @@ border() {
   done < <(border_settings)
 }
 
+# One setting a line: its name with the number of training images, its arms, and the flags that make it.
 border_settings() {
   cat <<'SETTINGS'
 tiny-10000 half,one,one_collapse,late_36,late_100,published,third
@@ -151,29 +152,38 @@ combine() {
 
 # The batch-norm statistics of averaged weights are not the averaged statistics: compute them in a hundred steps at LR 0.
 average() {
-  local seed table folder setting arm flags
+  local seed table setting arms flags arm
   for seed in $seeds; do
     for table in ensemble ensemble_full; do
-      averaged "$table/cycles/seed-$seed" "$table/average/seed-$seed" --flagfile="$ensemble/${table/ensemble/small}.flags" --seed="$seed"
+      average_members "$table/cycles/seed-$seed" "$table/average/seed-$seed" --flagfile="$ensemble/${table/ensemble/small}.flags" \
+        --seed="$seed"
     done
-    for folder in "$runs"/border/*/{late_*,published}/"seed-$seed"; do
-      arm=$(basename "$(dirname "$folder")") setting=$(basename "$(dirname "$(dirname "$folder")")")
-      flags=$(border_settings | sed -n "s/^$setting [^ ]* *//p")
-      # shellcheck disable=SC2086  # a list of flags
-      averaged "border/$setting/$arm/seed-$seed" "border/$setting/average_$arm/seed-$seed" --flagfile="$border/base.flags" \
-        --train_examples="${setting#*-}" --seed="$seed" $flags
-    done
+    while read -r setting arms flags; do
+      for arm in ${arms//,/ }; do
+        if [[ $arm == late_* || $arm == published ]]; then
+          # shellcheck disable=SC2086  # a list of flags
+          average_members "border/$setting/$arm/seed-$seed" "border/$setting/average_$arm/seed-$seed" \
+            --flagfile="$border/base.flags" --train_examples="${setting#*-}" --seed="$seed" $flags
+        fi
+      done
+    done < <(border_settings)
   done
 }
 
-# averaged MEMBERS RUN FLAG...: if the run MEMBERS is finished, average its members and print the line of RUN.
-averaged() {
-  local members=$runs/$1 run=$2 mean=$runs/$2.npz
+# average_members RUN AVERAGE FLAG...: average the members of a finished run, and print the line of the run AVERAGE.
+average_members() {
+  local members=$runs/$1 name=$2 mean=$runs/$2.npz line
   shift 2
-  finished "$members" || return 0
-  mkdir -p "$(dirname "$mean")"
-  [[ -e $mean ]] || python -m resnet_cpu.evaluate --ensemble --run_dir="$members" --export="$mean" >/dev/null
-  echo "$run $* --init_from=$mean --phase=statistics:steps=100,lr=0,augment=light"
+  line="$name $* --init_from=$mean --phase=statistics:steps=100,lr=0,augment=light"
+  if ! finished "$members" || [[ -z $(echo "$line" | chosen) ]]; then return; fi
+  if ! [[ $mean -nt $members/result.json ]]; then
+    mkdir -p "$(dirname "$mean")"
+    if ! python -m resnet_cpu.evaluate --ensemble --run_dir="$members" --export="$mean" >/dev/null 2>>"$members/log"; then
+      echo "$(date +%T) ended with an error: $mean (see $members/log)" >&2
+      return
+    fi
+  fi
+  echo "$line"
 }
 
 # SLOT is the number of the process as xargs counts them; it selects the core. A failed run is reported, the others continue.
@@ -201,7 +211,8 @@ wanted() {
     if [[ -z ${MISSING:-} ]] || ! grep -q "^$name," experiments/results/runs.csv; then echo "$line"; fi
   done
 }
-all() { { grep -E "^[^ ]*$only" || true; } | wanted | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
+chosen() { { grep -E "^[^ ]*$only" || true; } | wanted; }
+all() { chosen | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
 scaling
 list | all
 border | all

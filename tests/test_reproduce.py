@@ -1,0 +1,72 @@
+"""experiments/reproduce.sh: which runs it starts, with a stand-in for Python that records its arguments."""
+
+import os
+import subprocess
+
+import pytest
+from conftest import OUTSIDE, ROOT
+
+STAND_IN = """#!/usr/bin/env bash
+echo "$*" >>"$CALLS"
+if [[ $* == *evaluate*seed-1* ]]; then exit 74; fi
+"""
+
+
+@pytest.fixture
+def reproduce(tmp_path):
+    """Call the script with flags of the shell; return (what it printed, the calls of Python)."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "python").write_text(STAND_IN)
+    (folder / "python").chmod(0o755)
+    calls = tmp_path / "calls"
+
+    def call(**variables):
+        calls.write_text("")
+        path = f"{folder}:{OUTSIDE['PATH']}"
+        environment = {**OUTSIDE, "PATH": path, "CALLS": str(calls), "RUNS": str(tmp_path / "runs"), **variables}
+        script = ROOT / "experiments" / "reproduce.sh"
+        done = subprocess.run([script], env=environment, capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr, calls.read_text().splitlines()
+
+    call.runs = tmp_path / "runs"
+    return call
+
+
+def finish(run):
+    os.makedirs(run, exist_ok=True)
+    (run / "result.json").write_text('{"complete": true}')
+
+
+def test_averaged_weights_of_finished_ensembles_of_the_border_experiment(reproduce):
+    for seed in (0, 1):
+        finish(reproduce.runs / "border" / "wide-10000" / "late_36" / f"seed-{seed}")
+    printed, calls = reproduce(ONLY="border/wide-10000/average")
+    exports, (training,) = [call for call in calls if "evaluate" in call], [call for call in calls if "train " in call]
+    assert len(exports) == 2 and f"--run_dir={reproduce.runs}/border/wide-10000/late_36/seed-0" in exports[0]
+    base = "experiments/collapsed_ensemble/border/base.flags"
+    assert f"--flagfile={base} --train_examples=10000 --seed=0 --width=0.25" in training
+    mean = reproduce.runs / "border" / "wide-10000" / "average_late_36" / "seed-0.npz"
+    assert f"--init_from={mean} --phase=statistics:" in training
+    assert "ended with an error" in printed and "seed-1.npz" in printed  # reported, and the others continued
+
+
+def test_only_and_missing_also_choose_the_averages(reproduce):
+    finish(reproduce.runs / "border" / "wide-10000" / "late_36" / "seed-0")
+    assert reproduce(ONLY="border/tiny-10000/average")[1] == []
+    finish(reproduce.runs / "ensemble" / "cycles" / "seed-0")
+    assert reproduce(ONLY="ensemble/average", MISSING="1")[1] == []  # runs.csv has it
+    assert len(reproduce(ONLY="ensemble/average")[1]) == 2
+
+
+def test_a_mean_is_made_again_when_its_members_were_trained_again(reproduce):
+    run = reproduce.runs / "border" / "tiny-5000" / "published" / "seed-0"
+    finish(run)
+    mean = reproduce.runs / "border" / "tiny-5000" / "average_published" / "seed-0.npz"
+    mean.parent.mkdir(parents=True)
+    mean.touch()
+    os.utime(mean, (1, 1))
+    assert any("evaluate" in call for call in reproduce(ONLY="border/tiny-5000/average")[1])
+    mean.touch()
+    os.utime(run / "result.json", (1, 1))
+    assert not any("evaluate" in call for call in reproduce(ONLY="border/tiny-5000/average")[1])
