@@ -7,7 +7,7 @@ from typing import List
 from resnet_cpu import commandline
 from resnet_cpu.cluster import guard
 from resnet_cpu.errors import DataError
-from resnet_cpu.report import accuracy, border, border_members, efficiency, plotting, prediction, study_plots, tables
+from resnet_cpu.report import accuracy, border, border_prediction, efficiency, plotting, study_plots, tables
 
 
 def main(argv: List[str]) -> None:
@@ -27,8 +27,7 @@ def main(argv: List[str]) -> None:
     made = {
         **accuracy.tables(spec, published, runs),
         **efficiency.tables(spec, published, scaling_runs),
-        **border.tables(runs, prediction.read()),
-        **border_members.tables(runs),
+        **border.tables(runs, border_prediction.read()),
     }
     tables.write(made)
     if plotting.available():

@@ -7,7 +7,7 @@ import pytest
 from conftest import OUTSIDE, ROOT
 
 from resnet_cpu.errors import DataError
-from resnet_cpu.report import border, border_members, prediction
+from resnet_cpu.report import border, border_prediction
 from resnet_cpu.report.tables import markdown
 
 TOP1 = {  # by arm: (members, whole) of three seeds
@@ -36,7 +36,7 @@ def runs_of(arms=TOP1, setting="tiny-10000"):
 
 def test_figures_with_known_answers():
     predictions = [{"setting": "tiny-10000", "arm": "late_36", "difference": "0.75"}]
-    (table,) = border.tables(runs_of(), predictions).values()
+    table = border.tables(runs_of(), predictions)["border"]
     (row,) = table.rows
     wanted = {"n": 3, "members": 22, "ensemble": 24, "one": 22.6667, "slope": 2.66667, "G": 2, "D": 0.666667}
     assert {key: float(row[key]) for key in wanted} == pytest.approx(wanted, rel=1e-4)
@@ -55,17 +55,18 @@ def test_parts_of_ensembles_with_known_answers():
     base = {"cpu": "a processor", "ranks": "1", "cores": "1", "tensorflow": "2.15.1", "code": "c"}
     for arm, what, top1 in parts:
         runs += [{**base, "run": f"border/tiny-10000/{arm}/seed-{seed}", "what": what, "top1": top1} for seed in (0, 1)]
-    (table,) = border_members.tables(runs).values()
+    table = border.tables(runs, [])["border_members"]
     rows = {row["arm"]: row for row in table.rows}
     assert list(rows) == ["half", "late_36", "one", "one_collapse"]
     late = rows["late_36"]
     assert [float(late[key]) for key in ("last", "all", "averaged", "loss")] == pytest.approx([22, 24, 25, 1])
+    assert late["n"] == "3" and "| 22.00 ± 0.00 (n = 2) |" in markdown(table)
     assert float(late["all_sd"]) == pytest.approx(1) and late["last_2"] == ""
     # Errors of the members: 0.79, 0.78, 0.77 on average in the three seeds.
     assert float(late["disagreement_over_error"]) == pytest.approx(0.4 * (1 / 0.79 + 1 / 0.78 + 1 / 0.77) / 3, rel=1e-5)
     one = rows["one"]
     assert one["last"] == one["disagreement_over_error"] == "" and float(one["all"]) == pytest.approx(22.6667)
-    assert border_members.tables([]) == {}
+    assert border.tables([], []) == {}
 
 
 def test_the_single_model_to_beat_is_the_better_one():
@@ -78,7 +79,7 @@ def test_only_seeds_that_both_have_are_compared():
     fewer = {**TOP1, "one": TOP1["one"][:2], "one_collapse": []}
     (row,) = border.tables(runs_of(fewer), [])["border"].rows
     assert row["n"] == "2" and float(row["difference"]) == pytest.approx(1.5)
-    assert border.tables(runs_of({"late_36": TOP1["late_36"]}), []) == {}
+    assert list(border.tables(runs_of({"late_36": TOP1["late_36"]}), [])) == ["border_members"]
     alone = {**TOP1, "one": TOP1["one"][:1], "one_collapse": []}
     (row,) = border.tables(runs_of(alone), [])["border"].rows
     assert row["n"] == "1" and row["low"] == ""  # one seed has no interval
@@ -94,7 +95,7 @@ DOUBLINGS = {"late_36": 0.5, "late_100": 0.25, "published": 1.0}
 def test_a_prediction_is_interpolated_over_the_logarithm_of_the_images():
     """G: 3 and 1, so 2 in the middle. What the cycles lose: 1 - 0.5 * 1 and 4 - 0.5 * 4, so 1.25."""
     singles = {arm: TOP1[arm] for arm in ("half", "one", "one_collapse")}
-    row = prediction.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(singles), PILOT)
+    row = border_prediction.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(singles), PILOT)
     assert {key: float(row[key]) for key in ("G", "cycles", "slope")} == pytest.approx(
         {"G": 2, "cycles": 1.25, "slope": 2.66667}, rel=1e-4
     )
@@ -107,7 +108,8 @@ def test_a_better_model_with_a_collapse_is_what_a_prediction_compares_with():
     singles = {arm: TOP1[arm] for arm in ("half", "one", "one_collapse")}
     better = {**singles, "one_collapse": [((0.25,), 0.25)] * 3}
     plain, better = (
-        prediction.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(chosen), PILOT) for chosen in (singles, better)
+        border_prediction.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(chosen), PILOT)
+        for chosen in (singles, better)
     )
     assert float(plain["collapse"]) == 0
     assert float(better["collapse"]) == pytest.approx(100 * (0.25 - 0.68 / 3), abs=1e-3)
@@ -119,27 +121,36 @@ def test_what_the_cycles_lose_is_relative_to_the_plain_model_also_where_a_collap
     singles = {arm: TOP1[arm] for arm in ("half", "one", "one_collapse")}
     for finished in (TOP1, {**TOP1, "one_collapse": [((0.25,), 0.25)] * 3}):
         runs = [*runs_of(finished, "tiny-10000"), *runs_of(singles, "tiny-5000")]
-        row = prediction.predict("tiny-5000", "late_36", DOUBLINGS, runs, [])
+        row = border_prediction.predict("tiny-5000", "late_36", DOUBLINGS, runs, [])
         assert float(row["cycles"]) == pytest.approx(-2 / 3, rel=1e-4)
 
 
 def test_a_prediction_prefers_what_was_run_and_borrows_from_a_like_arm():
     singles = {arm: TOP1[arm] for arm in ("half", "one", "one_collapse")}
     runs = [*runs_of(TOP1, "tiny-10000"), *runs_of(singles, "tiny-20000"), *runs_of(TOP1, "cifar-20000")]
-    row = prediction.predict("tiny-20000", "late_100", DOUBLINGS, runs, PILOT)
+    row = border_prediction.predict("tiny-20000", "late_100", DOUBLINGS, runs, PILOT)
     assert row["from"].startswith("G: tiny-10000 at 10,000 and pilot at 100,000")
     share = 0.30103  # log 2 / log 10
     assert float(row["G"]) == pytest.approx((1 - share) * 2 + share * 1, rel=1e-4)
 
 
+def test_the_pilot_counts_for_other_data_only_while_nothing_of_theirs_was_run():
+    singles = {arm: TOP1[arm] for arm in ("half", "one", "one_collapse")}
+    sizes = [runs_of(setting="cifar-5000"), runs_of(singles, setting="cifar-90000")]
+    row = border_prediction.predict("cifar-90000", "late_36", DOUBLINGS, sizes[1], PILOT)
+    assert "pilot at 100,000" in row["from"]
+    row = border_prediction.predict("cifar-90000", "late_36", DOUBLINGS, [*sizes[0], *sizes[1]], PILOT)
+    assert "pilot" not in row["from"] and "cifar-5000 at 5,000" in row["from"]
+
+
 def test_what_cannot_be_predicted_is_refused():
     with pytest.raises(DataError, match="has been run; predict it before"):
-        prediction.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(), PILOT)
+        border_prediction.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(), PILOT)
     with pytest.raises(DataError, match="needs finished runs of half, one and one_collapse"):
-        prediction.predict("tiny-5000", "late_36", DOUBLINGS, runs_of(), PILOT)
+        border_prediction.predict("tiny-5000", "late_36", DOUBLINGS, runs_of(), PILOT)
     singles = {arm: TOP1[arm] for arm in ("half", "one", "one_collapse")}
     with pytest.raises(DataError, match="nothing is known of late_36"):
-        prediction.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(singles), [])
+        border_prediction.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(singles), [])
 
 
 SCRIPT = ROOT / "experiments" / "collapsed_ensemble" / "border" / "predict.py"
@@ -152,17 +163,17 @@ def test_the_script_names_what_it_needs_and_predicts_nothing_twice(tmp_path):
     (tmp_path / "experiments").unlink()
     place = tmp_path / "experiments" / "collapsed_ensemble" / "border"
     place.mkdir(parents=True)
-    (place / "predictions.csv").write_text(f"{','.join(prediction.PREDICTED)}\ntiny-7,late_36{',1' * 10}\n")
+    (place / "predictions.csv").write_text(f"{','.join(border_prediction.PREDICTED)}\ntiny-7,late_36{',1' * 10}\n")
     done = subprocess.run([sys.executable, SCRIPT, "tiny-7"], cwd=tmp_path, env=OUTSIDE, capture_output=True, text=True)
-    assert done.returncode == 2 and "has predictions of tiny-7; they are not made twice" in done.stderr
+    assert done.returncode == 2 and "has predictions of late_36 in tiny-7; none is made twice" in done.stderr
 
 
 def test_predictions_add_up(monkeypatch):
     """The rows that are committed, and one that is made here."""
     monkeypatch.chdir(ROOT)
     singles = {arm: TOP1[arm] for arm in ("half", "one", "one_collapse")}
-    made = prediction.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(singles), PILOT)
-    for row in [made, *prediction.read()]:
+    made = border_prediction.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(singles), PILOT)
+    for row in [made, *border_prediction.read()]:
         figures = {key: float(row[key]) for key in ("slope", "doublings", "cycles", "collapse", "G", "D", "difference")}
         lost = figures["cycles"] + figures["collapse"]
         assert figures["D"] == pytest.approx(figures["slope"] * figures["doublings"] + lost, abs=1e-3)

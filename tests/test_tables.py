@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from resnet_cpu import commandline, tables
 from resnet_cpu.errors import DataError
-from resnet_cpu.report import accuracy, efficiency
+from resnet_cpu.report import accuracy, border, border_prediction, efficiency
 from resnet_cpu.report import tables as report
 from resnet_cpu.resolve import resolve_recipe
 from resnet_cpu.run import signature
@@ -29,7 +29,8 @@ def committed(monkeypatch):
     monkeypatch.chdir(ROOT)
     spec, published = (report.read_csv(f"experiments/{name}.csv") for name in ("tables", "published"))
     runs, scaling_runs = report.read_results(accuracy.RUNS), report.read_results(efficiency.SCALING_RUNS)
-    return {**accuracy.tables(spec, published, runs), **efficiency.tables(spec, published, scaling_runs)}
+    made = {**accuracy.tables(spec, published, runs), **efficiency.tables(spec, published, scaling_runs)}
+    return {**made, **border.tables(runs, border_prediction.read())}
 
 
 def test_documents_hold_what_make_tables_writes(committed):
@@ -286,6 +287,25 @@ def test_a_folder_without_runs_is_refused(place, tmp_path):
     (place / "experiments" / "tables.csv").write_text(SPEC_COLUMNS)
     with pytest.raises(DataError, match="contains no finished run"):
         tables.main([f"--runs={tmp_path}/missing"])
+
+
+def test_a_line_is_compared_with_its_reference_seed_by_seed():
+    spec = [
+        dict(table="t", label="arm", runs="arm/*", what="ensemble", flagfile="f", published="", reference="base/*"),
+        dict(table="t", label="**base**", runs="base/*", what="last", flagfile="f", published="", reference=""),
+    ]
+    columns = dict.fromkeys(accuracy.RUN_COLUMNS, "")
+    top1 = {"arm": ("ensemble", [0.52, 0.54, 0.55]), "base": ("last", [0.51, 0.52, 0.54, 0.9])}
+    runs = [
+        {**columns, "run": f"{arm}/{seed}", "seed": str(seed), "what": what, "top1": str(value)}
+        for arm, (what, values) in top1.items()
+        for seed, value in enumerate(values)
+    ]
+    table = accuracy.tables(spec, [], runs)["t"]
+    # 1, 2 and 1 points; half of the interval is 4.303 standard errors of 1/3.
+    assert table.rows[0]["difference_mean"] == "1.33333" and table.rows[1]["difference_mean"] == ""
+    assert "| 53.67 ± 1.53 | +1.33 (-0.10 ... +2.77) | 3 |" in report.markdown(table)
+    assert 'Difference: top-1 minus that of "base" for equal seeds, in points.' in table.note
 
 
 def test_an_unknown_table_in_a_document_is_refused():

@@ -1,7 +1,8 @@
 """Accuracy of finished runs, beside published figures: rows of runs.csv and curves.csv, and tables made from them.
 
 A line of experiments/tables.csv matches runs by name (`runs`) and one of their scores (`what`): `last`, `ensemble`,
-`best_member`, `best_subset`, `prefix:COUNT`, `last_m:COUNT`, `member:NAME`, `end_of:PHASE`.
+`best_member`, `best_subset`, `prefix:COUNT`, `last_m:COUNT`, `member:NAME`, `end_of:PHASE`. It may name the runs whose
+last model it is compared with, seed by seed (`reference`).
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import sys
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from resnet_cpu.errors import DataError, printable
+from resnet_cpu.report.intervals import Interval, interval
 from resnet_cpu.report.tables import NOT_RUN, Column, Row, Table, cell, find_published, find_runs, origin, run_folders
 from resnet_cpu.run import signature
 from resnet_cpu.run.folder import read_json, read_rows
@@ -28,7 +30,8 @@ RUN_COLUMNS = (
 )
 CURVE_COLUMNS = ("run", "epoch", "phase", "top1", "loss")
 _TABLE_COLUMNS = (
-    *("what", "published", "unit", "source", "n", *(f"{key}_mean" for key in SCORES), "top1_sd", "flagfile"),
+    *("what", "published", "unit", "source", "n", *(f"{key}_mean" for key in SCORES), "top1_sd"),
+    *("reference", "difference_mean", "difference_low", "difference_high", "flagfile"),
 )
 
 
@@ -146,6 +149,8 @@ class _Line:
     flagfile: str
     published: Optional[Row]
     measured: List[Row]
+    reference: str  # the label of what these runs are compared with, seed by seed
+    compared: List[Row]
 
     def numbers(self, key: str) -> List[float]:
         return [float(row[key]) for row in self.measured if row.get(key)]
@@ -153,10 +158,13 @@ class _Line:
     def spread(self, key: str, factor: float, digits: int) -> str:
         """Return `mean ± standard deviation` of a column over the runs; the mean alone for a single run."""
         values = [factor * value for value in self.numbers(key)]
-        if not values:
-            return ""
-        mean = f"{statistics.mean(values):.{digits}f}"
-        return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+        return interval(values).spread(digits) if values else ""
+
+    def difference(self) -> Optional[Interval]:
+        """Return top-1 minus that of the reference, in points, over the seeds that both have; None without any."""
+        others = {row["seed"]: float(row["top1"]) for row in self.compared}
+        values = [100 * (float(row["top1"]) - others[row["seed"]]) for row in self.measured if row["seed"] in others]
+        return interval(values) if values else None
 
     def of_published(self, *keys: str) -> str:
         """Return columns of the published figure, separated by blanks."""
@@ -169,17 +177,24 @@ def tables(spec: Iterable[Row], published: Sequence[Row], runs: Sequence[Row]) -
     Raises DataError for an unknown published figure, and for runs that cannot be averaged.
     """
     lines: Dict[str, List[_Line]] = {}
+    spec = list(spec)
+    labels = {row["runs"]: row["label"].replace("**", "") for row in spec if row["what"] == "last"}
     for row in spec:
-        if row["what"] == "efficiency":  # report/efficiency.py
-            continue
-        measured = [run for run in find_runs(row, runs) if run["what"] == row["what"]]
-        _check_alike(row, measured)
-        line = _Line(row["label"], row["flagfile"], find_published(row, published), measured)
-        lines.setdefault(row["table"], []).append(line)
+        if row["what"] != "efficiency":  # report/efficiency.py
+            lines.setdefault(row["table"], []).append(_line(row, labels, published, runs))
     return {
         name: Table(_columns(table), _note(table), [_figures(line) for line in table], _TABLE_COLUMNS)
         for name, table in lines.items()
     }
+
+
+def _line(row: Row, labels: Mapping[str, str], published: Sequence[Row], runs: Sequence[Row]) -> _Line:
+    measured = [run for run in find_runs(row, runs) if run["what"] == row["what"]]
+    _check_alike(row, measured)
+    pattern = row.get("reference", "")
+    compared = [run for run in find_runs({**row, "runs": pattern}, runs) if run["what"] == "last"]
+    reference = f'"{labels.get(pattern, pattern)}"'
+    return _Line(row["label"], row["flagfile"], find_published(row, published), measured, reference, compared)
 
 
 def _check_alike(line: Row, runs: List[Row]) -> None:
@@ -199,6 +214,7 @@ def _columns(table: List[_Line]) -> List[Column]:
         ("what", [line.label for line in table]),
         ("published", [line.of_published("value", "unit") for line in table]),
         ("top-1, %", [line.spread("top1", 100, 2) or NOT_RUN for line in table]),
+        ("difference (95 % interval)", [_bounded(line.difference()) for line in table]),
         ("n", [str(len(line.measured)) for line in table] if any(line.measured for line in table) else []),
         ("top-5, %", [line.spread("top5", 100, 2) for line in table]),
         ("loss", [line.spread("loss", 1, 4) for line in table]),
@@ -210,17 +226,24 @@ def _columns(table: List[_Line]) -> List[Column]:
     return [(title, cells) for title, cells in columns if any(cells)]
 
 
+def _bounded(difference: Optional[Interval]) -> str:
+    return difference.bounded(2) if difference else ""
+
+
 def _note(table: List[_Line]) -> str:
     runs = [run for line in table for run in line.measured]
     if not runs:
         return ""
     machines = [f"{run['cpu']}, {count(run['ranks'], 'rank')}, {count(run['cores'], 'core')}" for run in runs]
-    return f"Mean ± standard deviation over n seeds. {origin(runs, machines)}"
+    compared = list(dict.fromkeys(line.reference for line in table if line.difference()))
+    reference = f"Difference: top-1 minus that of {' or of '.join(compared)} for equal seeds, in points. "
+    return f"Mean ± standard deviation over n seeds. {reference if compared else ''}{origin(runs, machines)}"
 
 
 def _figures(line: _Line) -> Row:
     """Return the row of the table's CSV file: means that are not rounded for reading."""
     means = {key: line.numbers(key) for key in SCORES}
+    difference = line.difference()
     return {
         "what": line.label.replace("**", ""),
         "published": line.of_published("value"),
@@ -229,5 +252,7 @@ def _figures(line: _Line) -> Row:
         "n": str(len(line.measured)),
         **{f"{key}_mean": cell(statistics.mean(values)) if values else "" for key, values in means.items()},
         "top1_sd": cell(statistics.stdev(means["top1"])) if len(means["top1"]) > 1 else "",
+        "reference": line.reference if difference else "",
+        **{f"difference_{key}": cell(difference and getattr(difference, key)) for key in ("mean", "low", "high")},
         "flagfile": line.flagfile,
     }

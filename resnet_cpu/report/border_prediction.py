@@ -3,10 +3,10 @@
 import math
 import os
 import statistics
-from typing import Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from resnet_cpu.errors import DataError
-from resnet_cpu.report import border
+from resnet_cpu.report import border_runs
 from resnet_cpu.report.tables import EXPERIMENTS, Row, cell, read_csv
 
 FOLDER = os.path.join(EXPERIMENTS, "collapsed_ensemble", "border")
@@ -15,12 +15,22 @@ PREDICTED = (
     *("setting", "arm", "half", "one", "slope", "doublings"),
     *("cycles", "collapse", "G", "D", "difference", "from"),
 )
-# An arm whose figures stand in for those of another one that has not been run at about as many images.
+# For an arm, the one whose figures stand in for it while it has not been run with about as many images.
 _LIKE = {"late_100": "late_36", "published": "late_36"}
 
 
-class Known(NamedTuple):
-    """A measured `value` of an arm with a number of training images, in points, and where it was measured."""
+class _Measured(NamedTuple):
+    """G, D and slope of an arm with a number of training images, in points, and where they were measured."""
+
+    images: int
+    G: float
+    D: float
+    slope: Optional[float]  # points per doubling of the budget
+    source: str
+
+
+class _Known(NamedTuple):
+    """A `value` of an arm with a number of training images, in points, and where it was measured."""
 
     images: int
     value: float
@@ -33,34 +43,41 @@ def predict(setting: str, arm: str, doublings: Mapping[str, float], runs: Iterab
     D is predicted as the gain of one model per doubling of the budget, measured in this setting with `half` and `one`,
     times the doublings by which the members are behind on average, plus what the cycles lose: D minus that product
     where it is known, against `one`; plus what `one_collapse` is ahead of `one`, if it is. G and the loss of the cycles
-    come from the pilot and from what has been run with other numbers of images, linear over the logarithm of the
-    number. `doublings` has those of every arm.
+    come from the pilot, on half of Tiny-ImageNet, and from what has been run with other numbers of images, linear over
+    the logarithm of the number; for other data and widths, from the pilot only while nothing of theirs has been run.
+    `doublings` has those of every arm.
 
     Raises DataError if the single models of the setting, or all figures of other settings, are missing, and if the arm
     has been run.
     """
-    arms = border.by_place(runs)
+    arms = border_runs.by_place(runs)
     name, _, images = setting.rpartition("-")
-    place = border.Place(name, int(images), arm)
+    place = border_runs.Place(name, int(images), arm)
     if place in arms:
         raise DataError(f"border/{setting}/{arm} has been run; predict it before")
-    gain = border.slope(arms, place)
-    by_collapse = border.pairs_of(place._replace(arm="one_collapse"), "one", arms)
+    gain = border_runs.slope(arms, place)
+    by_collapse = border_runs.pairs_of(place._replace(arm="one_collapse"), "one", arms)
     if gain is None or not by_collapse.seeds:
         raise DataError(f"border/{setting}: needs finished runs of half, one and one_collapse; run them before")
     gains, losses = [], []
     for other in (arm, *([_LIKE[arm]] if arm in _LIKE else [])):
-        measured = [*_of_pilot(other, pilot), *_of_runs(place._replace(arm=other), arms)]
-        gains.append([Known(size, G, source) for size, G, _, _, source in measured])
+        measured = _of_runs(place._replace(arm=other), arms)
+        if name == "tiny" or not measured:  # the pilot's data and network are those of this setting
+            measured = [*_of_pilot(other, pilot), *measured]
+        gains.append([_Known(known.images, known.G, known.source) for known in measured])
         losses.append(
-            [Known(size, D - by * doublings[other], source) for size, _, D, by, source in measured if by is not None]
+            [
+                _Known(known.images, known.D - known.slope * doublings[other], known.source)
+                for known in measured
+                if known.slope is not None
+            ]
         )
     G, of_G = _interpolated(gains, place)
     lost, of_lost = _interpolated(losses, place)
     collapse = max(0.0, statistics.mean(by_collapse.ensemble) - statistics.mean(by_collapse.single))
     D = gain * doublings[arm] + lost + collapse
     half, one = (
-        100 * statistics.mean(border.scores_of(arms, place._replace(arm=single), "ensemble", "top1").values())
+        100 * statistics.mean(border_runs.scores_of(arms, place._replace(arm=single), "ensemble", "top1").values())
         for single in ("half", "one")
     )
     source = f"G: {of_G}; cycles: {of_lost}"
@@ -68,28 +85,29 @@ def predict(setting: str, arm: str, doublings: Mapping[str, float], runs: Iterab
     return {key: cell(value) for key, value in zip(PREDICTED, values)}
 
 
-_Measured = Tuple[int, float, float, Optional[float], str]  # images, G, D, points per doubling, source
-
-
-def _of_pilot(arm: str, pilot: Sequence[Row]) -> Iterator[_Measured]:
+def _of_pilot(arm: str, pilot: Sequence[Row]) -> List[_Measured]:
+    found = []
     for row in pilot:
         if row["arm"] == arm:
             members = statistics.mean(map(float, row["members"].split("/")))
             one = float(row["one"])
             gain = one - float(row["half"]) if row["half"] else None
-            yield int(row["images"]), float(row["ensemble"]) - members, one - members, gain, "pilot"
+            found.append(_Measured(int(row["images"]), float(row["ensemble"]) - members, one - members, gain, "pilot"))
+    return found
 
 
-def _of_runs(place: border.Place, arms: border.Arms) -> Iterator[_Measured]:
+def _of_runs(place: border_runs.Place, arms: border_runs.Arms) -> List[_Measured]:
+    found = []
     for other in arms:
         if (other.setting, other.arm) == (place.setting, place.arm):
-            seeds, members, ensemble, one = border.pairs_of(other, "one", arms)
+            seeds, members, ensemble, one = border_runs.pairs_of(other, "one", arms)
             if seeds:
                 G, D = (statistics.mean(whole) - statistics.mean(members) for whole in (ensemble, one))
-                yield other.images, G, D, border.slope(arms, other), border.name_of(other)
+                found.append(_Measured(other.images, G, D, border_runs.slope(arms, other), border_runs.name_of(other)))
+    return found
 
 
-def _interpolated(candidates: Sequence[Sequence[Known]], place: border.Place) -> Tuple[float, str]:
+def _interpolated(candidates: Sequence[Sequence[_Known]], place: border_runs.Place) -> Tuple[float, str]:
     """Return a value at the images of `place`, linear over the logarithm between neighbours, and where it comes from.
 
     Of the candidates, the one with the nearest number of images counts, the first of equals. Beyond its ends the value

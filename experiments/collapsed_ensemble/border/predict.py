@@ -4,7 +4,7 @@
     python -m resnet_cpu.tables --runs=runs/reproduce
     python experiments/collapsed_ensemble/border/predict.py tiny-10000 late_36 late_100     # then commit, and run these
 
-How: `resnet_cpu.report.prediction.predict`.
+How: `resnet_cpu.report.border_prediction.predict`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import os
 from resnet_cpu import commandline
 from resnet_cpu.errors import DataError
 from resnet_cpu.recipe import schedule
-from resnet_cpu.report import accuracy, prediction, tables
+from resnet_cpu.report import accuracy, border_prediction, tables
 from resnet_cpu.resolve import resolve_recipe
 
 ENSEMBLES = ("late_36", "late_100", "published")
@@ -22,7 +22,9 @@ ENSEMBLES = ("late_36", "late_100", "published")
 
 def doublings(arm: str) -> float:
     """Return by how many doublings of the budget the members of an arm are behind one model, on average."""
-    settings = commandline.parse([f"--flagfile={os.path.join(prediction.FOLDER, arm)}.flags", "--train_examples=10000"])
+    settings = commandline.parse(
+        [f"--flagfile={os.path.join(border_prediction.FOLDER, arm)}.flags", "--train_examples=10000"]
+    )
     shares = schedule.budgets(resolve_recipe(settings, 1, 10000).phases)
     return sum(-math.log2(share) for share in shares.values()) / len(shares)
 
@@ -33,18 +35,21 @@ def main() -> None:
     parser.add_argument("arms", nargs="*", help=f"ensembles to predict (default: {', '.join(ENSEMBLES)})")
     arguments = parser.parse_args()
     setting, arms = arguments.setting, arguments.arms or ENSEMBLES
-    predicted = prediction.read()
-    if any(row["setting"] == setting for row in predicted):
-        parser.error(f"{prediction.PREDICTIONS} has predictions of {setting}; they are not made twice")
-    runs, pilot = tables.read_results(accuracy.RUNS), tables.read_csv(prediction.PILOT)
+    predicted = border_prediction.read()
+    twice = sorted({row["arm"] for row in predicted if row["setting"] == setting} & set(arms))
+    if twice:
+        parser.error(
+            f"{border_prediction.PREDICTIONS} has predictions of {', '.join(twice)} in {setting}; none is made twice"
+        )
+    runs, pilot = tables.read_results(accuracy.RUNS), tables.read_csv(border_prediction.PILOT)
     behind = {arm: doublings(arm) for arm in ENSEMBLES}
     try:
-        rows = [prediction.predict(setting, arm, behind, runs, pilot) for arm in arms]
+        rows = [border_prediction.predict(setting, arm, behind, runs, pilot) for arm in arms]
     except DataError as error:
         parser.error(str(error))
     for row in rows:
         print(f"{setting}/{row['arm']}: G {row['G']}, D {row['D']}, ensemble - one model {row['difference']} points")
-    tables.write_csv(prediction.PREDICTIONS, [*predicted, *rows], prediction.PREDICTED)
+    tables.write_csv(border_prediction.PREDICTIONS, [*predicted, *rows], border_prediction.PREDICTED)
 
 
 if __name__ == "__main__":

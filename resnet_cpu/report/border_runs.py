@@ -1,0 +1,106 @@
+"""The runs of the study on where ensembles begin to pay (`report/border`), by setting, arm and seed.
+
+They are rows of runs.csv named border/SETTING-IMAGES/ARM/seed-N. `half` and `one` are single models with half of the
+budget and all of it, `one_collapse` is another one with all of it. `average_ARM` has the averaged weights of ARM's
+members. All other arms are ensembles.
+"""
+
+import statistics
+from typing import Dict, Iterable, List, NamedTuple, Optional
+
+from resnet_cpu.report.tables import Row, origin
+from resnet_cpu.text import count
+
+PREFIX = "border/"
+SINGLES = ("one", "one_collapse")
+SETTINGS = {
+    "tiny": "half of Tiny-ImageNet",
+    "wide": "the same, twice the width",
+    "cifar": "CIFAR-10",
+}
+ENSEMBLES = {
+    "late_36": "late, restarts at 36 %",
+    "late_100": "late, restarts at 100 %",
+    "published": "as published",
+    "independent": "three networks of a third",
+}
+
+
+class Place(NamedTuple):
+    """Where a run belongs: `border/SETTING-IMAGES/ARM/seed-N`."""
+
+    setting: str
+    images: int
+    arm: str
+
+
+Arms = Dict[Place, Dict[str, Dict[str, Row]]]  # the rows of each place by seed and by what they score
+
+
+def origin_of(arms: Arms) -> str:
+    """Return the end of a note: the machines and versions that all runs of this study come from."""
+    used = [row for seeds in arms.values() for rows in seeds.values() for row in rows.values()]
+    machines = [f"{row['cpu']}, {count(row['ranks'], 'rank')}, {count(row['cores'], 'core')}" for row in used]
+    return origin(used, machines)
+
+
+def by_place(runs: Iterable[Row]) -> Arms:
+    """Return for each place the rows of each seed, by what they score."""
+    found: Arms = {}
+    for row in runs:
+        parts = row["run"].split("/")
+        if row["run"].startswith(PREFIX) and len(parts) == 4:
+            setting, _, images = parts[1].rpartition("-")
+            if not images.isdigit():
+                continue  # a run of the user's own
+            found.setdefault(Place(setting, int(images), parts[2]), {}).setdefault(parts[3], {})[row["what"]] = row
+    return found
+
+
+def scores_of(arms: Arms, place: Place, what: str, key: str) -> Dict[str, float]:
+    """Return a score of an arm by seed; of a single model, `ensemble` is that of its only member."""
+    return {seed: float(rows[what][key]) for seed, rows in arms.get(place, {}).items() if what in rows}
+
+
+def members_of(rows: Dict[str, Row]) -> float:
+    """Return the mean top-1 of the members of an ensemble, from its rows by what they score."""
+    return statistics.mean(float(row["top1"]) for what, row in rows.items() if what.startswith("member:"))
+
+
+def best_single(arms: Arms, place: Place) -> Optional[str]:
+    """Return the arm of SINGLES with the best mean in the setting of `place`; None if none was run."""
+    means = {}
+    for arm in SINGLES:
+        scores = scores_of(arms, place._replace(arm=arm), "ensemble", "top1")
+        if scores:
+            means[arm] = statistics.mean(scores.values())
+    return max(means, key=lambda arm: means[arm]) if means else None
+
+
+def slope(arms: Arms, place: Place) -> Optional[float]:
+    """Return how many points one model gains by a doubling of the budget, from half of it to all of it."""
+    half, one = (scores_of(arms, place._replace(arm=arm), "ensemble", "top1") for arm in ("half", "one"))
+    seeds = sorted(set(half) & set(one))
+    return 100 * statistics.mean(one[seed] - half[seed] for seed in seeds) if seeds else None
+
+
+class Pairs(NamedTuple):
+    """Top-1 of an ensemble and of a single model, in percent, for each seed that has both."""
+
+    seeds: List[str]
+    members: List[float]  # means over the members
+    ensemble: List[float]
+    single: List[float]
+
+
+def pairs_of(place: Place, single: str, arms: Arms) -> Pairs:
+    """Return the scores of the arm of `place` and of the arm `single`, for each seed that both have."""
+    alone, here = (scores_of(arms, place._replace(arm=arm), "ensemble", "top1") for arm in (single, place.arm))
+    seeds = sorted(set(alone) & set(here))
+    members = [100 * members_of(arms[place][seed]) for seed in seeds]
+    return Pairs(seeds, members, *([100 * scores[seed] for seed in seeds] for scores in (here, alone)))
+
+
+def name_of(place: Place) -> str:
+    """Return SETTING-IMAGES, as in the names of runs."""
+    return f"{place.setting}-{place.images}"

@@ -1,0 +1,38 @@
+"""Means over seeds, with their 95 % intervals."""
+
+import math
+import statistics
+from typing import NamedTuple, Optional, Sequence
+
+# Student's t: half of a 95 % interval of a mean of n values, in standard errors.
+_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+class Interval(NamedTuple):
+    """A mean over `n` seeds, with its standard deviation and 95 % interval (None for a single seed)."""
+
+    n: int
+    mean: float
+    sd: Optional[float]
+    low: Optional[float]
+    high: Optional[float]
+
+    def bounded(self, digits: int) -> str:
+        """Return the mean, with its sign, and the interval, as in `+1.33 (-0.10 ... +2.77)`."""
+        mean = f"{self.mean:+.{digits}f}"
+        return mean if self.low is None else f"{mean} ({self.low:+.{digits}f} ... {self.high:+.{digits}f})"
+
+    def spread(self, digits: int) -> str:
+        """Return the mean and the standard deviation, as in `22.64 ± 0.31`."""
+        mean = f"{self.mean:.{digits}f}"
+        return mean if self.sd is None else f"{mean} ± {self.sd:.{digits}f}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return the mean of `values` over seeds, with the interval of Student's t."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return Interval(1, mean, None, None, None)
+    sd = statistics.stdev(values)
+    half = _T[min(len(values), max(_T))] * sd / math.sqrt(len(values))
+    return Interval(len(values), mean, sd, mean - half, mean + half)
