@@ -3,6 +3,7 @@
 import os
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
+from resnet_cpu.report import border_runs
 from resnet_cpu.report.plotting import pyplot, save
 
 Row = Mapping[str, str]
@@ -188,28 +189,40 @@ def _draw_ensembles(arms: Mapping[str, Sequence[Row]], path: str) -> None:
 def _draw_border(rows: Sequence[Row], path: str) -> None:
     """Draw the ensemble minus one model over the training images, with intervals, beside what was predicted."""
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(9, 5), constrained_layout=True)
-    axes.axhline(0, color="black", linewidth=0.8)
-    for number, (setting, arm) in enumerate(dict.fromkeys((row["setting"], row["arm"]) for row in rows)):
+    figure, axes = plt.subplots(figsize=(10, 5), constrained_layout=True)
+    axes.axhline(0, color="black", linewidth=1)
+    arms = list(dict.fromkeys((row["setting"], row["arm"]) for row in rows))
+    names: List[Tuple[float, str, str]] = []  # height, text and colour
+    for number, (setting, arm) in enumerate(arms):
         line = sorted((row for row in rows if (row["setting"], row["arm"]) == (setting, arm)), key=_images)
-        sizes, values = [_images(row) for row in line], [float(row["difference"]) for row in line]
+        beside = 1.05 ** (number - (len(arms) - 1) / 2)  # side by side, so that intervals do not cover each other
+        sizes, values = [beside * _images(row) for row in line], [float(row["difference"]) for row in line]
         bounds = [[abs(float(row[key] or row["difference"]) - float(row["difference"])) for row in line]
                   for key in ("low", "high")]  # fmt: skip
         colour = f"C{number}"
-        axes.errorbar(sizes, values, bounds, fmt="o-", color=colour, capsize=3, markersize=4)
-        predicted = [(_images(row), float(row["predicted"])) for row in line if row["predicted"]]
+        axes.errorbar(sizes, values, bounds, fmt="o-", color=colour, capsize=3, markersize=5)
+        predicted = [(size, float(row["predicted"])) for size, row in zip(sizes, line) if row["predicted"]]
         axes.plot(*zip(*predicted) if predicted else ([], []), "D", color=colour, markerfacecolor="none")
-        axes.annotate(
-            f"{arm}, {setting}", (sizes[-1], values[-1]), (8, 0), textcoords="offset points", color=colour, va="center"
-        )
+        where = "" if setting == "tiny" else f"; {border_runs.SETTINGS.get(setting, setting)}"
+        names.append((values[-1], border_runs.ENSEMBLES[arm] + where, colour))
     axes.plot([], [], "D", color="grey", markerfacecolor="none", label="predicted before the run")
     axes.set_xscale("log")
+    axes.set_xticks(sorted({_images(row) for row in rows}))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.margins(x=0.25)
+    axes.xaxis.set_minor_locator(plt.NullLocator())
+    smallest, largest = (limit(_images(row) for row in rows) for limit in (min, max))
+    axes.set_xlim(smallest / 1.4, largest * 1.25)
+    least = (axes.get_ylim()[1] - axes.get_ylim()[0]) / 18  # between two names
+    lowest = -float("inf")
+    for height, text, colour in sorted(names):
+        lowest = max(height, lowest + least)
+        axes.annotate(text, (1.01, lowest), xycoords=axes.get_yaxis_transform(), color=colour, va="center")
+    for height, text in ((0.98, "the ensemble is better"), (0.02, "one model is better")):
+        axes.text(0.01, height, text, transform=axes.transAxes, color="grey", va="top" if height > 0.5 else "bottom")
     axes.set_xlabel("training images")
-    axes.set_ylabel("top-1 of the ensemble minus one model\nof the same budget, points")
+    axes.set_ylabel("top-1 of the ensemble minus one model\nof the same budget, points (95 % interval)")
     axes.legend(loc="upper right")
-    axes.grid(alpha=0.3)
+    axes.grid(axis="y", alpha=0.3)
     save(figure, path)
 
 
