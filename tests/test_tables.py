@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from resnet_cpu import commandline, tables
 from resnet_cpu.errors import DataError
-from resnet_cpu.report import accuracy, border, border_prediction, efficiency
+from resnet_cpu.report import accuracy, border, border_prediction, border_runs, efficiency
 from resnet_cpu.report import tables as report
 from resnet_cpu.resolve import resolve_recipe
 from resnet_cpu.run import signature
@@ -115,6 +115,28 @@ def test_committed_runs_have_the_recipes_of_their_flagfiles(monkeypatch):
         examples = settings.data.train_examples or 60000
         recorded = signature.of(settings, resolve_recipe(settings, 1, examples), examples, PIXELS)
         assert accuracy.recipe_digest(recorded) == recipe, flagfile
+
+
+# Pixels (mean, deviation) and digest of the classes of data/half_tiny_imagenet (border/make_data.py, `prepare folder`).
+TINY_PIXELS = ((123.9004, 115.7658, 102.3676), (66.0973, 64.196, 67.8652))
+TINY_CLASSES = "6042040903a31d77fc112b5a7d76b1532d3cdedeb3bca23f0d78a835dcf1d3ea"
+
+
+def test_committed_runs_of_the_border_experiment_have_the_recipes_of_their_flagfiles(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arms = border_runs.by_place(report.read_results(accuracy.RUNS))
+    checked = 0
+    for place, seeds in arms.items():
+        flagfile = f"experiments/collapsed_ensemble/border/{place.arm}.flags"
+        if place.setting != "tiny" or not os.path.exists(flagfile):
+            continue
+        settings = commandline.parse([f"--flagfile={flagfile}", f"--train_examples={place.images}", "--seed=5"])
+        recipe = resolve_recipe(settings, 1, place.images)
+        recorded = signature.of(settings, recipe, place.images, TINY_PIXELS, classes=TINY_CLASSES)
+        for rows in seeds.values():
+            assert {row["recipe"] for row in rows.values()} == {accuracy.recipe_digest(recorded)}, place
+            checked += 1
+    assert checked >= 9
 
 
 TREE = [
