@@ -18,7 +18,6 @@ from resnet_cpu.report.intervals import Interval, interval
 from resnet_cpu.report.tables import NOT_RUN, Column, Row, Table, cell, find_published, find_runs, origin, run_folders
 from resnet_cpu.run import signature
 from resnet_cpu.run.folder import read_json, read_rows
-from resnet_cpu.text import count
 
 RUNS, CURVES = "runs.csv", "curves.csv"
 ENSEMBLE = "ensemble.json"
@@ -234,10 +233,9 @@ def _note(table: List[_Line]) -> str:
     runs = [run for line in table for run in line.measured]
     if not runs:
         return ""
-    machines = [f"{run['cpu']}, {count(run['ranks'], 'rank')}, {count(run['cores'], 'core')}" for run in runs]
     compared = list(dict.fromkeys(line.reference for line in table if line.difference()))
     reference = f"Difference: top-1 minus that of {' or of '.join(compared)} for equal seeds, in points. "
-    return f"Mean ± standard deviation over n seeds. {reference if compared else ''}{origin(runs, machines)}"
+    return f"Mean ± standard deviation over n seeds. {reference if compared else ''}{origin(runs)}"
 
 
 def _figures(line: _Line) -> Row:

@@ -9,7 +9,6 @@ import statistics
 from typing import Dict, Iterable, List, NamedTuple, Optional
 
 from resnet_cpu.report.tables import Row, origin
-from resnet_cpu.text import count
 
 PREFIX = "border/"
 SINGLES = ("one", "one_collapse")
@@ -39,9 +38,7 @@ Arms = Dict[Place, Dict[str, Dict[str, Row]]]  # the rows of each place by seed 
 
 def origin_of(arms: Arms) -> str:
     """Return the end of a note: the machines and versions that all runs of this study come from."""
-    used = [row for seeds in arms.values() for rows in seeds.values() for row in rows.values()]
-    machines = [f"{row['cpu']}, {count(row['ranks'], 'rank')}, {count(row['cores'], 'core')}" for row in used]
-    return origin(used, machines)
+    return origin([row for seeds in arms.values() for rows in seeds.values() for row in rows.values()])
 
 
 def by_place(runs: Iterable[Row]) -> Arms:

@@ -17,6 +17,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Opt
 
 from resnet_cpu.errors import DataError
 from resnet_cpu.run.atomic import write_atomically
+from resnet_cpu.text import count
 
 Row = Dict[str, str]
 Column = Tuple[str, List[str]]  # title, cells
@@ -115,8 +116,13 @@ def warn_of_unused(name: str, runs: Sequence[Row], spec: Sequence[Row]) -> None:
         )
 
 
-def origin(runs: Sequence[Row], machines: Iterable[str]) -> str:
-    """Return the end of a note: machines, TensorFlow versions and digests of the code that the figures come from."""
+def origin(runs: Sequence[Row], machines: Optional[Iterable[str]] = None) -> str:
+    """Return the end of a note: machines, TensorFlow versions and digests of the code that the figures come from.
+
+    Without `machines`, they are those in the rows of runs.csv.
+    """
+    if machines is None:
+        machines = [f"{run['cpu']}, {count(run['ranks'], 'rank')}, {count(run['cores'], 'core')}" for run in runs]
     stacks = sorted({f"TensorFlow {row['tensorflow']}" for row in runs})
     codes = sorted({row["code"] for row in runs})
     return f"{'; '.join(sorted(set(machines)))}; {', '.join(stacks)}; digest of the code: {', '.join(codes)}."
