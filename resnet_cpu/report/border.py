@@ -48,23 +48,25 @@ def _figures(place: border_runs.Place, arms: border_runs.Arms, predictions: Sequ
     if single is None:
         return None
     alone, here = arms[place._replace(arm=single)], arms[place]
-    seeds, members, ensemble, one = border_runs.pairs_of(place, single, arms)
+    pairs = border_runs.pairs_of(place, single, arms)
+    seeds = pairs.seeds
     if not seeds:
         return None
+    members, ensemble, one = map(interval, (pairs.members, pairs.ensemble, pairs.single))
 
     def of(rows: Dict[str, Dict[str, Row]], key: str, factor: float) -> List[float]:
         return [factor * float(rows[seed]["ensemble"][key]) for seed in seeds]
 
     loss = interval([mine - theirs for mine, theirs in zip(of(here, "loss_scaled", 1), of(alone, "loss_scaled", 1))])
-    difference = interval([mine - theirs for mine, theirs in zip(ensemble, one)])
+    difference = interval([mine - theirs for mine, theirs in zip(pairs.ensemble, pairs.single)])
     predicted = [row for row in predictions if (row["setting"], row["arm"]) == (border_runs.name_of(place), place.arm)]
     return {
         **{"setting": place.setting, "images": place.images, "arm": place.arm, "n": len(seeds), "single": single},
-        **{"members": statistics.mean(members), "members_sd": interval(members).sd},
-        **{"ensemble": statistics.mean(ensemble), "ensemble_sd": interval(ensemble).sd},
-        **{"one": statistics.mean(one), "one_sd": interval(one).sd, "slope": border_runs.slope(arms, place)},
-        "G": statistics.mean(ensemble) - statistics.mean(members),
-        "D": statistics.mean(one) - statistics.mean(members),
+        **{"members": members.mean, "members_sd": members.sd},
+        **{"ensemble": ensemble.mean, "ensemble_sd": ensemble.sd},
+        **{"one": one.mean, "one_sd": one.sd, "slope": border_runs.slope(arms, place)},
+        "G": ensemble.mean - members.mean,
+        "D": one.mean - members.mean,
         "disagreement": statistics.mean(of(here, "disagreement", 100)),
         **{"difference": difference.mean, "low": difference.low, "high": difference.high},
         "predicted": float(predicted[0]["difference"]) if predicted else None,
