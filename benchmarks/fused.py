@@ -15,10 +15,12 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32, help="images per rank")
     parser.add_argument("--stem", default="imagenet")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup_steps", type=int, default=3)
     parser.add_argument("--precision", default="float32")
     arguments = parser.parse_args()
     flags = [f"--image_size={arguments.image_size}", f"--batch_size={arguments.batch_size}", f"--stem={arguments.stem}"]
-    flags += [f"--timed_steps={arguments.steps}", f"--precision={arguments.precision}"]
+    flags += [f"--timed_steps={arguments.steps}", f"--warmup_steps={arguments.warmup_steps}"]
+    flags += [f"--precision={arguments.precision}"]
     sides = {
         f"{name}_{ranks}": paired.benchmark_of(ranks, *flags, f"--fused_kernels={value}")
         for ranks in arguments.ranks
