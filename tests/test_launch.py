@@ -501,7 +501,7 @@ def test_tuning_that_fails_or_is_ended_leaves_nothing(tmp_path):
         time.sleep(0.02)
     process.terminate()
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and out == "" and not (folder / "resnet_cpu").exists()
+    assert process.returncode == 143 and out == "" and not (folder / "resnet_cpu" / "placements.json").exists()
     assert not psutil.pid_exists(int((folder / "pid").read_text()))
 
 
