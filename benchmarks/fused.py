@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32, help="images per rank")
     parser.add_argument("--stem", default="imagenet")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warmup_steps", type=int, default=3)
+    parser.add_argument("--warmup_steps", type=int, default=3, help="steps that are not timed")
     parser.add_argument("--precision", default="float32")
     arguments = parser.parse_args()
     flags = [f"--image_size={arguments.image_size}", f"--batch_size={arguments.batch_size}", f"--stem={arguments.stem}"]

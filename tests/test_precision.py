@@ -19,7 +19,7 @@ FASTER, FLOAT32 = "float32, or --precision=bfloat16", "float32"
         (UNITS, None, FLOAT32, "launch and doctor measure"),
         (NONE, None, FLOAT32, "no products of bfloat16"),
         (NONE, 0.0, FLOAT32, "cannot be computed here"),
-        ([*UNITS, "amx_bf16"], None, FASTER, "docs/benchmarks.md"),
+        ([*UNITS, "amx_bf16"], None, FASTER, "docs/tuning.md"),
         ([*UNITS, "amx_bf16"], 0.9, FLOAT32, "0.9 times the speed"),  # a measurement counts more than a name
     ],
 )

@@ -238,11 +238,22 @@ def test_unusable_interfaces_are_excluded_or_reported(lab, tmp_path):
 
 
 def test_negative_control_open_mpi_alone_uses_the_unusable_interface(lab, tmp_path):
-    lab("decoy", "docker1")
-    mpirun = ["mpirun", "--allow-run-as-root", "--host", f"{lab.first},{lab.second}", "--mca", "plm_rsh_agent", AGENT]
     code = "from mpi4py import MPI; MPI.COMM_WORLD.barrier(); print('through')"
-    process = lab("run", lab.first, "timeout", 5, *mpirun, "-x", "PATH", sys.executable, "-c", code, check=False)
-    assert process.returncode == 124 and "through" not in process.stdout, process.stderr
+
+    def through(seconds, *interface):
+        command = ["mpirun", "--allow-run-as-root", "--host", f"{lab.first},{lab.second}", *interface]
+        command += ["--mca", "plm_rsh_agent", AGENT, "-x", "PATH", sys.executable, "-c", code]
+        return lab("run", lab.first, "timeout", seconds, *command, check=False)
+
+    lab("decoy", "docker1")
+    try:
+        named = through(50, "--mca", "btl_tcp_if_include", "lan0", "--mca", "oob_tcp_if_include", "lan0")
+        assert named.returncode == 0 and "through" in named.stdout, named.stderr
+        alone = through(15)
+        assert alone.returncode == 124 and "through" not in alone.stdout, alone.stderr
+    finally:
+        for host in (lab.first, lab.second):
+            lab("run", host, "ip", "link", "delete", "docker1")
 
 
 def test_all_hosts_that_do_not_answer_are_named_before_the_start(lab, unanswered):
