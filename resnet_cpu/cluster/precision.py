@@ -62,7 +62,7 @@ def advice(instruction_sets: Sequence[str], speedup: Optional[float]) -> Tuple[s
     """Return what to use and why; `speedup` is what `known` or `measure` returned."""
     if speedup is None:
         if "amx_bf16" in instruction_sets:
-            return "float32, or --precision=bfloat16", "more than twice the rate with AMX at 224x224, see docs/tuning.md"
+            return "float32, or --precision=bfloat16", "with AMX twice the rate at 224x224, see docs/tuning.md"
         if not has_units(instruction_sets):
             return "float32", "the processor has no products of bfloat16"
         return "float32", "bfloat16 may be faster: launch and doctor measure that on the host"
