@@ -184,3 +184,11 @@ def test_runs_outside_of_the_study_are_left_alone():
     odd = [{**row, "run": row["run"].replace("tiny-10000", name)} for row in runs_of() for name in ("foo", "mine-7")]
     (row,) = border.tables(odd, [])["border"].rows
     assert (row["setting"], row["images"]) == ("mine", "7")
+
+
+def test_the_note_names_the_machines_of_the_settings_shown():
+    """Single models whose ensembles have not been run have no row in `border`, but one in `border_members`."""
+    waiting = runs_of({"one": TOP1["one"]}, setting="tiny-5000")
+    made = border.tables([*runs_of(), *({**row, "cpu": "another"} for row in waiting)], [])
+    assert "another" not in made["border"].note and "a processor" in made["border"].note
+    assert "another" in made["border_members"].note

@@ -29,10 +29,11 @@ def tables(runs: Iterable[Row], predictions: Sequence[Row]) -> Dict[str, Table]:
     parts = border_members.tables(arms)
     if not rows:
         return parts
+    shown = {(row["setting"], row["images"]) for row in rows}
     note = (
         "Top-1 in %, differences in points; mean ± standard deviation over n seeds. `one model` is the better of two, "
         "with and without a collapse. In brackets: 95 % interval of the mean of the paired differences (Student's t). "
-        f"{border_runs.origin_of(arms)}"
+        f"{border_runs.origin_of({at: arms[at] for at in arms if (at.setting, at.images) in shown})}"
     )
     return {"border": Table(_columns(rows), note, [_as_text(row) for row in rows], _COLUMNS), **parts}
 
