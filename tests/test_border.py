@@ -18,6 +18,11 @@ TOP1 = {  # by arm: (members, whole) of three seeds
 }
 
 
+PREDICTIONS = [
+    {"setting": "tiny-10000", "arm": "late_36", "doublings": "0.2", "G": "1.5", "D": "0.75", "difference": "0.75"}
+]
+
+
 def runs_of(arms=TOP1, setting="tiny-10000"):
     rows = []
     for arm, seeds in arms.items():
@@ -35,10 +40,9 @@ def runs_of(arms=TOP1, setting="tiny-10000"):
 
 
 def test_figures_with_known_answers():
-    predictions = [{"setting": "tiny-10000", "arm": "late_36", "difference": "0.75"}]
-    table = border.tables(runs_of(), predictions)["border"]
+    table = border.tables(runs_of(), PREDICTIONS)["border"]
     (row,) = table.rows
-    wanted = {"n": 3, "members": 22, "ensemble": 24, "one": 22.6667, "slope": 2.66667, "G": 2, "D": 0.666667}
+    wanted = {"n": 3, "members": 22, "ensemble": 24, "one": 22.6667, "G": 2, "D": 0.666667}
     assert {key: float(row[key]) for key in wanted} == pytest.approx(wanted, rel=1e-4)
     assert row["single"] == "one" and float(row["predicted"]) == 0.75
     # Differences of the seeds: 1, 2, 1. Student's t with two degrees of freedom, 95 %: 4.303 standard errors.
@@ -47,6 +51,32 @@ def test_figures_with_known_answers():
     )
     assert float(row["loss_difference"]) == pytest.approx(-0.1)
     assert "| +1.33 (-0.10 ... +2.77) | +0.75 |" in markdown(table)
+
+
+def test_predictions_stand_beside_what_was_found():
+    waiting = {**PREDICTIONS[0], "setting": "tiny-20000"}
+    table = border.tables(runs_of(), [*PREDICTIONS, waiting])["border_predicted"]
+    done, open_ = table.rows
+    assert [float(done[key]) for key in ("G_predicted", "G", "D_predicted", "D")] == pytest.approx(
+        [1.5, 2, 0.75, 2 / 3], rel=1e-5
+    )
+    assert open_["images"] == "20000" and open_["G"] == open_["low"] == ""
+    assert "| +0.75 | +1.33 (-0.10 ... +2.77) |" in markdown(table)
+    assert "| +1.50 | not run | +0.75 | not run | +0.75 | not run |" in markdown(table)
+
+
+def test_single_models_and_their_gain_by_a_doubling():
+    """One minus half for the seeds 0, 1, 2: 3, 2 and 3 points. A setting without one of them has no row."""
+    runs = [*runs_of(), *runs_of({"one": TOP1["one"]}, "tiny-5000")]
+    table = border.tables(runs, [])["border_singles"]
+    (row,) = table.rows
+    assert [float(row[key]) for key in ("half", "one", "one_collapse", "one_collapse_sd")] == pytest.approx(
+        [20, 68 / 3, 21, 1], rel=1e-5
+    )
+    assert [float(row[key]) for key in ("slope", "slope_low", "slope_high")] == pytest.approx(
+        [8 / 3, 8 / 3 - 4.303 / 3, 8 / 3 + 4.303 / 3], rel=1e-3
+    )
+    assert "| 20.00 ± 1.00 | 22.67 ± 1.15 | 21.00 ± 1.00 | +2.67 (+1.23 ... +4.10) |" in markdown(table)
 
 
 def test_parts_of_ensembles_with_known_answers():
@@ -69,10 +99,11 @@ def test_parts_of_ensembles_with_known_answers():
     assert border.tables([], []) == {}
 
 
-def test_the_single_model_to_beat_is_the_better_one():
-    better = {**TOP1, "one_collapse": [((0.25,), 0.25)] * 3}
+@pytest.mark.parametrize("arm", ["one_collapse", "half"])
+def test_the_single_model_to_beat_is_the_best_one(arm):
+    better = {**TOP1, arm: [((0.25,), 0.25)] * 3}
     (row,) = border.tables(runs_of(better), [])["border"].rows
-    assert row["single"] == "one_collapse" and float(row["difference"]) == pytest.approx(-1)
+    assert row["single"] == arm and float(row["difference"]) == pytest.approx(-1)
 
 
 def test_only_seeds_that_both_have_are_compared():
@@ -111,9 +142,9 @@ def test_a_better_model_with_a_collapse_is_what_a_prediction_compares_with():
         border_prediction.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(chosen), PILOT)
         for chosen in (singles, better)
     )
-    assert float(plain["collapse"]) == 0
-    assert float(better["collapse"]) == pytest.approx(100 * (0.25 - 0.68 / 3), abs=1e-3)
-    assert float(better["D"]) - float(plain["D"]) == pytest.approx(float(better["collapse"]), abs=1e-3)
+    assert float(plain["single"]) == 0
+    assert float(better["single"]) == pytest.approx(100 * (0.25 - 0.68 / 3), abs=1e-3)
+    assert float(better["D"]) - float(plain["D"]) == pytest.approx(float(better["single"]), abs=1e-3)
 
 
 def test_what_the_cycles_lose_is_relative_to_the_plain_model_also_where_a_collapse_was_better():
@@ -174,8 +205,8 @@ def test_predictions_add_up(monkeypatch):
     singles = {arm: TOP1[arm] for arm in ("half", "one", "one_collapse")}
     made = border_prediction.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(singles), PILOT)
     for row in [made, *border_prediction.read()]:
-        figures = {key: float(row[key]) for key in ("slope", "doublings", "cycles", "collapse", "G", "D", "difference")}
-        lost = figures["cycles"] + figures["collapse"]
+        figures = {key: float(row[key]) for key in ("slope", "doublings", "cycles", "single", "G", "D", "difference")}
+        lost = figures["cycles"] + figures["single"]
         assert figures["D"] == pytest.approx(figures["slope"] * figures["doublings"] + lost, abs=1e-3)
         assert figures["difference"] == pytest.approx(figures["G"] - figures["D"], abs=1e-3)
 

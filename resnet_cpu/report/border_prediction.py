@@ -13,7 +13,7 @@ FOLDER = os.path.join(EXPERIMENTS, "collapsed_ensemble", "border")
 PREDICTIONS, PILOT = (os.path.join(FOLDER, f"{name}.csv") for name in ("predictions", "pilot"))
 PREDICTED = (
     *("setting", "arm", "half", "one", "slope", "doublings"),
-    *("cycles", "collapse", "G", "D", "difference", "from"),
+    *("cycles", "single", "G", "D", "difference", "from"),
 )
 # For an arm, the one whose figures stand in for it while it has not been run with about as many images.
 _LIKE = {"late_100": "late_36", "published": "late_36"}
@@ -42,27 +42,27 @@ def predict(setting: str, arm: str, doublings: Mapping[str, float], runs: Iterab
 
     D is predicted as the gain of one model per doubling of the budget, measured in this setting with `half` and `one`,
     times the doublings by which the members are behind on average, plus what the cycles lose: D minus that product
-    where it is known, against `one`; plus what `one_collapse` is ahead of `one`, if it is. G and the loss of the cycles
-    come from the pilot, on half of Tiny-ImageNet, and from what has been run with other numbers of images, linear over
-    the logarithm of the number; for other data and widths, from the pilot only while nothing of theirs has been run.
+    where it is known, against `one`; plus what the best single model is ahead of `one`. G and the loss of the
+    cycles come from the pilot, on half of Tiny-ImageNet, and from what has been run with other numbers of images,
+    linear over the logarithm of the number; for other data and widths, from the pilot only while nothing of theirs has
+    been run.
     `doublings` has those of every arm.
 
     Raises DataError if the single models of the setting, or all figures of other settings, are missing, and if the arm
     has been run.
     """
     arms = border_runs.by_place(runs)
-    name, _, images = setting.rpartition("-")
-    place = border_runs.Place(name, int(images), arm)
+    place = border_runs.Place(*border_runs.parts_of(setting), arm)
     if place in arms:
         raise DataError(f"border/{setting}/{arm} has been run; predict it before")
     gain = border_runs.slope(arms, place)
-    by_collapse = border_runs.pairs_of(place._replace(arm="one_collapse"), "one", arms)
-    if gain is None or not by_collapse.seeds:
+    means = border_runs.means_of_singles(arms, place)
+    if gain is None or len(means) < len(border_runs.SINGLES):
         raise DataError(f"border/{setting}: needs finished runs of half, one and one_collapse; run them before")
     gains, losses = [], []
     for other in (arm, *([_LIKE[arm]] if arm in _LIKE else [])):
         measured = _of_runs(place._replace(arm=other), arms)
-        if name == "tiny" or not measured:  # the pilot's data and network are those of this setting
+        if place.setting == "tiny" or not measured:  # the pilot's data and network are those of this setting
             measured = [*_of_pilot(other, pilot), *measured]
         gains.append([_Known(known.images, known.G, known.source) for known in measured])
         losses.append(
@@ -74,15 +74,11 @@ def predict(setting: str, arm: str, doublings: Mapping[str, float], runs: Iterab
         )
     G, of_G = _interpolated(gains, place)
     lost, of_lost = _interpolated(losses, place)
-    collapse = max(0.0, statistics.mean(by_collapse.ensemble) - statistics.mean(by_collapse.single))
-    D = gain * doublings[arm] + lost + collapse
-    half, one = (
-        100 * statistics.mean(border_runs.scores_of(arms, place._replace(arm=single), "ensemble", "top1").values())
-        for single in ("half", "one")
-    )
+    ahead = max(means.values()) - means["one"]
+    D = gain.mean * doublings[arm] + lost + ahead
     source = f"G: {of_G}; cycles: {of_lost}"
-    values = (setting, arm, half, one, gain, doublings[arm], lost, collapse, G, D, G - D, source)
-    return {key: cell(value) for key, value in zip(PREDICTED, values)}
+    figures = (means["half"], means["one"], gain.mean, doublings[arm], lost, ahead, G, D, G - D)
+    return {key: cell(value) for key, value in zip(PREDICTED, (setting, arm, *figures, source))}
 
 
 def _of_pilot(arm: str, pilot: Sequence[Row]) -> List[_Measured]:
@@ -103,7 +99,8 @@ def _of_runs(place: border_runs.Place, arms: border_runs.Arms) -> List[_Measured
             seeds, members, ensemble, one = border_runs.pairs_of(other, "one", arms)
             if seeds:
                 G, D = (statistics.mean(whole) - statistics.mean(members) for whole in (ensemble, one))
-                found.append(_Measured(other.images, G, D, border_runs.slope(arms, other), border_runs.name_of(other)))
+                gain = border_runs.slope(arms, other)
+                found.append(_Measured(other.images, G, D, gain and gain.mean, border_runs.name_of(*other[:2])))
     return found
 
 

@@ -6,12 +6,13 @@ members. All other arms are ensembles.
 """
 
 import statistics
-from typing import Dict, Iterable, List, NamedTuple, Optional
+from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
+from resnet_cpu.report.intervals import Interval, interval
 from resnet_cpu.report.tables import Row, origin
 
 PREFIX = "border/"
-SINGLES = ("one", "one_collapse")
+SINGLES = ("half", "one", "one_collapse")
 SETTINGS = {
     "tiny": "half of Tiny-ImageNet",
     "wide": "the same, twice the width",
@@ -47,10 +48,11 @@ def by_place(runs: Iterable[Row]) -> Arms:
     for row in runs:
         parts = row["run"].split("/")
         if row["run"].startswith(PREFIX) and len(parts) == 4:
-            setting, _, images = parts[1].rpartition("-")
-            if not images.isdigit():
+            try:
+                place = Place(*parts_of(parts[1]), parts[2])
+            except ValueError:
                 continue  # a run of the user's own
-            found.setdefault(Place(setting, int(images), parts[2]), {}).setdefault(parts[3], {})[row["what"]] = row
+            found.setdefault(place, {}).setdefault(parts[3], {})[row["what"]] = row
     return found
 
 
@@ -64,21 +66,23 @@ def members_of(rows: Dict[str, Row]) -> float:
     return statistics.mean(float(row["top1"]) for what, row in rows.items() if what.startswith("member:"))
 
 
+def means_of_singles(arms: Arms, place: Place) -> Dict[str, float]:
+    """Return the mean top-1, in percent, of each arm of SINGLES that was run in the setting of `place`."""
+    scores = {arm: scores_of(arms, place._replace(arm=arm), "ensemble", "top1") for arm in SINGLES}
+    return {arm: 100 * statistics.mean(by_seed.values()) for arm, by_seed in scores.items() if by_seed}
+
+
 def best_single(arms: Arms, place: Place) -> Optional[str]:
     """Return the arm of SINGLES with the best mean in the setting of `place`; None if none was run."""
-    means = {}
-    for arm in SINGLES:
-        scores = scores_of(arms, place._replace(arm=arm), "ensemble", "top1")
-        if scores:
-            means[arm] = statistics.mean(scores.values())
+    means = means_of_singles(arms, place)
     return max(means, key=lambda arm: means[arm]) if means else None
 
 
-def slope(arms: Arms, place: Place) -> Optional[float]:
-    """Return how many points one model gains by a doubling of the budget, from half of it to all of it."""
+def slope(arms: Arms, place: Place) -> Optional[Interval]:
+    """Return how many points one model gains by a doubling of the budget, from half of it to all of it, or None."""
     half, one = (scores_of(arms, place._replace(arm=arm), "ensemble", "top1") for arm in ("half", "one"))
     seeds = sorted(set(half) & set(one))
-    return 100 * statistics.mean(one[seed] - half[seed] for seed in seeds) if seeds else None
+    return interval([100 * (one[seed] - half[seed]) for seed in seeds]) if seeds else None
 
 
 class Pairs(NamedTuple):
@@ -98,6 +102,12 @@ def pairs_of(place: Place, single: str, arms: Arms) -> Pairs:
     return Pairs(seeds, members, *([100 * scores[seed] for seed in seeds] for scores in (here, alone)))
 
 
-def name_of(place: Place) -> str:
+def name_of(setting: str, images: int) -> str:
     """Return SETTING-IMAGES, as in the names of runs."""
-    return f"{place.setting}-{place.images}"
+    return f"{setting}-{images}"
+
+
+def parts_of(name: str) -> Tuple[str, int]:
+    """Return the setting and the number of images of SETTING-IMAGES; raise ValueError if it is not of this form."""
+    setting, _, images = name.rpartition("-")
+    return setting, int(images)
