@@ -72,8 +72,9 @@ def test_plots_of_all_experiments_ignore_other_runs_and_tables(tmp_path):
         row("somewhere/else"),
     ]
     curves = [row("cycles/poly/seed-0"), row("cycles/poly/seed-0", epoch="2")]
+    curves += [row("image_size/growing/seed-0", wall_seconds=seconds) for seconds in ("60.5", "121")]
     made = {"scaling": LADDER, "published": [PUBLISHED], "recipes": [{"what": "a score", "n": "1"}]}
     study_plots.draw_results(runs, curves, made, str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {
-        f"{n}.png" for n in ("ladder", "ensemble", "cycles", "scaling")
+        f"{n}.png" for n in ("ladder", "ensemble", "cycles", "scaling", "image_size")
     }

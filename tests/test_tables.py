@@ -330,6 +330,28 @@ def test_a_line_is_compared_with_its_reference_seed_by_seed():
     assert 'Difference: top-1 minus that of "base" for equal seeds, in points.' in table.note
 
 
+def test_times_are_compared_only_where_runs_were_made_side_by_side():
+    spec = [
+        dict(table="t", label="a", runs="a/*", what="last", flagfile="f", published="", reference="b/*", timed="yes"),
+        dict(table="t", label="b", runs="b/*", what="last", flagfile="f", published="", reference="", timed="yes"),
+    ]
+    columns = dict.fromkeys(accuracy.RUN_COLUMNS, "")
+    runs = [
+        {**columns, "run": f"{arm}/{seed}", "seed": str(seed), "what": "last", "top1": "0.5", "wall_seconds": str(time)}
+        for arm, times in {"a": [60, 66, 120], "b": [100, 100, 200]}.items()
+        for seed, time in enumerate(times)
+    ]
+    table = accuracy.tables(spec, [], runs)["t"]
+    # Ratios of equal seeds: 0.6, 0.66, 0.6, so half of the interval is 4.303 times 0.02.
+    assert [float(table.rows[0][f"time_{key}"]) for key in ("mean", "low", "high")] == pytest.approx(
+        [0.62, 0.62 - 4.303 * 0.02, 0.62 + 4.303 * 0.02], rel=1e-3
+    )
+    assert "| 82 ± 33 | 0.62 (0.53 ... 0.71) |" in report.markdown(table) and "whole run" in table.note
+    untimed = accuracy.tables([{**line, "timed": ""} for line in spec], [], runs)["t"]
+    assert untimed.rows[0]["time_mean"] == untimed.rows[0]["seconds_mean"] == ""
+    assert "0.62" not in report.markdown(untimed) and "whole run" not in untimed.note
+
+
 def test_an_unknown_table_in_a_document_is_refused():
     with pytest.raises(DataError, match="nothing"):
         report.fill("<!-- table: nothing -->\n<!-- end of table -->", {})

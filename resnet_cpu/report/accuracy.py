@@ -2,7 +2,8 @@
 
 A line of experiments/tables.csv matches runs by name (`runs`) and one of their scores (`what`): `last`, `ensemble`,
 `best_member`, `best_subset`, `prefix:COUNT`, `last_m:COUNT`, `member:NAME`, `end_of:PHASE`. It may name the runs whose
-last model it is compared with, seed by seed (`reference`).
+last model it is compared with, seed by seed (`reference`), and say `yes` under `timed` if the runs of the table were
+made side by side, so that their times can be compared.
 """
 
 import dataclasses
@@ -27,10 +28,11 @@ RUN_COLUMNS = (
     *("images_per_second", "wall_seconds", "cpu", "tensorflow", "code"),
     *("temperature", "loss_scaled", "ece_scaled", "disagreement"),
 )
-CURVE_COLUMNS = ("run", "epoch", "phase", "top1", "loss")
+CURVE_COLUMNS = ("run", "epoch", "phase", "top1", "loss", "wall_seconds")
 _TABLE_COLUMNS = (
     *("what", "published", "unit", "source", "n", *(f"{key}_mean" for key in SCORES), "top1_sd"),
-    *("reference", "difference_mean", "difference_low", "difference_high", "flagfile"),
+    *("reference", "difference_mean", "difference_low", "difference_high"),
+    *("seconds_mean", "seconds_sd", "time_mean", "time_low", "time_high", "flagfile"),
 )
 
 
@@ -150,6 +152,7 @@ class _Line:
     measured: List[Row]
     reference: str  # the label of what these runs are compared with, seed by seed
     compared: List[Row]
+    timed: bool
 
     def numbers(self, key: str) -> List[float]:
         return [float(row[key]) for row in self.measured if row.get(key)]
@@ -161,9 +164,22 @@ class _Line:
 
     def difference(self) -> Optional[Interval]:
         """Return top-1 minus that of the reference, in points, over the seeds that both have; None without any."""
-        others = {row["seed"]: float(row["top1"]) for row in self.compared}
-        values = [100 * (float(row["top1"]) - others[row["seed"]]) for row in self.measured if row["seed"] in others]
+        values = [100 * (mine - theirs) for mine, theirs in self._pairs("top1")]
         return interval(values) if values else None
+
+    def seconds(self) -> Optional[Interval]:
+        """Return the seconds of whole runs, if this line is timed."""
+        values = self.numbers("wall_seconds") if self.timed else []
+        return interval(values) if values else None
+
+    def time_ratio(self) -> Optional[Interval]:
+        """Return the time of whole runs relative to the reference, over the seeds that both have, if it is timed."""
+        values = [mine / theirs for mine, theirs in self._pairs("wall_seconds")] if self.timed else []
+        return interval(values) if values else None
+
+    def _pairs(self, key: str) -> List[Tuple[float, float]]:
+        others = {row["seed"]: float(row[key]) for row in self.compared if row[key]}
+        return [(float(row[key]), others[row["seed"]]) for row in self.measured if row[key] and row["seed"] in others]
 
     def of_published(self, *keys: str) -> str:
         """Return columns of the published figure, separated by blanks."""
@@ -193,7 +209,8 @@ def _line(row: Row, labels: Mapping[str, str], published: Sequence[Row], runs: S
     pattern = row.get("reference", "")
     compared = [run for run in find_runs({**row, "runs": pattern}, runs) if run["what"] == "last"]
     reference = f'"{labels.get(pattern, pattern)}"'
-    return _Line(row["label"], row["flagfile"], find_published(row, published), measured, reference, compared)
+    timed = row.get("timed") == "yes"
+    return _Line(row["label"], row["flagfile"], find_published(row, published), measured, reference, compared, timed)
 
 
 def _check_alike(line: Row, runs: List[Row]) -> None:
@@ -214,6 +231,8 @@ def _columns(table: List[_Line]) -> List[Column]:
         ("published", [line.of_published("value", "unit") for line in table]),
         ("top-1, %", [line.spread("top1", 100, 2) or NOT_RUN for line in table]),
         ("difference (95 % interval)", [_bounded(line.difference()) for line in table]),
+        ("time, s", [_spread(line.seconds()) for line in table]),
+        ("relative time (95 % interval)", [_bounded(line.time_ratio(), "") for line in table]),
         ("n", [str(len(line.measured)) for line in table] if any(line.measured for line in table) else []),
         ("top-5, %", [line.spread("top5", 100, 2) for line in table]),
         ("loss", [line.spread("loss", 1, 4) for line in table]),
@@ -225,8 +244,12 @@ def _columns(table: List[_Line]) -> List[Column]:
     return [(title, cells) for title, cells in columns if any(cells)]
 
 
-def _bounded(difference: Optional[Interval]) -> str:
-    return difference.bounded(2) if difference else ""
+def _bounded(value: Optional[Interval], sign: str = "+") -> str:
+    return value.bounded(2, sign) if value else ""
+
+
+def _spread(seconds: Optional[Interval]) -> str:
+    return seconds.spread(0) if seconds else ""
 
 
 def _note(table: List[_Line]) -> str:
@@ -235,13 +258,16 @@ def _note(table: List[_Line]) -> str:
         return ""
     compared = list(dict.fromkeys(line.reference for line in table if line.difference()))
     reference = f"Difference: top-1 minus that of {' or of '.join(compared)} for equal seeds, in points. "
-    return f"Mean ± standard deviation over n seeds. {reference if compared else ''}{origin(runs)}"
+    time = (
+        "Time is that of the whole run, with start and evaluations. " if any(line.seconds() for line in table) else ""
+    )
+    return f"Mean ± standard deviation over n seeds. {reference if compared else ''}{time}{origin(runs)}"
 
 
 def _figures(line: _Line) -> Row:
     """Return the row of the table's CSV file: means that are not rounded for reading."""
     means = {key: line.numbers(key) for key in SCORES}
-    difference = line.difference()
+    difference, seconds, ratio = line.difference(), line.seconds(), line.time_ratio()
     return {
         "what": line.label.replace("**", ""),
         "published": line.of_published("value"),
@@ -252,5 +278,7 @@ def _figures(line: _Line) -> Row:
         "top1_sd": cell(statistics.stdev(means["top1"])) if len(means["top1"]) > 1 else "",
         "reference": line.reference if difference else "",
         **{f"difference_{key}": cell(difference and getattr(difference, key)) for key in ("mean", "low", "high")},
+        **{f"seconds_{key}": cell(seconds and getattr(seconds, key)) for key in ("mean", "sd")},
+        **{f"time_{key}": cell(ratio and getattr(ratio, key)) for key in ("mean", "low", "high")},
         "flagfile": line.flagfile,
     }

@@ -17,10 +17,10 @@ class Interval(NamedTuple):
     low: Optional[float]
     high: Optional[float]
 
-    def bounded(self, digits: int) -> str:
-        """Return the mean, with its sign, and the interval, as in `+1.33 (-0.10 ... +2.77)`."""
-        mean = f"{self.mean:+.{digits}f}"
-        return mean if self.low is None else f"{mean} ({self.low:+.{digits}f} ... {self.high:+.{digits}f})"
+    def bounded(self, digits: int, sign: str = "+") -> str:
+        """Return the mean, with its sign, and the interval, as in `+1.33 (-0.10 ... +2.77)`; sign="" for ratios."""
+        mean, *ends = (value if value is None else f"{value:{sign}.{digits}f}" for value in (self.mean, *self[3:]))
+        return str(mean) if None in ends else f"{mean} ({ends[0]} ... {ends[1]})"
 
     def spread(self, digits: int) -> str:
         """Return the mean and the standard deviation, as in `22.64 ± 0.31`."""

@@ -107,6 +107,7 @@ def draw_results(runs: Sequence[Row], curves: Sequence[Row], tables: Mapping[str
     for table in ("ensemble", "ensemble_full"):
         _draw_ensembles(_grouped(runs, table), os.path.join(folder, f"{table}.png"))
     _draw_cycles(curves, os.path.join(folder, "cycles.png"))
+    _draw_image_size(curves, os.path.join(folder, "image_size.png"))
     if "border" in tables:
         _draw_border(tables["border"], os.path.join(folder, "border.png"))
     published = [row for rows in tables.values() for row in rows if row.get("nodes") and row["efficiency"]]
@@ -246,5 +247,28 @@ def _draw_cycles(curves: Sequence[Row], path: str) -> None:
     axes.set_xlabel("epoch")
     axes.set_ylabel("top-1, %")
     axes.legend()
+    axes.grid(alpha=0.3)
+    save(figure, path)
+
+
+def _draw_image_size(curves: Sequence[Row], path: str) -> None:
+    """Draw top-1 over the time of a whole run, with constant and with growing images, a line for each seed."""
+    arms = _grouped(curves, "image_size")
+    if not arms:
+        return
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    for number, (arm, rows) in enumerate(sorted(arms.items())):
+        ends = []
+        for run in sorted({row["run"] for row in rows}):
+            of_run = sorted((row for row in rows if row["run"] == run), key=lambda row: float(row["wall_seconds"]))
+            minutes, top1 = ([factor * float(row[key]) for row in of_run]
+                             for key, factor in (("wall_seconds", 1 / 60), ("top1", 100)))  # fmt: skip
+            axes.plot(minutes, top1, "o-", color=f"C{number}", markersize=3, linewidth=1)
+            ends.append((minutes[-1], top1[-1]))
+        axes.annotate(f"{arm} size", max(ends), (8, 0), textcoords="offset points", color=f"C{number}", va="center")
+    axes.margins(x=0.18)
+    axes.set_xlabel("minutes since the start of a run, with evaluations; a line for each seed")
+    axes.set_ylabel("top-1, %")
     axes.grid(alpha=0.3)
     save(figure, path)
