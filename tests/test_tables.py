@@ -98,6 +98,16 @@ def test_flagfiles_are_short_and_name_their_source():
 PIXELS = ((72.9404,) * 3, (90.0212,) * 3)  # mean and deviation of Fashion-MNIST
 
 
+def test_flagfiles_read_the_data_set_that_their_command_prepares():
+    seen = 0
+    for path in EXPERIMENTS.rglob("*.flags"):
+        text = path.read_text()
+        for prepared in re.findall(r"resnet_cpu\.prepare (\w+)", text):
+            assert f"--dataset={prepared}\n" in text, path
+            seen += 1
+    assert seen >= 2
+
+
 def test_committed_runs_have_the_recipes_of_their_flagfiles(monkeypatch):
     """A new run of a flagfile can be averaged with the committed ones: the code has not orphaned them."""
     monkeypatch.chdir(ROOT)
