@@ -136,6 +136,9 @@ def test_what_is_wrong_or_missing_is_reported_in_one_line(name, tmp_path):
         (["up", 5], "between 2 and 4 hosts"),
         (["up", 2, "--mbit", "fast"], "--mbit fast"),
         (["up", 2, "--own", "relative"], "--own relative"),
+        (["shape", "fast"], "shape fast"),
+        (["shape", 10], "is not up"),
+        (["decoy", "docker0"], "is not up"),
         (["cut", "unknown"], "no host unknown"),
         (["run", "unknown", "true"], "no host unknown"),
     ):
