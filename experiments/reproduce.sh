@@ -99,13 +99,20 @@ cifar-50000 half,one,one_collapse,late_36,late_100 --data_dir=data/cifar10 --num
 SETTINGS
 }
 
-# The LR-scaling ladder on CIFAR-10, with 10 epochs, and once with 20. Without the data (see border) it is left out.
+# The LR-scaling ladder on CIFAR-10, with 10 epochs, and once with 20; and the search of its rates, on a seed of its own: the
+# linear rule and the unscaled rate at the smallest batch, LARS in the middle. Without the data (see border) it is left out.
 cifar() {
-  local seed rung rule name
+  local seed rung rule rate name
   if ! [[ -e data/cifar10/manifest.json ]]; then
     echo "ladder_cifar: left out, because data/cifar10 does not hold the data (see $0)" >&2
     return
   fi
+  for rate in 0.2 0.4 0.8; do
+    for rule in linear:ladder unscaled:unscaled; do
+      cifar_rate "${rule%:*}" "$ladder/cifar_${rule#*:}.flags" lr_per_256 "$rate" 256
+    done
+  done
+  for rate in 2.5 5 10; do cifar_rate lars "$ladder/cifar_lars.flags" lr "$rate" 4096; done
   for seed in $seeds; do
     for rung in 256 1024 4096 8192 16384; do
       for rule in linear:ladder unscaled:unscaled lars:lars; do
@@ -117,6 +124,12 @@ cifar() {
       done
     done
   done
+}
+
+cifar_rate() { # RULE FLAGFILE KEY RATE BATCH: print the line of a run of the search, with another rate under KEY
+  local phase
+  phase=$(sed -n "/^--phase=main:/s/\([:,]$3=\)[0-9.]*/\1$4/p" "$2")
+  echo "search_cifar/$1-$4/seed-9 --flagfile=$2 --global_batch_size=$5 --seed=9 $phase"
 }
 
 # Time to accuracy with growing images on Tiny-ImageNet, as `prepare tiny_imagenet` writes it; without the data it is left out.

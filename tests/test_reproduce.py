@@ -1,6 +1,7 @@
 """experiments/reproduce.sh: which runs it starts, with a stand-in for Python that records its arguments."""
 
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -21,11 +22,10 @@ def reproduce(tmp_path):
     (folder / "python").chmod(0o755)
     calls = tmp_path / "calls"
 
-    def call(**variables):
+    def call(script=ROOT / "experiments" / "reproduce.sh", **variables):
         calls.write_text("")
         path = f"{folder}:{OUTSIDE['PATH']}"
         environment = {**OUTSIDE, "PATH": path, "CALLS": str(calls), "RUNS": str(tmp_path / "runs"), **variables}
-        script = ROOT / "experiments" / "reproduce.sh"
         done = subprocess.run([script], env=environment, capture_output=True, text=True, check=True)
         return done.stdout + done.stderr, calls.read_text().splitlines()
 
@@ -70,3 +70,16 @@ def test_a_mean_is_made_again_when_its_members_were_trained_again(reproduce):
     mean.touch()
     os.utime(run / "result.json", (1, 1))
     assert not any("evaluate" in call for call in reproduce(ONLY="border/tiny-5000/average")[1])
+
+
+def test_the_search_of_rates_changes_nothing_else(reproduce, tmp_path):
+    place = tmp_path / "checkout"
+    shutil.copytree(ROOT / "experiments", place / "experiments")
+    (place / "data" / "cifar10").mkdir(parents=True)
+    (place / "data" / "cifar10" / "manifest.json").touch()
+    _, calls = reproduce(script=place / "experiments" / "reproduce.sh", ONLY="search_cifar/")
+    assert len(calls) == 9
+    (lars,) = [call for call in calls if "search_cifar/lars-10/" in call]
+    assert "--global_batch_size=4096 --seed=9 --phase=main:epochs=10,lr=10,power=2,end_lr=1e-4,warmup_epochs=2," in lars
+    (linear,) = [call for call in calls if "search_cifar/linear-0.8/" in call]
+    assert "--global_batch_size=256 --seed=9 --phase=main:epochs=10,lr_per_256=0.8,warmup_epochs=2 " in linear
