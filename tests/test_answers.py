@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 
 from resnet_cpu import commandline
-from resnet_cpu.report import study_plots
+from resnet_cpu.report import scaling_plots
 from resnet_cpu.simulator import answers, cluster, published
 
 
@@ -72,8 +72,8 @@ def test_printed_errors_are_those_of_the_model():
 def test_the_plot_shows_the_curve_and_the_points(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     drawn = {}
-    real = study_plots.draw_prediction
-    monkeypatch.setattr(study_plots, "draw_prediction", lambda *given: drawn.update(given=given) or real(*given))
+    real = scaling_plots.draw_prediction
+    monkeypatch.setattr(scaling_plots, "draw_prediction", lambda *given: drawn.update(given=given) or real(*given))
     assert answer("--nodes=64", "--batch_size=32", "--format=png") == "simulate.png"
     assert (tmp_path / "simulate.png").stat().st_size > 10_000
     curves, points, *_ = drawn["given"]

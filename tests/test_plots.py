@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from resnet_cpu.report import run_plots, study_plots, tables
+from resnet_cpu.report import accuracy_plots, run_plots, scaling_plots, tables
 from resnet_cpu.scaling import steptimes
 
 EVALUATIONS = [{"epoch": 1.0, "top1": 0.5, "loss": 1.0}, {"epoch": 2.0, "top1": 0.75, "loss": 0.5}]
@@ -43,7 +43,7 @@ def test_plots_of_step_times_and_of_ladders(tmp_path):
     times = np.random.default_rng(0).uniform(0.1, 0.2, [3, 10, 4])
     run_plots.draw_scaling(steptimes.per_rank(times, ["a", "a", "b"]), str(tmp_path / "scaling.png"), "a title")
     alone = {**LADDER[0], "what": "alone"}
-    study_plots.draw_efficiency([*LADDER, alone, {"what": "not run"}], [PUBLISHED], str(tmp_path / "efficiency.png"))
+    scaling_plots.draw_efficiency([*LADDER, alone, {"what": "not run"}], [PUBLISHED], str(tmp_path / "efficiency.png"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["efficiency.png", "scaling.png"]
 
 
@@ -54,27 +54,40 @@ def test_the_plan_is_drawn_with_the_start_of_each_phase(tmp_path):
 
 def test_plots_of_predictions(tmp_path):
     points = [{"nodes": 64, "share": 0.9, "label": "a point", "fitted": fitted} for fitted in (True, False)]
-    study_plots.draw_prediction({"a network": ([1, 2], [1.0, 0.9])}, points, str(tmp_path / "one.png"), "a title")
+    scaling_plots.draw_prediction({"a network": ([1, 2], [1.0, 0.9])}, points, str(tmp_path / "one.png"), "a title")
     points = [{"measured": 1.0, "predicted": 1.1, "fitted": fitted} for fitted in (True, False)]
-    study_plots.draw_validation(points, str(tmp_path / "two.png"), "a title")
+    scaling_plots.draw_validation(points, str(tmp_path / "two.png"), "a title")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]
 
 
 def test_plots_of_all_experiments_ignore_other_runs_and_tables(tmp_path):
     runs = [
-        row("ladder/linear-64/seed-0"),
-        row("ladder/linear-256/seed-0"),
+        row("ladder/linear-64/seed-0", steps="100"),
+        row("ladder/linear-256/seed-0", steps="25"),
         row("ladder/mine"),
         row("ladder/linear-64/seed-1", top1=""),
         row("ensemble/cycles/seed-0", "prefix:1"),
         row("ensemble/cycles/seed-0", "prefix:2"),
+        row("ensemble/cycles/seed-1", "prefix:2"),
         row("ensemble/one_model/seed-0"),
         row("somewhere/else"),
     ]
     curves = [row("cycles/poly/seed-0"), row("cycles/poly/seed-0", epoch="2")]
     curves += [row("image_size/growing/seed-0", wall_seconds=seconds) for seconds in ("60.5", "121")]
+    published = [{"id": "haiku_256", "global_batch_size": "256", "value": "76.7"}, {"id": "a_main", "value": "75.6"}]
+    accuracy_plots.draw(runs, curves, [], published, str(tmp_path))
     made = {"scaling": LADDER, "published": [PUBLISHED], "recipes": [{"what": "a score", "n": "1"}]}
-    study_plots.draw_results(runs, curves, made, str(tmp_path))
+    scaling_plots.draw_tables(made, str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {
         f"{n}.png" for n in ("ladder", "ensemble", "cycles", "scaling", "image_size")
     }
+
+
+def test_the_plot_of_the_border_takes_rows_with_and_without_interval_and_prediction(tmp_path):
+    figures = {"setting": "tiny", "images": "10000", "difference": "0.5"}
+    rows = [
+        {**figures, "arm": "late_36", "n": "3", "low": "-0.1", "high": "1.1", "predicted": "0.7"},
+        {**figures, "arm": "published", "n": "1", "low": "", "high": "", "predicted": ""},
+    ]
+    accuracy_plots.draw([], [], rows, [], str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["border.png"]

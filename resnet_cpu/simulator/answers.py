@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Tuple
 
 from resnet_cpu.errors import FlagError
 from resnet_cpu.recipe.batch import Batch
-from resnet_cpu.report import plotting, study_plots
+from resnet_cpu.report import plotting, scaling_plots
 from resnet_cpu.settings import Settings
 from resnet_cpu.simulator import cluster as clusters
 from resnet_cpu.simulator import published
@@ -234,4 +234,4 @@ def _draw(cluster: Cluster, points: List[CurvePoint]) -> None:
     if not plotting.available():
         raise FlagError("--format=png: matplotlib is not installed; use --format=table, or pip install matplotlib")
     curves, speed_ups, title = plot_data(cluster, points)
-    study_plots.draw_prediction(curves, speed_ups, PLOT, title)
+    scaling_plots.draw_prediction(curves, speed_ups, PLOT, title)

@@ -1,0 +1,237 @@
+"""Plots of the accuracy of many runs, from runs.csv and curves.csv: one for each claim of docs/results.md."""
+
+import functools
+import os
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Sequence, Tuple
+
+from resnet_cpu.report import border_runs
+from resnet_cpu.report.intervals import Interval, interval
+from resnet_cpu.report.plotting import pyplot, save
+
+Row = Mapping[str, str]
+_FASHION = "ResNet-50 at 1/8 width, Fashion-MNIST"
+_CIFAR = "ResNet-50 at 1/8 width, CIFAR-10"
+_TITLES = {
+    "ladder": f"{_FASHION}, 3 epochs of 60,000 images",
+    "ladder_cifar": f"{_CIFAR}, 10 epochs of 50,000 images",
+    "ladder_cifar_20": f"{_CIFAR}, 20 epochs of 50,000 images",
+    "ensemble": f"{_FASHION}, 20,000 images, a quarter of the published epochs",
+    "ensemble_full": f"{_FASHION}, 5,000 images, all of the published epochs",
+    "cycles": f"{_FASHION}, 18.1 epochs of 20,000 images",
+    "border": "ResNet-50 at 1/8 width, 998,400 images in all for each side",
+    "image_size": "ResNet-50 at 1/8 width, Tiny-ImageNet, 499,200 images for each side",
+}
+_RULES = {"linear": "linear rule, warm-up", "unscaled": "no scaling, no warm-up", "lars": "LARS, warm-up"}
+_PUBLISHED_LADDER = "haiku_"  # ids in published.csv
+
+
+def draw(
+    runs: Sequence[Row], curves: Sequence[Row], border: Sequence[Row], published: Sequence[Row], folder: str
+) -> None:
+    """Draw what has been run: rows of runs.csv, curves.csv, the CSV file of the table `border`, and published.csv."""
+    last = [row for row in runs if row["what"] == "last"]
+    reference = {int(row["global_batch_size"]): float(row["value"])
+                 for row in published if row["id"].startswith(_PUBLISHED_LADDER)}  # fmt: skip
+    drawings: Dict[str, Callable[[Any], None]] = {}
+    for table in ("ladder", "ladder_cifar", "ladder_cifar_20"):
+        rules = _rungs(_grouped(last, table))
+        if rules:
+            drawings[table] = functools.partial(_ladder, rules=rules, published=reference)
+    for table in ("ensemble", "ensemble_full"):
+        arms = _grouped(runs, table)
+        if "cycles" in arms:
+            drawings[table] = functools.partial(_ensembles, arms=arms)
+    for table, one in (("cycles", _cycles), ("image_size", _image_size)):
+        arms = _grouped(curves, table)
+        if arms:
+            drawings[table] = functools.partial(one, arms=arms)
+    if border:
+        drawings["border"] = functools.partial(_border, rows=border)
+    for name, drawing in drawings.items():
+        figure, axes = pyplot().subplots(figsize=(9, 5), constrained_layout=True)
+        drawing(axes)
+        axes.set_title(_TITLES[name], fontsize=10)
+        save(figure, os.path.join(folder, f"{name}.png"))
+
+
+def _grouped(rows: Sequence[Row], prefix: str) -> Dict[str, List[Row]]:
+    """Return the rows of runs TABLE/ARM/seed-N whose table is `prefix`, by arm."""
+    groups: Dict[str, List[Row]] = {}
+    for row in rows:
+        table, _, rest = row["run"].partition("/")
+        if table == prefix and row["top1"]:
+            groups.setdefault(rest.split("/")[0], []).append(row)
+    return groups
+
+
+def _by_run(rows: Iterable[Row]) -> List[List[Row]]:
+    runs: Dict[str, List[Row]] = {}
+    for row in rows:
+        runs.setdefault(row["run"], []).append(row)
+    return [runs[name] for name in sorted(runs)]
+
+
+def _percent(rows: Iterable[Row]) -> List[float]:
+    return [100 * float(row["top1"]) for row in rows]
+
+
+def _name(axes: Any, names: Sequence[Tuple[float, str, str]]) -> None:
+    """Write (text at a height of the data, text, colour) right of the axes, without overlap."""
+    bottom, top = axes.get_ylim()
+    used = -float("inf")
+    for height, text, colour in sorted(names):
+        half = (1 + text.count("\n")) * (top - bottom) / 38
+        place = max(height, used + half)
+        used = place + half
+        axes.annotate(text, (1.01, place), xycoords=axes.get_yaxis_transform(), color=colour, va="center")
+
+
+def _rungs(arms: Mapping[str, Sequence[Row]]) -> Dict[str, Dict[int, Sequence[Row]]]:
+    """Return the runs of arms RULE-BATCH by rule and batch, without runs of the user's own."""
+    rules: Dict[str, Dict[int, Sequence[Row]]] = {}
+    for arm, rows in arms.items():
+        rule, _, rung = arm.rpartition("-")
+        if rung.isdigit():
+            rules.setdefault(rule, {})[int(rung)] = rows
+    return rules
+
+
+def _ladder(axes: Any, rules: Mapping[str, Mapping[int, Sequence[Row]]], published: Mapping[int, float]) -> None:
+    """Draw top-1 over the global batch: a colour for each rule, a point for each seed, a line through the means."""
+    names: List[Tuple[float, str, str]] = []
+    steps: Dict[int, str] = {}
+    for number, (rule, rungs) in enumerate(sorted(rules.items())):
+        sizes, colour = sorted(rungs), f"C{number}"
+        means = [interval(_percent(rungs[size])).mean for size in sizes]
+        axes.plot(sizes, means, "-", color=colour)
+        names.append((means[-1], _RULES.get(rule, rule), colour))
+        for size in sizes:
+            axes.plot([size] * len(rungs[size]), _percent(rungs[size]), "o", color=colour, markersize=4)
+            steps.setdefault(size, rungs[size][0].get("steps", ""))
+    shown = sorted(size for size in published if size <= max(steps))
+    axes.plot(shown, [published[size] for size in shown], "D--", color="grey", markerfacecolor="none", linewidth=1)
+    if shown:
+        names.append((published[shown[-1]], "ImageNet, as published\n(dm-haiku)", "grey"))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(steps))
+    axes.set_xticklabels(
+        [f"{size:,}" + (f"\n{int(steps[size]):,} steps" if steps[size] else "") for size in sorted(steps)]
+    )
+    axes.set_xlabel("global batch, images")
+    axes.set_ylabel("top-1, %; a point for each seed")
+    axes.grid(alpha=0.3)
+    _name(axes, names)
+
+
+def _ensembles(axes: Any, arms: Mapping[str, Sequence[Row]]) -> None:
+    """Draw top-1 over the number of members with its interval, beside one model and the averaged weights."""
+    found: Dict[int, List[Row]] = {}
+    for row in arms["cycles"]:
+        if row["what"].startswith("prefix:"):
+            found.setdefault(int(row["what"].split(":")[1]), []).append(row)
+    sizes = sorted(found)
+    means = [interval(_percent(found[size])) for size in sizes]
+    _with_intervals(axes, sizes, means, "C0")
+    for size in sizes:
+        axes.plot([size] * len(found[size]), _percent(found[size]), "o", color="C0", markersize=3, alpha=0.4)
+    names = [(means[-1].mean, "ensemble of the\nfirst k members", "C0")]
+    for arm, label, colour in (
+        ("one_model", "one model of\nthe same budget", "C1"),
+        ("average", "averaged weights\nof all members", "C2"),
+    ):
+        last = [row for row in arms.get(arm, []) if row["what"] == "last"]
+        if last:
+            score = interval(_percent(last))
+            axes.axhline(score.mean, color=colour, linestyle="--")
+            if score.low is not None:
+                axes.axhspan(score.low, score.high, color=colour, alpha=0.12, linewidth=0)
+            names.append((score.mean, label, colour))
+    axes.set_xticks(sizes)
+    axes.set_xlabel("members in the ensemble, k")
+    axes.set_ylabel("top-1, %; mean over seeds with its 95 % interval")
+    axes.grid(alpha=0.3)
+    _name(axes, names)
+
+
+def _with_intervals(axes: Any, places: Sequence[float], values: Sequence[Interval], colour: str) -> None:
+    means = [value.mean for value in values]
+    bounds = [[abs((value.mean if end is None else end) - value.mean) for value, end in zip(values, ends)]
+              for ends in ([value.low for value in values], [value.high for value in values])]  # fmt: skip
+    axes.errorbar(places, means, bounds, fmt="o-", color=colour, capsize=3, markersize=5)
+
+
+def _border(axes: Any, rows: Sequence[Row]) -> None:
+    """Draw the ensemble minus one model over the training images, with intervals, beside what was predicted."""
+    axes.axhline(0, color="black", linewidth=1)
+    arms = list(dict.fromkeys((row["setting"], row["arm"]) for row in rows))
+    names: List[Tuple[float, str, str]] = []  # height, text and colour
+    for number, (setting, arm) in enumerate(arms):
+        line = sorted((row for row in rows if (row["setting"], row["arm"]) == (setting, arm)), key=_images)
+        beside = 1.05 ** (number - (len(arms) - 1) / 2)  # side by side, so that intervals do not cover each other
+        sizes, values = [beside * _images(row) for row in line], [float(row["difference"]) for row in line]
+        colour = f"C{number}"
+        _with_intervals(axes, sizes, [_difference(row) for row in line], colour)
+        predicted = [(size, float(row["predicted"])) for size, row in zip(sizes, line) if row["predicted"]]
+        axes.plot(*zip(*predicted) if predicted else ([], []), "D", color=colour, markerfacecolor="none")
+        where = "" if setting == "tiny" else f"; {border_runs.SETTINGS.get(setting, setting)}"
+        names.append((values[-1], border_runs.ENSEMBLES[arm] + where, colour))
+    axes.plot([], [], "D", color="grey", markerfacecolor="none", label="predicted before the run")
+    axes.set_xscale("log")
+    axes.set_xticks(sorted({_images(row) for row in rows}))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_locator(pyplot().NullLocator())
+    smallest, largest = (limit(_images(row) for row in rows) for limit in (min, max))
+    axes.set_xlim(smallest / 1.4, largest * 1.25)
+    _name(axes, names)
+    for height, text in ((0.98, "the ensemble is better"), (0.02, "one model is better")):
+        axes.text(0.01, height, text, transform=axes.transAxes, color="grey", va="top" if height > 0.5 else "bottom")
+    axes.set_xlabel("training images")
+    axes.set_ylabel("top-1 of the ensemble minus one model\nof the same budget, points (95 % interval)")
+    axes.legend(loc="upper right")
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _difference(row: Row) -> Interval:
+    low, high = (float(row[key]) if row[key] else None for key in ("low", "high"))
+    return Interval(int(row["n"]), float(row["difference"]), None, low, high)
+
+
+def _images(row: Row) -> int:
+    return int(row["images"])
+
+
+def _cycles(axes: Any, arms: Mapping[str, Sequence[Row]]) -> None:
+    """Draw top-1 over epochs of the small recipe B and of one poly curve: the mean, and a thin line for each seed."""
+    labels = {"poly": "one poly curve", "recipe_b": "recipe B: cycles\nand collapse"}
+    names = []
+    for number, (arm, rows) in enumerate(sorted(arms.items())):
+        by_epoch: Dict[float, List[Row]] = {}
+        for run in _by_run(rows):
+            axes.plot(
+                [float(row["epoch"]) for row in run], _percent(run), "-", color=f"C{number}", linewidth=0.8, alpha=0.4
+            )
+            for row in run:
+                by_epoch.setdefault(float(row["epoch"]), []).append(row)
+        epochs = sorted(by_epoch)
+        means = [interval(_percent(by_epoch[epoch])).mean for epoch in epochs]
+        axes.plot(epochs, means, "o-", color=f"C{number}", markersize=4)
+        names.append((means[-1], labels.get(arm, arm), f"C{number}"))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("top-1, %; mean over seeds (thin lines: each seed)")
+    axes.grid(alpha=0.3)
+    _name(axes, names)
+
+
+def _image_size(axes: Any, arms: Mapping[str, Sequence[Row]]) -> None:
+    """Draw top-1 over the time of a whole run, with constant and with growing images, a line for each seed."""
+    for number, (arm, rows) in enumerate(sorted(arms.items())):
+        ends = []
+        for run in _by_run(rows):
+            minutes = [float(row["wall_seconds"]) / 60 for row in run]
+            axes.plot(minutes, _percent(run), "o-", color=f"C{number}", markersize=3, linewidth=1)
+            ends.append((minutes[-1], _percent(run)[-1]))
+        axes.annotate(f"{arm} size", max(ends), (8, 0), textcoords="offset points", color=f"C{number}", va="center")
+    axes.margins(x=0.18)
+    axes.set_xlabel("minutes since the start of a run, with evaluations")
+    axes.set_ylabel("top-1, %; a line for each seed")
+    axes.grid(alpha=0.3)
