@@ -78,7 +78,9 @@ def test_every_row_of_the_index_names_files_that_exist_and_lists_all_flagfiles()
     for path in linked:
         assert (EXPERIMENTS / path).exists(), path
     rows = [
-        line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| table", "| flagfile"))
+        line
+        for line in text.splitlines()
+        if line.startswith("| ") and not line.startswith(("| experiment", "| flagfile"))
     ]
     assert all(".flags](" in row for row in rows)
     files = {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob("*.flags")}

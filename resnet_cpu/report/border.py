@@ -110,8 +110,8 @@ def _predicted(predictions: Sequence[Row], rows: Sequence[Dict[str, Any]]) -> Di
         columns.append((f"{title}, predicted", [f"{row[f'{key}_predicted']:+.2f}" for row in shown]))
         columns.append((f"{title}, found", [_outcome(row, key) for row in shown]))
     note = (
-        "In points. Predicted from the single models of the row's number of images before the ensembles were finished; "
-        "doublings behind: how many doublings of the budget the members are behind one model, on average."
+        "In points, over the seeds of the row. Predicted: from the single models with as many images, before the "
+        "ensembles had finished. Doublings behind: log2 of the whole budget over what a member has seen, on average."
     )
     return {
         "border_predicted": Table(
@@ -144,11 +144,8 @@ def _columns(rows: Sequence[Dict[str, Any]]) -> List[Tuple[str, List[str]]]:
         ("members", [spread(row, "members") for row in rows]),
         ("ensemble", [spread(row, "ensemble") for row in rows]),
         ("one model", [spread(row, "one") for row in rows]),
-        ("G", [f"{row['G']:.2f}" for row in rows]),
-        ("D", [f"{row['D']:.2f}" for row in rows]),
         ("disagreement, %", [f"{row['disagreement']:.1f}" for row in rows]),
         ("ensemble - one model", [bounded(row, ("difference", "low", "high"), 2) for row in rows]),
-        ("predicted", ["" if row["predicted"] is None else f"{row['predicted']:+.2f}" for row in rows]),
         (
             "loss of the ensemble - of one model, both scaled",
             [bounded(row, ("loss_difference", "loss_low", "loss_high"), 3) for row in rows],

@@ -6,7 +6,11 @@ from resnet_cpu.report import border_runs
 from resnet_cpu.report.intervals import Interval, interval
 from resnet_cpu.report.tables import Row, Table, cell
 
-_LABELS = {"half": "one model, half of the budget", "one": "one model", "one_collapse": "one model with a collapse"}
+_LABELS = {
+    "half": "one model, half of the budget",
+    "one": "one model, all of the budget",
+    "one_collapse": "one model, all of the budget, with a collapse",
+}
 
 
 class _Score(NamedTuple):
@@ -89,7 +93,7 @@ def _members(arms: border_runs.Arms) -> Dict[str, Table]:
     columns = [
         ("data", [border_runs.SETTINGS.get(row["setting"], row["setting"]) for row in rows]),
         ("images", [f"{row['images']:,}" for row in rows]),
-        ("arm", [labels[row["arm"]] for row in rows]),
+        ("configuration", [labels[row["arm"]] for row in rows]),
         ("n", [str(row["n"]) for row in rows]),
         *((score.heading, [_written(row[name], score, row["n"]) for row in rows]) for name, score in _SCORES.items()),
     ]

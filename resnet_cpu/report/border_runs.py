@@ -14,8 +14,8 @@ from resnet_cpu.report.tables import Row, origin
 PREFIX = "border/"
 SINGLES = ("half", "one", "one_collapse")
 SETTINGS = {
-    "tiny": "half of Tiny-ImageNet",
-    "wide": "the same, twice the width",
+    "tiny": "Tiny-ImageNet, 100 classes",
+    "wide": "Tiny-ImageNet, 100 classes, twice the width",
     "cifar": "CIFAR-10",
 }
 ENSEMBLES = {

@@ -6,6 +6,7 @@ from typing import Any, Dict, Mapping, Sequence, Tuple
 from resnet_cpu.report.plotting import pyplot, save
 
 Row = Mapping[str, str]
+_TITLES = {"scaling": "ResNet-50 at 1/8 width, Fashion-MNIST (28x28), a core for each rank"}
 
 
 def draw_prediction(
@@ -54,7 +55,7 @@ def draw_validation(points: Sequence[Mapping[str, Any]], path: str, title: str) 
     save(figure, path)
 
 
-def draw_efficiency(rows: Sequence[Row], published: Sequence[Row], path: str) -> None:
+def draw_efficiency(rows: Sequence[Row], published: Sequence[Row], path: str, title: str = "") -> None:
     """Draw rates and efficiencies over ranks, a line for each ladder in `rows` of an efficiency table's CSV file.
 
     Efficiencies of others, rows of the same kind, are drawn as hollow marks over their number of nodes.
@@ -82,18 +83,23 @@ def draw_efficiency(rows: Sequence[Row], published: Sequence[Row], path: str) ->
             "sD^v<>"[number % 6],
             color="grey",
             markerfacecolor="none",
-            label=f"published, nodes for ranks: {row['what']}",
+            label=f"published: {row['what']}",
         )
-    for axes, title in ((rate, "images/s; dashed: ideal"), (efficiency, "efficiency, %")):
+    for axes, quantity, unit in (
+        (rate, "images/s; dashed: ideal", "ranks"),
+        (efficiency, "efficiency, % of one rank (95 % interval)", "ranks; of published results: nodes"),
+    ):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.set_xlabel("ranks")
-        axes.set_ylabel(title)
+        axes.set_xlabel(unit)
+        axes.set_ylabel(quantity)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
-    rate.set_yscale("log", base=2)
-    rate.yaxis.set_major_formatter("{x:.0f}")
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+    rate.set_yscale("log")
+    for axis in (rate.yaxis.set_major_formatter, rate.yaxis.set_minor_formatter):
+        axis("{x:,.0f}")
     efficiency.axhline(100, color="grey", linestyle="--", linewidth=1)
+    figure.suptitle(title, fontsize=10)
     save(figure, path)
 
 
@@ -102,4 +108,4 @@ def draw_tables(tables: Mapping[str, Sequence[Row]], folder: str) -> None:
     published = [row for rows in tables.values() for row in rows if row.get("nodes") and row["efficiency"]]
     for table, rows in tables.items():
         if any(row.get("images_per_second") for row in rows):
-            draw_efficiency(rows, published, os.path.join(folder, f"{table}.png"))
+            draw_efficiency(rows, published, os.path.join(folder, f"{table}.png"), _TITLES.get(table, ""))
