@@ -86,6 +86,29 @@ border() {
   done < <(border_settings)
 }
 
+# The search of the weight decay, with a seed of its own and half of the budget: the same effort for one model and each ensemble.
+border_search() {
+  local arm decay
+  if ! [[ -e data/half_tiny_imagenet/manifest.json ]]; then return; fi # border says so
+  for arm in half late_36 late_100 published; do
+    for decay in 5e-4 1e-3 2e-3 4e-3; do
+      echo "search_border/$arm-$decay/seed-9 --flagfile=$border/$arm.flags --train_examples=10000 --seed=9 $(
+        with_decay "$border/$arm.flags" "$decay" "$([[ $arm == half ]] && echo 1 || echo 2)"
+      )"
+    done
+  done
+}
+
+with_decay() { # FLAGFILE DECAY DIVISOR: print the phases of FLAGFILE with DECAY for its 2e-3, and its steps over DIVISOR
+  awk -v decay="$2" -v divisor="$3" -F, -v OFS=, '/^--phase=/ {
+    for (i = 1; i <= NF; i++) {
+      if (match($i, /steps=[0-9]+$/)) $i = substr($i, 1, RSTART + 5) int(substr($i, RSTART + 6) / divisor)
+      if ($i ~ /^wd=/) $i = "wd=" substr($i, 4) / 2e-3 * decay
+    }
+    printf "%s ", $0
+  }' "$1"
+}
+
 # One setting a line: its name with the number of training images, its arms, and the flags that make it.
 border_settings() {
   cat <<'SETTINGS'
@@ -228,6 +251,7 @@ chosen() { { grep -E "^[^ ]*$only" || true; } | wanted; }
 all() { chosen | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
 scaling
 list | all
+border_search | all
 border | all
 combine
 average | all

@@ -1,5 +1,6 @@
 """experiments/reproduce.sh: which runs it starts, with a stand-in for Python that records its arguments."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -72,14 +73,31 @@ def test_a_mean_is_made_again_when_its_members_were_trained_again(reproduce):
     assert not any("evaluate" in call for call in reproduce(ONLY="border/tiny-5000/average")[1])
 
 
-def test_the_search_of_rates_changes_nothing_else(reproduce, tmp_path):
+@pytest.fixture
+def with_data(reproduce, tmp_path):
+    """Call the script of a copy that has manifests of both data sets."""
     place = tmp_path / "checkout"
     shutil.copytree(ROOT / "experiments", place / "experiments")
-    (place / "data" / "cifar10").mkdir(parents=True)
-    (place / "data" / "cifar10" / "manifest.json").touch()
-    _, calls = reproduce(script=place / "experiments" / "reproduce.sh", ONLY="search_cifar/")
+    for name in ("cifar10", "half_tiny_imagenet"):
+        (place / "data" / name).mkdir(parents=True)
+        (place / "data" / name / "manifest.json").touch()
+    return functools.partial(reproduce, script=place / "experiments" / "reproduce.sh")
+
+
+def test_the_search_of_rates_changes_nothing_else(with_data):
+    _, calls = with_data(ONLY="search_cifar/")
     assert len(calls) == 9
     (lars,) = [call for call in calls if "search_cifar/lars-10/" in call]
     assert "--global_batch_size=4096 --seed=9 --phase=main:epochs=10,lr=10,power=2,end_lr=1e-4,warmup_epochs=2," in lars
     (linear,) = [call for call in calls if "search_cifar/linear-0.8/" in call]
     assert "--global_batch_size=256 --seed=9 --phase=main:epochs=10,lr_per_256=0.8,warmup_epochs=2 " in linear
+
+
+def test_the_search_of_the_weight_decay_has_half_of_the_budget_for_each_side(with_data):
+    _, calls = with_data(ONLY="search_border/")
+    assert len(calls) == 16
+    (one,) = [call for call in calls if "search_border/half-1e-3/" in call]
+    assert "--phase=main:steps=3900,lr=0.2,warmup_steps=390,wd=0.001,member=1 " in one
+    (late,) = [call for call in calls if "search_border/late_36-4e-3/" in call]
+    assert "--phase=trunk:steps=2730,lr=0.2,end_lr=0.036,warmup_steps=195,wd=0.004 " in late
+    assert "--phase=two:steps=117,lr=0.036,power=2,wd=0.008,augment=light,branch=1,member=1 " in late
