@@ -222,17 +222,18 @@ average_members() {
   echo "$line"
 }
 
-# SLOT is the number of the process as xargs counts them; it selects the core. A failed run is reported, the others continue.
+# one NUMBER TOTAL FOLDER FLAG...: make one run. SLOT is the number of the process as xargs counts them; it selects the core. A
+# failed run is reported, the others continue.
 one() {
-  local folder=$1
-  shift
+  local count="$1 of $2" folder=$3
+  shift 3
   mkdir -p "$runs/$folder"
   local core=$((SLOT % $(nproc)))
   if taskset -c "$core" python -m resnet_cpu.train "$@" --run_dir="$runs/$folder" --threads=1 --data_threads=1 \
     >"$runs/$folder/out" 2>>"$runs/$folder/log"; then
-    echo "$(date +%T) done   $folder"
+    echo "$(date +%T) done   $folder ($count)"
   else
-    echo "$(date +%T) ended with $?: $folder (see $runs/$folder/log)"
+    echo "$(date +%T) ended with $?: $folder ($count; see $runs/$folder/log)"
   fi
 }
 export -f one
@@ -248,7 +249,8 @@ wanted() {
   done
 }
 chosen() { { grep -E "^[^ ]*$only" || true; } | wanted; }
-all() { chosen | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
+numbered() { awk '{ lines[NR] = $0 } END { for (i = 1; i <= NR; i++) print i, NR, lines[i] }'; }
+all() { chosen | numbered | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
 scaling
 list | all
 border_search | all

@@ -101,3 +101,11 @@ def test_the_search_of_the_weight_decay_has_half_of_the_budget_for_each_side(wit
     (late,) = [call for call in calls if "search_border/late_36-4e-3/" in call]
     assert "--phase=trunk:steps=2730,lr=0.2,end_lr=0.036,warmup_steps=195,wd=0.004 " in late
     assert "--phase=two:steps=117,lr=0.036,power=2,wd=0.008,augment=light,branch=1,member=1 " in late
+
+
+def test_each_run_is_reported_with_its_number_and_how_many_there_are(with_data):
+    printed, _ = with_data(ONLY="search_cifar/lars", JOBS="1")
+    done = [line.split(" ", 1)[1].strip() for line in printed.splitlines() if " done " in line]
+    assert done == [
+        f"done   search_cifar/lars-{rate}/seed-9 ({n} of 3)" for n, rate in enumerate(("2.5", "5", "10"), 1)
+    ]
