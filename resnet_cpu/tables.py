@@ -14,9 +14,10 @@ def main(argv: List[str]) -> None:
     folder = commandline.parse(argv, "tables").tables.runs
     if folder:
         studies.collect(folder)
-    made = studies.make()
-    print("\n\n".join(f"{name}\n\n{markdown(table)}" for name, table in made.items()))
-    print(f"tables: wrote {', '.join(made)} to {RESULTS}", file=sys.stderr)
+    results = studies.read()
+    studies.write(results)
+    print("\n\n".join(f"{name}\n\n{markdown(table)}" for name, table in results.tables.items()))
+    print(f"tables: wrote {', '.join(results.tables)} to {RESULTS}", file=sys.stderr)
 
 
 if __name__ == "__main__":

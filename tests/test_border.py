@@ -7,7 +7,7 @@ import pytest
 from conftest import OUTSIDE, ROOT
 
 from resnet_cpu.errors import DataError
-from resnet_cpu.report import border, border_prediction
+from resnet_cpu.report import border, border_prediction, gains
 from resnet_cpu.report.tables import markdown
 
 TOP1 = {  # by arm: (members, whole) of three seeds
@@ -51,6 +51,24 @@ def test_figures_with_known_answers():
     )
     assert float(row["loss_difference"]) == pytest.approx(-0.1)
     assert "| +1.33 (-0.10 ... +2.77) |" in markdown(table)
+
+
+def test_gains_of_all_studies_with_known_answers():
+    """Ensembles of 0.85 and 0.87 over members of 0.83 and 0.85 on average, and one model of 0.86 and 0.87."""
+    runs = []
+    for seed, (members, whole, one) in enumerate([((0.82, 0.84), 0.85, 0.86), ((0.84, 0.86), 0.87, 0.87)]):
+        common = {"seed": str(seed)}
+        cycles = {"run": f"ensemble/cycles/seed-{seed}", **common}
+        runs += [{**cycles, "what": f"member:{number}", "top1": str(top1)} for number, top1 in enumerate(members)]
+        runs.append({**cycles, "what": "ensemble", "top1": str(whole)})
+        single = {"run": f"ensemble/one_model/seed-{seed}", **common, "top1": str(one)}
+        runs += [{**single, "what": what} for what in ("last", "ensemble", "member:only")]
+    runs.append({"run": "ensemble/one_model/seed-2", "seed": "2", "what": "last", "top1": "0.5"})  # no ensemble
+    (row, late) = gains.tables(runs, border.tables(runs_of(), [])["border"].rows)["gains"].rows
+    assert row["data"].startswith("Fashion-MNIST") and row["n"] == "2"
+    assert [float(row[key]) for key in ("G", "D", "difference")] == pytest.approx([2, 2.5, -0.5])
+    assert late["arm"] == "late_36" and float(late["difference"]) == pytest.approx(4 / 3, rel=1e-5)
+    assert gains.tables([], []) == {}
 
 
 def test_predictions_stand_beside_what_was_found():

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from resnet_cpu import commandline, tables
 from resnet_cpu.errors import DataError
-from resnet_cpu.report import accuracy, border, border_prediction, border_runs, efficiency
+from resnet_cpu.report import accuracy, border_runs, efficiency, studies
 from resnet_cpu.report import tables as report
 from resnet_cpu.resolve import resolve_recipe
 from resnet_cpu.run import signature
@@ -27,10 +27,7 @@ SPEC_COLUMNS = "table,label,runs,what,flagfile,published\n"
 def committed(monkeypatch):
     """The tables that `make tables` would write from the committed CSV files."""
     monkeypatch.chdir(ROOT)
-    spec, published = (report.read_csv(f"experiments/{name}.csv") for name in ("tables", "published"))
-    runs, scaling_runs = report.read_results(accuracy.RUNS), report.read_results(efficiency.SCALING_RUNS)
-    made = {**accuracy.tables(spec, published, runs), **efficiency.tables(spec, published, scaling_runs)}
-    return {**made, **border.tables(runs, border_prediction.read())}
+    return studies.read().tables
 
 
 def test_documents_hold_what_make_tables_writes(committed):

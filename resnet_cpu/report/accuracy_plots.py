@@ -170,7 +170,7 @@ def _border(axes: Any, rows: Sequence[Row]) -> None:
         beside = 1.05 ** (number - (len(arms) - 1) / 2)  # side by side, so that intervals do not cover each other
         sizes, values = [beside * _images(row) for row in line], [float(row["difference"]) for row in line]
         colour = f"C{number}"
-        _with_intervals(axes, sizes, [_difference(row) for row in line], colour)
+        _with_intervals(axes, sizes, [border_runs.difference_of(row) for row in line], colour)
         predicted = [(size, float(row["predicted"])) for size, row in zip(sizes, line) if row["predicted"]]
         axes.plot(*zip(*predicted) if predicted else ([], []), "D", color=colour, markerfacecolor="none")
         where = "" if setting == "tiny" else f"; {border_runs.SETTINGS.get(setting, setting)}"
@@ -189,11 +189,6 @@ def _border(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_ylabel("top-1 of the ensemble minus one model\nof the same budget, points (95 % interval)")
     axes.legend(loc="upper right")
     axes.grid(axis="y", alpha=0.3)
-
-
-def _difference(row: Row) -> Interval:
-    low, high = (float(row[key]) if row[key] else None for key in ("low", "high"))
-    return Interval(int(row["n"]), float(row["difference"]), None, low, high)
 
 
 def _images(row: Row) -> int:

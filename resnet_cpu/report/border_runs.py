@@ -6,7 +6,7 @@ members. All other arms are ensembles.
 """
 
 import statistics
-from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
 from resnet_cpu.report.intervals import Interval, interval
 from resnet_cpu.report.tables import Row, origin
@@ -100,6 +100,12 @@ def pairs_of(place: Place, single: str, arms: Arms) -> Pairs:
     seeds = sorted(set(alone) & set(here))
     members = [100 * members_of(arms[place][seed]) for seed in seeds]
     return Pairs(seeds, members, *([100 * scores[seed] for seed in seeds] for scores in (here, alone)))
+
+
+def difference_of(row: Mapping[str, str]) -> Interval:
+    """Return the ensemble minus one model from a row of the CSV file of the table `border`."""
+    low, high = (float(row[key]) if row[key] else None for key in ("low", "high"))
+    return Interval(int(row["n"]), float(row["difference"]), None, low, high)
 
 
 def name_of(setting: str, images: int) -> str:

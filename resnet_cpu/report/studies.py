@@ -1,10 +1,19 @@
 """All studies of experiments/: collect their runs, and make their tables, pictures and documents."""
 
 import os
-from typing import Dict
+from typing import Dict, List, NamedTuple
 
 from resnet_cpu.errors import DataError
-from resnet_cpu.report import accuracy, accuracy_plots, border, border_prediction, efficiency, plotting, scaling_plots
+from resnet_cpu.report import (
+    accuracy,
+    accuracy_plots,
+    border,
+    border_prediction,
+    efficiency,
+    gains,
+    plotting,
+    scaling_plots,
+)
 from resnet_cpu.report import tables as report
 
 
@@ -18,11 +27,19 @@ def collect(folder: str) -> None:
     report.update_results(efficiency.SCALING_RUNS, scaling_runs, efficiency.RUN_COLUMNS)
 
 
-def make() -> Dict[str, report.Table]:
-    """Write all tables and pictures from the CSV files, bring the documents up to date, and return the tables.
+class Results(NamedTuple):
+    """The rows of the CSV files of experiments/, and the tables that are made from them."""
 
-    Runs that no table has are reported on standard error.
-    """
+    spec: List[report.Row]
+    published: List[report.Row]
+    runs: List[report.Row]
+    curves: List[report.Row]
+    scaling_runs: List[report.Row]
+    tables: Dict[str, report.Table]
+
+
+def read() -> Results:
+    """Read the CSV files and make all tables; raise DataError if a file or a published figure is missing."""
     spec, published = (
         report.read_csv(os.path.join(report.EXPERIMENTS, f"{name}.csv")) for name in ("tables", "published")
     )
@@ -32,11 +49,17 @@ def make() -> Dict[str, report.Table]:
         **efficiency.tables(spec, published, scaling_runs),
         **border.tables(runs, border_prediction.read()),
     }
-    report.write(made)
+    made.update(gains.tables(runs, made["border"].rows if "border" in made else []))
+    return Results(spec, published, runs, curves, scaling_runs, made)
+
+
+def write(results: Results) -> None:
+    """Write all tables and pictures, and bring the documents up to date; report runs that no table has."""
+    report.write(results.tables)
     if plotting.available():
-        rows = {name: table.rows for name, table in made.items()}
-        accuracy_plots.draw(runs, curves, rows.get("border", []), published, report.RESULTS)
+        rows = {name: table.rows for name, table in results.tables.items()}
+        ensembles = rows.get("border", [])
+        accuracy_plots.draw(results.runs, results.curves, ensembles, results.published, report.RESULTS)
         scaling_plots.draw_tables(rows, report.RESULTS)
-    report.warn_of_unused(accuracy.RUNS, [row for row in runs if not border.holds(row)], spec)
-    report.warn_of_unused(efficiency.SCALING_RUNS, scaling_runs, spec)
-    return made
+    report.warn_of_unused(accuracy.RUNS, [row for row in results.runs if not border.holds(row)], results.spec)
+    report.warn_of_unused(efficiency.SCALING_RUNS, results.scaling_runs, results.spec)
