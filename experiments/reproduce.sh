@@ -88,13 +88,17 @@ border() {
 
 # The search of the weight decay, with a seed of its own and half of the budget: the same effort for one model and each ensemble.
 border_search() {
-  local arm decay
+  local images arm decay decays
   if ! [[ -e data/half_tiny_imagenet/manifest.json ]]; then return; fi # border says so
-  for arm in half late_36 late_100 published; do
-    for decay in 5e-4 1e-3 2e-3 4e-3; do
-      echo "search_border/$arm-$decay/seed-9 --flagfile=$border/$arm.flags --train_examples=10000 --seed=9 $(
-        with_decay "$border/$arm.flags" "$decay" "$([[ $arm == half ]] && echo 1 || echo 2)"
-      )"
+  for images in 5000 10000; do
+    decays="1e-3 2e-3 4e-3"
+    if ((images == 5000)); then decays+=" 8e-3"; else decays+=" 5e-4"; fi
+    for arm in half late_36 late_100 published; do
+      for decay in $decays; do
+        echo "search_border/tiny-$images/$arm-$decay/seed-9 --flagfile=$border/$arm.flags --train_examples=$images --seed=9 $(
+          with_decay "$border/$arm.flags" "$decay" "$([[ $arm == half ]] && echo 1 || echo 2)"
+        )"
+      done
     done
   done
 }
