@@ -88,13 +88,11 @@ border() {
 
 # The search of the weight decay, with a seed of its own and half of the budget: the same effort for one model and each ensemble.
 border_search() {
-  local images arm decay decays
+  local images arm decay
   if ! [[ -e data/half_tiny_imagenet/manifest.json ]]; then return; fi # border says so
   for images in 5000 10000; do
-    decays="1e-3 2e-3 4e-3"
-    if ((images == 5000)); then decays+=" 8e-3"; else decays+=" 5e-4"; fi
     for arm in half late_36 late_100 published; do
-      for decay in $decays; do
+      for decay in 2e-3 4e-3 $((images == 5000 ? 8 : 1))e-3; do
         echo "search_border/tiny-$images/$arm-$decay/seed-9 --flagfile=$border/$arm.flags --train_examples=$images --seed=9 $(
           with_decay "$border/$arm.flags" "$decay" "$([[ $arm == half ]] && echo 1 || echo 2)"
         )"

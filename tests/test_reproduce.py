@@ -95,8 +95,8 @@ def test_the_search_of_rates_changes_nothing_else(with_data):
 
 def test_the_search_of_the_weight_decay_has_half_of_the_budget_for_each_side(with_data):
     _, calls = with_data(ONLY="search_border/")
-    assert len(calls) == 32
-    (one,) = [call for call in calls if "search_border/tiny-5000/half-1e-3/" in call]
+    assert len(calls) == 24
+    (one,) = [call for call in calls if "search_border/tiny-10000/half-1e-3/" in call]
     assert "--phase=main:steps=3900,lr=0.2,warmup_steps=390,wd=0.001,member=1 " in one
     (late,) = [call for call in calls if "search_border/tiny-10000/late_36-4e-3/" in call]
     assert "--phase=trunk:steps=2730,lr=0.2,end_lr=0.036,warmup_steps=195,wd=0.004 " in late
