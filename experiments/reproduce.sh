@@ -61,7 +61,7 @@ list() {
 # `prepare folder` from CIFAR-10 as train/CLASS/... and test/CLASS/...; without them these runs are left out. Other ensembles
 # wait for border/predict.py.
 border() {
-  local seed setting arms flags arm number data
+  local seed setting arms flags arm number data decay phases
   while read -r setting arms flags; do
     data=data/half_tiny_imagenet
     if [[ $flags == *--data_dir=* ]]; then
@@ -74,12 +74,15 @@ border() {
     fi
     for seed in $seeds; do
       for arm in ${arms//,/ }; do
+        decay=$(awk -F, -v where="$setting,$arm" '$1 "," $2 == where { print $3 }' "$border/decays.csv")
+        if [[ -z $decay && $setting == tuned-* ]]; then continue; fi
+        phases=${decay:+$(with_decay "$border/$arm.flags" "$decay" 1)}
         if [[ $arm == third ]]; then
           for number in 0 1 2; do
             echo "border/$setting/independent/seed-$seed/$number --flagfile=$border/third.flags --train_examples=${setting#*-} --seed=$((10 * seed + 100 + number)) $flags"
           done
         elif [[ $arm == one* || $arm == half ]] || grep -qs "^$setting,$arm," "$border/predictions.csv"; then
-          echo "border/$setting/$arm/seed-$seed --flagfile=$border/$arm.flags --train_examples=${setting#*-} --seed=$seed $flags"
+          echo "border/$setting/$arm/seed-$seed --flagfile=$border/$arm.flags --train_examples=${setting#*-} --seed=$seed $flags$phases"
         fi
       done
     done
@@ -111,13 +114,15 @@ with_decay() { # FLAGFILE DECAY DIVISOR: print the phases of FLAGFILE with DECAY
   }' "$1"
 }
 
-# One setting a line: its name with the number of training images, its arms, and the flags that make it.
+# One setting a line: its name with the number of training images, its arms, and the flags that make it. In `tuned` settings, each
+# arm has the weight decay of border/decays.csv, the best of its search.
 border_settings() {
   cat <<'SETTINGS'
 tiny-10000 half,one,one_collapse,late_36,late_100,published,third
 tiny-45000 half,one,one_collapse,late_36,late_100,published,third
 tiny-20000 half,one,one_collapse,late_36,late_100,published
 tiny-5000 half,one,one_collapse,late_36,late_100,published
+tuned-5000 half,one,one_collapse,late_36,late_100,published
 wide-10000 half,one,one_collapse,late_36,late_100 --width=0.25
 cifar-5000 half,one,one_collapse,late_36,late_100 --data_dir=data/cifar10 --num_classes=10
 cifar-50000 half,one,one_collapse,late_36,late_100 --data_dir=data/cifar10 --num_classes=10

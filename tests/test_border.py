@@ -192,6 +192,17 @@ def test_the_pilot_counts_for_other_data_only_while_nothing_of_theirs_was_run():
     assert "pilot" not in row["from"] and "cifar-5000 at 5,000" in row["from"]
 
 
+def test_a_tuned_setting_is_predicted_from_the_same_data_and_then_from_its_own_runs():
+    """With the runs of tiny-10000, G is 2; with an ensemble of three points over its members in tuned-10000, 3."""
+    singles = runs_of({arm: TOP1[arm] for arm in ("half", "one", "one_collapse")}, "tuned-5000")
+    row = border_prediction.predict("tuned-5000", "late_36", DOUBLINGS, [*runs_of(), *singles], PILOT)
+    assert float(row["G"]) < 3 and "tiny-10000 at 10,000" in row["from"]
+    better = {**TOP1, "late_36": [((0.20, 0.22), 0.24)] * 3}
+    both = [*runs_of(), *runs_of(better, "tuned-10000"), *singles]
+    row = border_prediction.predict("tuned-5000", "late_36", DOUBLINGS, both, [])
+    assert float(row["G"]) == pytest.approx(3) and "tuned-10000 at 10,000" in row["from"]
+
+
 def test_what_cannot_be_predicted_is_refused():
     with pytest.raises(DataError, match="has been run; predict it before"):
         border_prediction.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(), PILOT)

@@ -20,6 +20,7 @@ from resnet_cpu.scaling import steptimes
 from resnet_cpu.training import ensemble
 
 EXPERIMENTS = ROOT / "experiments"
+BORDER = EXPERIMENTS / "collapsed_ensemble" / "border"
 SPEC_COLUMNS = "table,label,runs,what,flagfile,published\n"
 
 
@@ -134,18 +135,38 @@ TINY_CLASSES = "6042040903a31d77fc112b5a7d76b1532d3cdedeb3bca23f0d78a835dcf1d3ea
 def test_committed_runs_of_the_border_experiment_have_the_recipes_of_their_flagfiles(monkeypatch):
     monkeypatch.chdir(ROOT)
     arms = border_runs.by_place(report.read_results(accuracy.RUNS))
+    decays = {(row["setting"], row["arm"]): float(row["decay"]) for row in report.read_csv(str(BORDER / "decays.csv"))}
     checked = 0
     for place, seeds in arms.items():
         flagfile = f"experiments/collapsed_ensemble/border/{place.arm}.flags"
-        if place.setting != "tiny" or not os.path.exists(flagfile):
+        if place.setting not in ("tiny", "tuned") or not os.path.exists(flagfile):
             continue
-        settings = commandline.parse([f"--flagfile={flagfile}", f"--train_examples={place.images}", "--seed=5"])
+        flags = [f"--flagfile={flagfile}", f"--train_examples={place.images}", "--seed=5"]
+        if place.setting == "tuned":  # as with_decay of experiments/reproduce.sh
+            decay = decays[border_runs.name_of(*place[:2]), place.arm] / 2e-3
+            text = (ROOT / flagfile).read_text()
+            text = re.sub(r"wd=([\de.-]+)", lambda found: f"wd={float(found[1]) * decay:.6g}", text)  # noqa: B023
+            flags += re.findall(r"^--phase=.*", text, flags=re.M)
+        settings = commandline.parse(flags)
         recipe = resolve_recipe(settings, 1, place.images)
         recorded = signature.of(settings, recipe, place.images, TINY_PIXELS, classes=TINY_CLASSES)
         for rows in seeds.values():
             assert {row["recipe"] for row in rows.values()} == {accuracy.recipe_digest(recorded)}, place
             checked += 1
     assert checked >= 9
+
+
+def test_the_weight_decays_of_tuned_settings_are_the_best_of_their_search():
+    search = [
+        (*re.fullmatch(r"search_border/tiny-(\d+)/(\w+)-([\de-]+)/seed-9", row["run"]).groups(), float(row["top1"]))
+        for row in report.read_csv(str(EXPERIMENTS / "results" / "runs.csv"))
+        if row["run"].startswith("search_border/") and row["what"] == "ensemble"
+    ]
+    for chosen in report.read_csv(str(BORDER / "decays.csv")):
+        images, arm = chosen["setting"].split("-")[1], chosen["arm"]
+        arm = "half" if arm in border_runs.SINGLES else arm
+        scores = {decay: top1 for size, name, decay, top1 in search if (size, name) == (images, arm)}
+        assert len(scores) == 3 and max(scores, key=scores.get) == chosen["decay"], (chosen, scores)
 
 
 TREE = [

@@ -17,6 +17,8 @@ PREDICTED = (
 )
 # For an arm, the one whose figures stand in for it while it has not been run with about as many images.
 _LIKE = {"late_100": "late_36", "published": "late_36"}
+# Settings with the same data and network, in the order in which they replace each other; the pilot is one of them.
+_SAME = {"tiny": ("tiny",), "tuned": ("tiny", "tuned")}
 
 
 class _Measured(NamedTuple):
@@ -44,8 +46,8 @@ def predict(setting: str, arm: str, doublings: Mapping[str, float], runs: Iterab
     times the doublings by which the members are behind on average, plus what the cycles lose: D minus that product
     where it is known, against `one`; plus what the best single model is ahead of `one`. G and the loss of the
     cycles come from the pilot, on half of Tiny-ImageNet, and from what has been run with other numbers of images,
-    linear over the logarithm of the number; for other data and widths, from the pilot only while nothing of theirs has
-    been run.
+    linear over the logarithm of the number, also with other weight decays; for other data and widths, from the pilot
+    only while nothing of theirs has been run.
     `doublings` has those of every arm.
 
     Raises DataError if the single models of the setting, or all figures of other settings, are missing, and if the arm
@@ -61,8 +63,9 @@ def predict(setting: str, arm: str, doublings: Mapping[str, float], runs: Iterab
         raise DataError(f"border/{setting}: needs finished runs of half, one and one_collapse; run them before")
     gains, losses = [], []
     for other in (arm, *([_LIKE[arm]] if arm in _LIKE else [])):
-        measured = _of_runs(place._replace(arm=other), arms)
-        if place.setting == "tiny" or not measured:  # the pilot's data and network are those of this setting
+        names = _SAME.get(place.setting, (place.setting,))
+        measured = [known for name in names for known in _of_runs(border_runs.Place(name, place.images, other), arms)]
+        if place.setting in _SAME or not measured:
             measured = [*_of_pilot(other, pilot), *measured]
         gains.append([_Known(known.images, known.G, known.source) for known in measured])
         losses.append(

@@ -15,6 +15,7 @@ PREFIX = "border/"
 SINGLES = ("half", "one", "one_collapse")
 SETTINGS = {
     "tiny": "Tiny-ImageNet, 100 classes",
+    "tuned": "Tiny-ImageNet, 100 classes, weight decay tuned for each side",
     "wide": "Tiny-ImageNet, 100 classes, twice the width",
     "cifar": "CIFAR-10",
 }
