@@ -7,7 +7,7 @@ import pytest
 from conftest import OUTSIDE, ROOT
 
 from resnet_cpu.errors import DataError
-from resnet_cpu.report import border, border_prediction, gains
+from resnet_cpu.report import border, border_prediction, gains, intervals
 from resnet_cpu.report.tables import markdown
 
 TOP1 = {  # by arm: (members, whole) of three seeds
@@ -252,3 +252,8 @@ def test_the_note_names_the_machines_of_the_settings_shown():
     made = border.tables([*runs_of(), *({**row, "cpu": "another"} for row in waiting)], [])
     assert "another" not in made["border"].note and "a processor" in made["border"].note
     assert "another" in made["border_members"].note
+
+
+def test_a_rounded_zero_has_no_minus():
+    assert intervals.fixed(-0.004, 2) == "+0.00" and intervals.fixed(-0.006, 2) == "-0.01"
+    assert intervals.interval([-0.001, 0.001]).bounded(1) == "+0.0 (+0.0 ... +0.0)"

@@ -8,7 +8,7 @@ import statistics
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from resnet_cpu.report import border_members, border_runs
-from resnet_cpu.report.intervals import Interval, interval
+from resnet_cpu.report.intervals import Interval, fixed, interval
 from resnet_cpu.report.tables import NOT_RUN, Row, Table, cell
 
 _COLUMNS = (
@@ -107,7 +107,7 @@ def _predicted(predictions: Sequence[Row], rows: Sequence[Dict[str, Any]]) -> Di
         ("doublings behind", [f"{row['doublings']:.2f}" for row in shown]),
     ]
     for key, title in titles.items():
-        columns.append((f"{title}, predicted", [f"{row[f'{key}_predicted']:+.2f}" for row in shown]))
+        columns.append((f"{title}, predicted", [fixed(row[f"{key}_predicted"], 2) for row in shown]))
         columns.append((f"{title}, found", [_outcome(row, key) for row in shown]))
     note = (
         "In points, over the seeds of the row. Predicted: from the single models with as many images, before the "
@@ -124,7 +124,7 @@ def _outcome(row: Dict[str, Any], key: str) -> str:
     if row[key] is None:
         return NOT_RUN
     if key != "difference":
-        return f"{row[key]:+.2f}"
+        return fixed(row[key], 2)
     return Interval(row["n"], row[key], None, row["low"], row["high"]).bounded(2)
 
 

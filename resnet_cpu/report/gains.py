@@ -4,7 +4,7 @@ import statistics
 from typing import Any, Dict, List, Sequence, Tuple
 
 from resnet_cpu.report import border_runs
-from resnet_cpu.report.intervals import interval
+from resnet_cpu.report.intervals import fixed, interval
 from resnet_cpu.report.tables import Row, Table, cell
 
 # Studies of one ensemble and one model, TABLE/cycles/seed-N and TABLE/one_model/seed-N of runs.csv: data and images.
@@ -31,8 +31,8 @@ def tables(runs: Sequence[Row], border: Sequence[Row]) -> Dict[str, Table]:
         ("images", [f"{int(row['images']):,}" for row in rows]),
         ("ensemble of three", [border_runs.ENSEMBLES.get(row["arm"], row["arm"]) for row in rows]),
         ("n", [row["n"] for row in rows]),
-        ("G", [f"{float(row['G']):.2f}" for row in rows]),
-        ("D", [f"{float(row['D']):.2f}" for row in rows]),
+        ("G", [fixed(float(row["G"]), 2) for row in rows]),
+        ("D", [fixed(float(row["D"]), 2) for row in rows]),
         ("G - D (95 % interval)", [border_runs.difference_of(row).bounded(2) for row in rows]),
     ]
     return {"gains": Table(columns, "Points of top-1, means over n seeds.", rows, _COLUMNS)}

@@ -19,13 +19,18 @@ class Interval(NamedTuple):
 
     def bounded(self, digits: int, sign: str = "+") -> str:
         """Return the mean, with its sign, and the interval, as in `+1.33 (-0.10 ... +2.77)`; sign="" for ratios."""
-        mean, *ends = (value if value is None else f"{value:{sign}.{digits}f}" for value in (self.mean, *self[3:]))
+        mean, *ends = (value if value is None else fixed(value, digits, sign) for value in (self.mean, *self[3:]))
         return str(mean) if None in ends else f"{mean} ({ends[0]} ... {ends[1]})"
 
     def spread(self, digits: int) -> str:
         """Return the mean and the standard deviation, as in `22.64 ± 0.31`."""
         mean = f"{self.mean:.{digits}f}"
         return mean if self.sd is None else f"{mean} ± {self.sd:.{digits}f}"
+
+
+def fixed(value: float, digits: int, sign: str = "+") -> str:
+    """Return a number with its sign and `digits` digits after the point; a zero is never negative."""
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
 def interval(values: Sequence[float]) -> Interval:
