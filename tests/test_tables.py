@@ -112,7 +112,11 @@ def test_committed_runs_have_the_recipes_of_their_flagfiles(monkeypatch):
     """A new run of a flagfile can be averaged with the committed ones: the code has not orphaned them."""
     monkeypatch.chdir(ROOT)
     runs = report.read_results(accuracy.RUNS)
-    lines = [line for line in report.read_csv("experiments/tables.csv") if line["flagfile"].endswith(".flags")]
+    lines = [
+        line
+        for line in report.read_csv("experiments/tables.csv")
+        if line["flagfile"].endswith(".flags") and not line["table"].startswith("search_")  # these change the recipe
+    ]
     recipes = {
         (line["flagfile"], run["recipe"], run["global_batch_size"])
         for line in lines
