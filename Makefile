@@ -18,7 +18,7 @@ help:
 	@echo "make check   lint, types and the quick tests that need no training (a minute and a half)"
 	@echo "make sessions  all tests that start ranks with mpirun (about 6 minutes)"
 	@echo "make smoke   set up and train a tiny network on synthetic data (half a minute after the set-up)"
-	@echo "make reproduce  run every experiment behind docs/results.md (hours; may be interrupted and called again), then make tables"
+	@echo "make reproduce  run every experiment behind docs/results.md (tens of hours; may be interrupted and called again), then make tables"
 	@echo "make tables  update the tables and plots of the documents from experiments/results/*.csv"
 	@echo "make setup   set up only: an environment with everything built that g++ allows (about 3 minutes), and the link .venv to it"
 	@echo "make wheelhouse  put every package into wheelhouse/, for nodes without a network (docs/offline.md)"

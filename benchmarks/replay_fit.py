@@ -27,7 +27,7 @@ import numpy as np
 from resnet_cpu.cluster import guard
 from resnet_cpu.errors import DataError
 from resnet_cpu.model import tensors
-from resnet_cpu.report import plotting, study_plots
+from resnet_cpu.report import plotting, scaling_plots
 from resnet_cpu.simulator import exchange
 from resnet_cpu.simulator.exchange import Exchange
 from resnet_cpu.simulator.network import Allocation, Network, allreduce, fused_allreduce
@@ -329,7 +329,7 @@ def draw(found: Validation, path: str, title: str) -> None:
     """Draw predicted over measured seconds."""
     if not plotting.available():
         raise SystemExit("--plot: matplotlib is not installed; pip install matplotlib")
-    study_plots.draw_validation([dataclasses.asdict(point) for _, point in found.rows], path, title)
+    scaling_plots.draw_validation([dataclasses.asdict(point) for _, point in found.rows], path, title)
     print(path, file=sys.stderr)
 
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Run all experiments of docs/results.md, with one single-threaded process per core, which takes hours; and before them the
+# Run all experiments of docs/results.md, with one single-threaded process per core, which takes tens of hours; and before them the
 # ladders of docs/scaling.md, one run at a time, which takes minutes. Call it again after an interruption: finished runs are
 # skipped, interrupted ones are continued.
 #
-#   make reproduce                        RUNS=folder (runs/reproduce)  SEEDS="0 1 2"  JOBS=cores  ONLY=part-of-a-name
+#   make reproduce                        RUNS=folder (runs/reproduce)  SEEDS="0 1 2"  JOBS=cores  ONLY=beginning-of-names
 #   MISSING=1 make reproduce              without the runs that experiments/results/runs.csv holds (ladders: scaling_runs.csv)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs=${RUNS:-runs/reproduce}
 seeds=${SEEDS:-0 1 2}
 jobs=${JOBS:-$(nproc)}
-only=${ONLY:-}  # a part of the names of the runs to run
+only=${ONLY:-}  # how the names of the runs begin, or their ends after a slash: border/tiny-5000/half, tiny-5000/half, scaling, ...
 ensemble=experiments/collapsed_ensemble
 ladder=experiments/lr_scaling
 border=$ensemble/border
@@ -23,7 +23,7 @@ scaling() {
     for kind in weak strong; do
       for ((ranks = 1; ranks <= $(nproc); ranks *= 2)); do
         folder=scaling/$kind/rep-$repetition/ranks-$ranks
-        if ! [[ $folder =~ $only ]] || [[ -e $runs/$folder/scaling.json ]]; then continue; fi
+        if ! [[ /$folder =~ /($only) ]] || [[ -e $runs/$folder/scaling.json ]]; then continue; fi
         if [[ -n ${MISSING:-} ]] && grep -q "^$folder," experiments/results/scaling_runs.csv; then continue; fi
         mkdir -p "$runs/$folder"
         if taskset -c "0-$((ranks - 1))" launch/local.sh "$ranks" python -m resnet_cpu.train \
@@ -75,14 +75,17 @@ border() {
     for seed in $seeds; do
       for arm in ${arms//,/ }; do
         decay=$(awk -F, -v where="$setting,$arm" '$1 "," $2 == where { print $3 }' "$border/decays.csv")
-        if [[ -z $decay && $setting == tuned-* ]]; then continue; fi
+        if [[ -z $decay && $setting == tuned-* ]]; then
+          echo "border/$setting/$arm/seed-$seed: left out, because $border/decays.csv has no weight decay for it" >&2
+          continue
+        fi
         phases=${decay:+$(with_decay "$border/$arm.flags" "$decay" 1)}
         if [[ $arm == third ]]; then
           for number in 0 1 2; do
-            echo "border/$setting/independent/seed-$seed/$number --flagfile=$border/third.flags --train_examples=${setting#*-} --seed=$((10 * seed + 100 + number)) $flags"
+            echo "border/$setting/independent/seed-$seed/$number --flagfile=$border/third.flags --train_examples=${setting#*-} --seed=$((10 * seed + 100 + number)) $flags $phases"
           done
         elif [[ $arm == one* || $arm == half ]] || grep -qs "^$setting,$arm," "$border/predictions.csv"; then
-          echo "border/$setting/$arm/seed-$seed --flagfile=$border/$arm.flags --train_examples=${setting#*-} --seed=$seed $flags$phases"
+          echo "border/$setting/$arm/seed-$seed --flagfile=$border/$arm.flags --train_examples=${setting#*-} --seed=$seed $flags $phases"
         fi
       done
     done
@@ -163,16 +166,15 @@ cifar_rate() { # RULE FLAGFILE KEY RATE BATCH: print the line of a run of the se
 }
 
 # Time to accuracy with growing images on Tiny-ImageNet, as `prepare tiny_imagenet` writes it; without the data it is left out.
-image_size() {
-  local seed arm
+# The two runs of SEED start together, and the next two when both have ended, so that each seed has the same neighbours.
+image_size() { # SEED
+  local seed=$1 arm
   if ! [[ -e data/tiny_imagenet/manifest.json ]]; then
     echo "image_size: left out, because data/tiny_imagenet does not hold the data (see experiments/image_size/base.flags)" >&2
     return
   fi
-  for seed in $seeds; do
-    for arm in constant growing; do
-      echo "image_size/$arm/seed-$seed --flagfile=experiments/image_size/$arm.flags --seed=$seed"
-    done
+  for arm in constant growing; do
+    echo "image_size/$arm/seed-$seed --flagfile=experiments/image_size/$arm.flags --seed=$seed"
   done
 }
 
@@ -255,7 +257,7 @@ wanted() {
     if [[ -z ${MISSING:-} ]] || ! grep -q "^$name," experiments/results/runs.csv; then echo "$line"; fi
   done
 }
-chosen() { { grep -E "^[^ ]*$only" || true; } | wanted; }
+chosen() { { grep -E "^([^ ]*/)?($only)" || true; } | wanted; }
 numbered() { awk '{ lines[NR] = $0 } END { for (i = 1; i <= NR; i++) print i, NR, lines[i] }'; }
 all() { chosen | numbered | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
 scaling
@@ -265,4 +267,4 @@ border | all
 combine
 average | all
 cifar | all
-image_size | all
+for seed in $seeds; do image_size "$seed" | all; done

@@ -50,6 +50,10 @@ def test_figures_with_known_answers():
         (4 / 3, 4 / 3 - 4.303 / 3, 4 / 3 + 4.303 / 3), rel=1e-3
     )
     assert float(row["loss_difference"]) == pytest.approx(-0.1)
+    # The better model of the whole budget is `one`, which is the best of the three as well.
+    assert [row[key] for key in ("whole", "whole_low", "whole_high")] == [
+        row[key] for key in ("difference", "low", "high")
+    ]
     assert "| +1.33 (-0.10 ... +2.77) |" in markdown(table)
 
 
@@ -65,7 +69,7 @@ def test_gains_of_all_studies_with_known_answers():
         runs += [{**single, "what": what} for what in ("last", "ensemble", "member:only")]
     runs.append({"run": "ensemble/one_model/seed-2", "seed": "2", "what": "last", "top1": "0.5"})  # no ensemble
     (row, late) = gains.tables(runs, border.tables(runs_of(), [])["border"].rows)["gains"].rows
-    assert row["data"].startswith("Fashion-MNIST") and row["n"] == "2"
+    assert row["setting"].startswith("Fashion-MNIST") and row["n"] == "2"
     assert [float(row[key]) for key in ("G", "D", "difference")] == pytest.approx([2, 2.5, -0.5])
     assert late["arm"] == "late_36" and float(late["difference"]) == pytest.approx(4 / 3, rel=1e-5)
     assert gains.tables([], []) == {}
@@ -122,6 +126,7 @@ def test_the_single_model_to_beat_is_the_best_one(arm):
     better = {**TOP1, arm: [((0.25,), 0.25)] * 3}
     (row,) = border.tables(runs_of(better), [])["border"].rows
     assert row["single"] == arm and float(row["difference"]) == pytest.approx(-1)
+    assert float(row["whole"]) == pytest.approx(4 / 3 if arm == "half" else -1, rel=1e-5)
 
 
 def test_only_seeds_that_both_have_are_compared():

@@ -65,6 +65,9 @@ def test_plots_of_all_experiments_ignore_other_runs_and_tables(tmp_path):
         row("ladder/linear-64/seed-0", steps="100"),
         row("ladder/linear-256/seed-0", steps="25"),
         row("ladder/mine"),
+        row("ensemble/cycles/mine"),
+        row("ensemble_full/cycles/seed-0"),
+        row("image_size/growing/seed-1"),
         row("ladder/linear-64/seed-1", top1=""),
         row("ensemble/cycles/seed-0", "prefix:1"),
         row("ensemble/cycles/seed-0", "prefix:2"),
@@ -73,8 +76,9 @@ def test_plots_of_all_experiments_ignore_other_runs_and_tables(tmp_path):
         row("somewhere/else"),
     ]
     curves = [row("cycles/poly/seed-0"), row("cycles/poly/seed-0", epoch="2")]
-    curves += [row("image_size/growing/seed-0", wall_seconds=seconds) for seconds in ("60.5", "121")]
+    curves += [row("image_size/growing/seed-0", wall_seconds=seconds) for seconds in ("60.5", "121", "")]
     published = [{"id": "haiku_256", "global_batch_size": "256", "value": "76.7"}, {"id": "a_main", "value": "75.6"}]
+    published.append({"id": "haiku_none", "global_batch_size": "", "value": "1"})
     accuracy_plots.draw(runs, curves, [], published, str(tmp_path))
     made = {"scaling": LADDER, "published": [PUBLISHED], "recipes": [{"what": "a score", "n": "1"}]}
     scaling_plots.draw_tables(made, str(tmp_path))
@@ -88,6 +92,7 @@ def test_the_plot_of_the_border_takes_rows_with_and_without_interval_and_predict
     rows = [
         {**figures, "arm": "late_36", "n": "3", "low": "-0.1", "high": "1.1", "predicted": "0.7"},
         {**figures, "arm": "published", "n": "1", "low": "", "high": "", "predicted": ""},
+        {**figures, "arm": "published", "n": "1", "low": "", "high": "", "predicted": "", "setting": "tuned"},
     ]
     accuracy_plots.draw([], [], rows, [], str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["border.png"]

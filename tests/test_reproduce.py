@@ -81,6 +81,8 @@ def with_data(reproduce, tmp_path):
     for name in ("cifar10", "half_tiny_imagenet"):
         (place / "data" / name).mkdir(parents=True)
         (place / "data" / name / "manifest.json").touch()
+    decays = place / "experiments" / "collapsed_ensemble" / "border" / "decays.csv"
+    decays.write_text("setting,arm,decay\ntuned-5000,half,4e-3\nwide-10000,half,1e-3\n")
     return functools.partial(reproduce, script=place / "experiments" / "reproduce.sh")
 
 
@@ -109,3 +111,18 @@ def test_each_run_is_reported_with_its_number_and_how_many_there_are(with_data):
     assert done == [
         f"done   search_cifar/lars-{rate}/seed-9 ({n} of 3)" for n, rate in enumerate(("2.5", "5", "10"), 1)
     ]
+
+
+def test_only_names_the_beginning_of_runs_or_what_follows_a_slash(with_data):
+    assert len(with_data(ONLY="border/tiny-5000/half", SEEDS="0")[1]) == 1  # and not search_border/tiny-5000/half-...
+    assert len(with_data(ONLY="tiny-5000/half", SEEDS="0")[1]) == 4  # the search as well
+    assert len(with_data(ONLY="border/tiny-5000/(half|one)", SEEDS="0")[1]) == 3  # half, one and one_collapse
+    assert with_data(ONLY="tiny", SEEDS="0", MISSING="1")[1] != [] and with_data(ONLY="iny-5000")[1] == []
+
+
+def test_settings_with_a_weight_decay_of_their_own(with_data):
+    printed, (tuned,) = with_data(ONLY="border/tuned-5000/half", SEEDS="0")
+    assert "--train_examples=5000 --seed=0 --phase=main:steps=3900,lr=0.2,warmup_steps=390,wd=0.004,member=1 " in tuned
+    assert "border/tuned-5000/one/seed-0: left out, because" in printed and "decays.csv has no weight decay" in printed
+    (wide,) = with_data(ONLY="border/wide-10000/half", SEEDS="0")[1]
+    assert "--width=0.25 --phase=main:steps=3900,lr=0.2,warmup_steps=390,wd=0.001,member=1 " in wide

@@ -160,17 +160,29 @@ def test_committed_runs_of_the_border_experiment_have_the_recipes_of_their_flagf
     assert checked >= 9
 
 
+def not_the_best(decays, runs):
+    """Return the rows of decays.csv that are not the best of three in their search; `half` stands for single models."""
+    found = []
+    for row in decays:
+        images, arm = row["setting"].split("-")[1], "half" if row["arm"] in border_runs.SINGLES else row["arm"]
+        name = re.compile(rf"search_border/tiny-{images}/{arm}-([\de-]+)/seed-9")
+        search = [(name.fullmatch(run["run"]), float(run["top1"])) for run in runs if run["what"] == "ensemble"]
+        scores = {match[1]: top1 for match, top1 in search if match}
+        if len(scores) != 3 or max(scores, key=scores.get) != row["decay"]:
+            found.append(row)
+    return found
+
+
 def test_the_weight_decays_of_tuned_settings_are_the_best_of_their_search():
-    search = [
-        (*re.fullmatch(r"search_border/tiny-(\d+)/(\w+)-([\de-]+)/seed-9", row["run"]).groups(), float(row["top1"]))
-        for row in report.read_csv(str(EXPERIMENTS / "results" / "runs.csv"))
-        if row["run"].startswith("search_border/") and row["what"] == "ensemble"
-    ]
-    for chosen in report.read_csv(str(BORDER / "decays.csv")):
-        images, arm = chosen["setting"].split("-")[1], chosen["arm"]
-        arm = "half" if arm in border_runs.SINGLES else arm
-        scores = {decay: top1 for size, name, decay, top1 in search if (size, name) == (images, arm)}
-        assert len(scores) == 3 and max(scores, key=scores.get) == chosen["decay"], (chosen, scores)
+    decays, runs = (
+        report.read_csv(str(BORDER / "decays.csv")),
+        report.read_csv(str(EXPERIMENTS / "results" / "runs.csv")),
+    )
+    assert decays and not not_the_best(decays, runs)
+    # Negative controls: another decay, and a search that is not finished.
+    other = [{**row, "decay": "1e-9"} for row in decays]
+    assert not_the_best(other, runs) == other
+    assert not_the_best(decays, [run for run in runs if "half-8e-3" not in run["run"]]) != []
 
 
 TREE = [

@@ -18,9 +18,10 @@ _TITLES = {
     "ensemble": f"{_FASHION}, 20,000 images, a quarter of the published epochs",
     "ensemble_full": f"{_FASHION}, 5,000 images, all of the published epochs",
     "cycles": f"{_FASHION}, 18.1 epochs of 20,000 images",
-    "border": "ResNet-50 at 1/8 width, 998,400 images in all for each side",
+    "border": "ResNet-50 at 1/8 width on 100 classes of Tiny-ImageNet, at most 998,400 images in all for each side",
     "image_size": "ResNet-50 at 1/8 width, Tiny-ImageNet, 499,200 images for each side",
 }
+_VARIANTS = {"tuned": "weight decay tuned", "wide": "twice the width", "cifar": "CIFAR-10"}  # of the border experiment
 _RULES = {"linear": "linear rule, warm-up", "unscaled": "no scaling, no warm-up", "lars": "LARS, warm-up"}
 _PUBLISHED_LADDER = "haiku_"  # ids in published.csv
 
@@ -30,8 +31,8 @@ def draw(
 ) -> None:
     """Draw what has been run: rows of runs.csv, curves.csv, the CSV file of the table `border`, and published.csv."""
     last = [row for row in runs if row["what"] == "last"]
-    reference = {int(row["global_batch_size"]): float(row["value"])
-                 for row in published if row["id"].startswith(_PUBLISHED_LADDER)}  # fmt: skip
+    reference = {int(row["global_batch_size"]): float(row["value"]) for row in published
+                 if row["id"].startswith(_PUBLISHED_LADDER) and row["global_batch_size"]}  # fmt: skip
     drawings: Dict[str, Callable[[Any], None]] = {}
     for table in ("ladder", "ladder_cifar", "ladder_cifar_20"):
         rules = _rungs(_grouped(last, table))
@@ -39,10 +40,11 @@ def draw(
             drawings[table] = functools.partial(_ladder, rules=rules, published=reference)
     for table in ("ensemble", "ensemble_full"):
         arms = _grouped(runs, table)
-        if "cycles" in arms:
+        if any(row["what"].startswith("prefix:") for row in arms.get("cycles", [])):
             drawings[table] = functools.partial(_ensembles, arms=arms)
     for table, one in (("cycles", _cycles), ("image_size", _image_size)):
-        arms = _grouped(curves, table)
+        timed = [row for row in curves if one is not _image_size or row.get("wall_seconds")]
+        arms = _grouped(timed, table)
         if arms:
             drawings[table] = functools.partial(one, arms=arms)
     if border:
@@ -58,9 +60,9 @@ def _grouped(rows: Sequence[Row], prefix: str) -> Dict[str, List[Row]]:
     """Return the rows of runs TABLE/ARM/seed-N whose table is `prefix`, by arm."""
     groups: Dict[str, List[Row]] = {}
     for row in rows:
-        table, _, rest = row["run"].partition("/")
-        if table == prefix and row["top1"]:
-            groups.setdefault(rest.split("/")[0], []).append(row)
+        table, arm, seed, *_ = [*row["run"].split("/"), "", ""]
+        if table == prefix and seed.startswith("seed-") and row["top1"]:  # not a run of the user's own
+            groups.setdefault(arm, []).append(row)
     return groups
 
 
@@ -87,7 +89,7 @@ def _name(axes: Any, names: Sequence[Tuple[float, str, str]]) -> None:
 
 
 def _rungs(arms: Mapping[str, Sequence[Row]]) -> Dict[str, Dict[int, Sequence[Row]]]:
-    """Return the runs of arms RULE-BATCH by rule and batch, without runs of the user's own."""
+    """Return the runs of arms RULE-BATCH by rule and batch."""
     rules: Dict[str, Dict[int, Sequence[Row]]] = {}
     for arm, rows in arms.items():
         rule, _, rung = arm.rpartition("-")
@@ -153,29 +155,33 @@ def _ensembles(axes: Any, arms: Mapping[str, Sequence[Row]]) -> None:
     _name(axes, names)
 
 
-def _with_intervals(axes: Any, places: Sequence[float], values: Sequence[Interval], colour: str) -> None:
+def _with_intervals(
+    axes: Any, places: Sequence[float], values: Sequence[Interval], colour: str, style: str = "-"
+) -> None:
     means = [value.mean for value in values]
     bounds = [[abs((value.mean if end is None else end) - value.mean) for value, end in zip(values, ends)]
               for ends in ([value.low for value in values], [value.high for value in values])]  # fmt: skip
-    axes.errorbar(places, means, bounds, fmt="o-", color=colour, capsize=3, markersize=5)
+    axes.errorbar(places, means, bounds, fmt="o", linestyle=style, color=colour, capsize=3, markersize=5)
 
 
 def _border(axes: Any, rows: Sequence[Row]) -> None:
     """Draw the ensemble minus one model over the training images, with intervals, beside what was predicted."""
     axes.axhline(0, color="black", linewidth=1)
     arms = list(dict.fromkeys((row["setting"], row["arm"]) for row in rows))
+    colours = {arm: f"C{number}" for number, arm in enumerate(sorted({arm for _, arm in arms}))}
+    styles = dict(zip(dict.fromkeys(setting for setting, _ in arms), ("-", "--", ":", "-.")))
     names: List[Tuple[float, str, str]] = []  # height, text and colour
     for number, (setting, arm) in enumerate(arms):
         line = sorted((row for row in rows if (row["setting"], row["arm"]) == (setting, arm)), key=_images)
         beside = 1.05 ** (number - (len(arms) - 1) / 2)  # side by side, so that intervals do not cover each other
         sizes, values = [beside * _images(row) for row in line], [float(row["difference"]) for row in line]
-        colour = f"C{number}"
-        _with_intervals(axes, sizes, [border_runs.difference_of(row) for row in line], colour)
+        colour = colours[arm]
+        _with_intervals(axes, sizes, [border_runs.difference_of(row) for row in line], colour, styles.get(setting, "-"))
         predicted = [(size, float(row["predicted"])) for size, row in zip(sizes, line) if row["predicted"]]
         axes.plot(*zip(*predicted) if predicted else ([], []), "D", color=colour, markerfacecolor="none")
-        where = "" if setting == "tiny" else f"; {border_runs.SETTINGS.get(setting, setting)}"
-        names.append((values[-1], border_runs.ENSEMBLES[arm] + where, colour))
-    axes.plot([], [], "D", color="grey", markerfacecolor="none", label="predicted before the run")
+        where = "" if setting == "tiny" else f"\n({_VARIANTS.get(setting, setting)})"
+        names.append((values[-1], border_runs.ENSEMBLES.get(arm, arm) + where, colour))
+    axes.plot([], [], "D", color="grey", markerfacecolor="none", label="predicted before any result")
     axes.set_xscale("log")
     axes.set_xticks(sorted({_images(row) for row in rows}))
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -186,8 +192,8 @@ def _border(axes: Any, rows: Sequence[Row]) -> None:
     for height, text in ((0.98, "the ensemble is better"), (0.02, "one model is better")):
         axes.text(0.01, height, text, transform=axes.transAxes, color="grey", va="top" if height > 0.5 else "bottom")
     axes.set_xlabel("training images")
-    axes.set_ylabel("top-1 of the ensemble minus one model\nof the same budget, points (95 % interval)")
-    axes.legend(loc="upper right")
+    axes.set_ylabel("top-1, ensemble minus best single model\nof at most the same budget, points (95 % interval)")
+    axes.legend(loc="lower right")
     axes.grid(axis="y", alpha=0.3)
 
 

@@ -59,14 +59,13 @@ def _singles(arms: border_runs.Arms) -> Dict[str, Table]:
             scores = border_runs.scores_of(arms, where._replace(arm=arm), "ensemble", "top1").values()
             top1 = interval([100 * score for score in scores]) if scores else None
             row[arm], row[f"{arm}_sd"] = (top1 and top1.mean, top1 and top1.sd)
-            written[arm].append(top1.spread(2) if top1 else "")
+            written[arm].append(_written(top1, 2, slope.n))
         written["slope"].append(slope.bounded(2))
         rows.append({key: cell(row[key]) for key in names})
     if not rows:
         return {}
     columns = [
-        ("data", [border_runs.SETTINGS.get(row["setting"], row["setting"]) for row in rows]),
-        ("images", [f"{int(row['images']):,}" for row in rows]),
+        *border_runs.headings(rows, of_ensembles=False),
         ("n", [row["n"] for row in rows]),
         *((_LABELS[arm], written[arm]) for arm in border_runs.SINGLES),
         ("points per doubling", written["slope"]),
@@ -91,11 +90,13 @@ def _members(arms: border_runs.Arms) -> Dict[str, Table]:
         f"{border_runs.origin_of(arms)}"
     )
     columns = [
-        ("data", [border_runs.SETTINGS.get(row["setting"], row["setting"]) for row in rows]),
-        ("images", [f"{row['images']:,}" for row in rows]),
+        *border_runs.headings(rows, of_ensembles=False),
         ("configuration", [labels[row["arm"]] for row in rows]),
         ("n", [str(row["n"]) for row in rows]),
-        *((score.heading, [_written(row[name], score, row["n"]) for row in rows]) for name, score in _SCORES.items()),
+        *(
+            (score.heading, [_written(row[name], score.digits, row["n"]) for row in rows])
+            for name, score in _SCORES.items()
+        ),
     ]
     names = ("setting", "images", "arm", "n", *(f"{name}{end}" for name in _SCORES for end in ("", "_sd")))
     return {"border_members": Table(columns, note, [_as_text(row) for row in rows], names)}
@@ -123,10 +124,10 @@ def _has(arm: str, name: str) -> bool:
     return arm != "independent" or name not in ("last", "last_2", "averaged")
 
 
-def _written(value: Optional[Interval], score: _Score, n: int) -> str:
+def _written(value: Optional[Interval], digits: int, n: int) -> str:
     if value is None:
         return ""
-    return value.spread(score.digits) + ("" if value.n == n else f" (n = {value.n})")
+    return value.spread(digits) + ("" if value.n == n else f" (n = {value.n})")
 
 
 def _as_text(row: Dict[str, Any]) -> Row:

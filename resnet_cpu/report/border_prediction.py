@@ -1,13 +1,14 @@
-"""Predict an ensemble of the study of `report/border` from single models, before it is run."""
+"""Predict an ensemble of the study of `report/border` from single models, before it is run; a table of these."""
 
 import math
 import os
 import statistics
-from typing import Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from resnet_cpu.errors import DataError
 from resnet_cpu.report import border_runs
-from resnet_cpu.report.tables import EXPERIMENTS, Row, cell, read_csv
+from resnet_cpu.report.intervals import fixed
+from resnet_cpu.report.tables import EXPERIMENTS, NOT_RUN, Row, Table, cell, read_csv
 
 FOLDER = os.path.join(EXPERIMENTS, "collapsed_ensemble", "border")
 PREDICTIONS, PILOT = (os.path.join(FOLDER, f"{name}.csv") for name in ("predictions", "pilot"))
@@ -99,11 +100,10 @@ def _of_runs(place: border_runs.Place, arms: border_runs.Arms) -> List[_Measured
     found = []
     for other in arms:
         if (other.setting, other.arm) == (place.setting, place.arm):
-            seeds, members, ensemble, one = border_runs.pairs_of(other, "one", arms)
-            if seeds:
-                G, D = (statistics.mean(whole) - statistics.mean(members) for whole in (ensemble, one))
-                gain = border_runs.slope(arms, other)
-                found.append(_Measured(other.images, G, D, gain and gain.mean, border_runs.name_of(*other[:2])))
+            pairs = border_runs.pairs_of(other, "one", arms)
+            if pairs.seeds:
+                gain, source = border_runs.slope(arms, other), border_runs.name_of(*other[:2])
+                found.append(_Measured(other.images, pairs.G, pairs.D, gain and gain.mean, source))
     return found
 
 
@@ -129,6 +129,54 @@ def _interpolated(candidates: Sequence[Sequence[_Known]], place: border_runs.Pla
         return known[low].value, source
     share = math.log(place.images / low) / math.log(high / low)
     return (1 - share) * known[low].value + share * known[high].value, source
+
+
+def tables(predictions: Sequence[Row], found: Sequence[Mapping[str, Any]]) -> Dict[str, Table]:
+    """Return the table `border_predicted`: rows of predictions.csv beside those of the table `border`; {} without any.
+
+    Raises DataError for a prediction of something that is not SET-IMAGES.
+    """
+    if not predictions:
+        return {}
+    outcomes = {(border_runs.name_of(row["setting"], row["images"]), row["arm"]): row for row in found}
+    rows: List[Dict[str, Any]] = []
+    for prediction in predictions:
+        try:
+            setting, images = border_runs.parts_of(prediction["setting"])
+        except ValueError:
+            raise DataError(f"{PREDICTIONS}: {prediction['setting']!r}: write it as tiny-10000, SET-IMAGES") from None
+        outcome = outcomes.get((prediction["setting"], prediction["arm"]), {})
+        rows.append(
+            {
+                **{"setting": setting, "images": images, "arm": prediction["arm"]},
+                "doublings": float(prediction["doublings"]),
+                **{f"{key}_predicted": float(prediction[key]) for key in ("G", "D", "difference")},
+                **{key: outcome.get(key) for key in ("G", "D", "difference", "low", "high", "n")},
+            }
+        )
+    columns = [
+        *border_runs.headings(rows),
+        ("doublings behind", [f"{row['doublings']:.2f}" for row in rows]),
+    ]
+    for key, title in {"G": "G", "D": "D", "difference": "ensemble - best single model"}.items():
+        columns.append((f"{title}, predicted", [fixed(row[f"{key}_predicted"], 2) for row in rows]))
+        columns.append((f"{title}, found", [_outcome(row, key) for row in rows]))
+    note = (
+        "In points, over the seeds of the row. Predicted: from the single models with as many images, before the "
+        "ensembles had finished. Doublings behind: log2 of the whole budget over what a member has seen, on average."
+    )
+    names = (
+        *("setting", "images", "arm", "doublings", "G_predicted", "G", "D_predicted", "D"),
+        *("difference_predicted", "difference", "low", "high"),
+    )
+    texts = [{key: cell(row[key]) for key in names} for row in rows]
+    return {"border_predicted": Table(columns, note, texts, names)}
+
+
+def _outcome(row: Mapping[str, Any], key: str) -> str:
+    if row[key] is None:
+        return NOT_RUN
+    return border_runs.difference_of(row).bounded(2) if key == "difference" else fixed(row[key], 2)
 
 
 def read() -> List[Row]:

@@ -6,13 +6,14 @@ members. All other arms are ensembles.
 """
 
 import statistics
-from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from resnet_cpu.report.intervals import Interval, interval
-from resnet_cpu.report.tables import Row, origin
+from resnet_cpu.report.tables import Column, Row, origin
 
 PREFIX = "border/"
-SINGLES = ("half", "one", "one_collapse")
+WHOLE = ("one", "one_collapse")  # single models that spend the whole budget
+SINGLES = ("half", *WHOLE)
 SETTINGS = {
     "tiny": "Tiny-ImageNet, 100 classes",
     "tuned": "Tiny-ImageNet, 100 classes, weight decay tuned for each side",
@@ -68,14 +69,19 @@ def members_of(rows: Dict[str, Row]) -> float:
 
 
 def means_of_singles(arms: Arms, place: Place) -> Dict[str, float]:
-    """Return the mean top-1, in percent, of each arm of SINGLES that was run in the setting of `place`."""
+    """Return the mean top-1, in percent, of each arm of SINGLES that was run in the setting of `place`.
+
+    Means are those of the seeds that all of these have, if there are any.
+    """
     scores = {arm: scores_of(arms, place._replace(arm=arm), "ensemble", "top1") for arm in SINGLES}
-    return {arm: 100 * statistics.mean(by_seed.values()) for arm, by_seed in scores.items() if by_seed}
+    found = {arm: by_seed for arm, by_seed in scores.items() if by_seed}
+    shared = set.intersection(*map(set, found.values())) if found else set()
+    return {arm: 100 * statistics.mean(by_seed[seed] for seed in (shared or by_seed)) for arm, by_seed in found.items()}
 
 
-def best_single(arms: Arms, place: Place) -> Optional[str]:
-    """Return the arm of SINGLES with the best mean in the setting of `place`; None if none was run."""
-    means = means_of_singles(arms, place)
+def best_single(arms: Arms, place: Place, among: Sequence[str] = SINGLES) -> Optional[str]:
+    """Return the single model with the best mean in the setting of `place`; None if none of them was run."""
+    means = {arm: mean for arm, mean in means_of_singles(arms, place).items() if arm in among}
     return max(means, key=lambda arm: means[arm]) if means else None
 
 
@@ -94,6 +100,21 @@ class Pairs(NamedTuple):
     ensemble: List[float]
     single: List[float]
 
+    @property
+    def G(self) -> float:
+        """The ensemble minus its members, in points."""
+        return statistics.mean(self.ensemble) - statistics.mean(self.members)
+
+    @property
+    def D(self) -> float:
+        """The single model minus the members of the ensemble, in points."""
+        return statistics.mean(self.single) - statistics.mean(self.members)
+
+    @property
+    def difference(self) -> Interval:
+        """The ensemble minus the single model, in points."""
+        return interval([mine - theirs for mine, theirs in zip(self.ensemble, self.single)])
+
 
 def pairs_of(place: Place, single: str, arms: Arms) -> Pairs:
     """Return the scores of the arm of `place` and of the arm `single`, for each seed that both have."""
@@ -103,10 +124,21 @@ def pairs_of(place: Place, single: str, arms: Arms) -> Pairs:
     return Pairs(seeds, members, *([100 * scores[seed] for seed in seeds] for scores in (here, alone)))
 
 
-def difference_of(row: Mapping[str, str]) -> Interval:
-    """Return the ensemble minus one model from a row of the CSV file of the table `border`."""
-    low, high = (float(row[key]) if row[key] else None for key in ("low", "high"))
+def difference_of(row: Mapping[str, Any]) -> Interval:
+    """Return the ensemble minus one model from a row of the table `border`, also from its CSV file."""
+    low, high = (None if row[key] in ("", None) else float(row[key]) for key in ("low", "high"))
     return Interval(int(row["n"]), float(row["difference"]), None, low, high)
+
+
+def headings(rows: Sequence[Mapping[str, Any]], of_ensembles: bool = True) -> List[Column]:
+    """Return the first columns of a table: `setting` and `images` of its rows, and their `arm` if it is an ensemble."""
+    columns = [
+        ("data", [SETTINGS.get(row["setting"], row["setting"]) for row in rows]),
+        ("images", [f"{int(row['images']):,}" for row in rows]),
+    ]
+    if of_ensembles:
+        columns.append(("ensemble of three", [ENSEMBLES.get(row["arm"], row["arm"]) for row in rows]))
+    return columns
 
 
 def name_of(setting: str, images: int) -> str:

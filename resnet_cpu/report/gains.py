@@ -1,10 +1,9 @@
 """Gains of ensembles over their members, and of one model over these members, in all studies (docs/ensemble.md)."""
 
-import statistics
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Dict, List, Sequence
 
 from resnet_cpu.report import border_runs
-from resnet_cpu.report.intervals import fixed, interval
+from resnet_cpu.report.intervals import fixed
 from resnet_cpu.report.tables import Row, Table, cell
 
 # Studies of one ensemble and one model, TABLE/cycles/seed-N and TABLE/one_model/seed-N of runs.csv: data and images.
@@ -12,7 +11,7 @@ _PAIRED = {
     "ensemble": ("Fashion-MNIST, a quarter of the published epochs", 20000),
     "ensemble_full": ("Fashion-MNIST, all of the published epochs", 5000),
 }
-_COLUMNS = ("data", "images", "arm", "n", "G", "D", "difference", "low", "high")
+_COLUMNS = ("setting", "images", "arm", "n", "G", "D", "difference", "low", "high")
 
 
 def tables(runs: Sequence[Row], border: Sequence[Row]) -> Dict[str, Table]:
@@ -21,15 +20,11 @@ def tables(runs: Sequence[Row], border: Sequence[Row]) -> Dict[str, Table]:
     Top-1 in points: G is the ensemble minus the mean of its members, D the one model minus the mean of the members.
     """
     rows = [row for name, where in _PAIRED.items() for row in _of_pair(runs, name, *where)]
-    for row in border:
-        data = border_runs.SETTINGS.get(row["setting"], row["setting"])
-        rows.append({**{key: row[key] for key in _COLUMNS if key != "data"}, "data": data})
+    rows += [{key: row[key] for key in _COLUMNS} for row in border]
     if not rows:
         return {}
-    columns: List[Tuple[str, List[str]]] = [
-        ("data", [row["data"] for row in rows]),
-        ("images", [f"{int(row['images']):,}" for row in rows]),
-        ("ensemble of three", [border_runs.ENSEMBLES.get(row["arm"], row["arm"]) for row in rows]),
+    columns = [
+        *border_runs.headings(rows),
         ("n", [row["n"] for row in rows]),
         ("G", [fixed(float(row["G"]), 2) for row in rows]),
         ("D", [fixed(float(row["D"]), 2) for row in rows]),
@@ -39,23 +34,22 @@ def tables(runs: Sequence[Row], border: Sequence[Row]) -> Dict[str, Table]:
 
 
 def _of_pair(runs: Sequence[Row], name: str, data: str, images: int) -> List[Row]:
-    cycles: Dict[str, Dict[str, Row]] = {}
-    singles: Dict[str, float] = {}
+    """Return the row of a study whose runs are NAME/cycles/seed-N and NAME/one_model/seed-N, if both have been run."""
+    found: Dict[str, Dict[str, Dict[str, Row]]] = {"cycles": {}, "one_model": {}}  # rows by seed and what they score
     for row in runs:
-        if row["run"].startswith(f"{name}/cycles/"):
-            cycles.setdefault(row["seed"], {})[row["what"]] = row
-        elif row["run"].startswith(f"{name}/one_model/") and row["what"] == "last":
-            singles[row["seed"]] = 100 * float(row["top1"])
-    seeds = sorted(seed for seed, rows in cycles.items() if "ensemble" in rows and seed in singles)
+        table, arm, seed, *more = [*row["run"].split("/"), "", ""]
+        if table == name and arm in found and seed.startswith("seed-") and not any(more):
+            found[arm].setdefault(seed, {})[row["what"]] = row
+    cycles, singles = found["cycles"], found["one_model"]
+    seeds = sorted(seed for seed in cycles if "ensemble" in cycles[seed] and "last" in singles.get(seed, {}))
     if not seeds:
         return []
-    members = [100 * border_runs.members_of(cycles[seed]) for seed in seeds]
-    ensemble, one = [100 * float(cycles[seed]["ensemble"]["top1"]) for seed in seeds], [singles[seed] for seed in seeds]
-    difference = interval([mine - theirs for mine, theirs in zip(ensemble, one)])
-    found: Dict[str, Any] = {
-        **{"data": data, "images": images, "arm": "published", "n": len(seeds)},
-        "G": statistics.mean(ensemble) - statistics.mean(members),
-        "D": statistics.mean(one) - statistics.mean(members),
-        **{"difference": difference.mean, "low": difference.low, "high": difference.high},
-    }
-    return [{key: cell(found[key]) for key in _COLUMNS}]
+    pairs = border_runs.Pairs(
+        seeds,
+        [100 * border_runs.members_of(cycles[seed]) for seed in seeds],
+        [100 * float(cycles[seed]["ensemble"]["top1"]) for seed in seeds],
+        [100 * float(singles[seed]["last"]["top1"]) for seed in seeds],
+    )
+    _, mean, _, low, high = pairs.difference
+    values = (data, images, "published", len(seeds), pairs.G, pairs.D, mean, low, high)
+    return [{key: cell(value) for key, value in zip(_COLUMNS, values)}]

@@ -173,7 +173,9 @@ def fill(document: str, tables: Mapping[str, Table]) -> str:
     def marked(match: "re.Match[str]") -> str:
         name = match.group(1)
         if name not in tables:
-            raise DataError(f"<!-- table: {name} -->: tables.csv has no such table; it has {', '.join(tables)}")
+            raise DataError(
+                f"<!-- table: {name} -->: there is no such table, or no run for it; there are {', '.join(tables)}"
+            )
         return f"<!-- table: {name} -->\n{markdown(tables[name])}\n<!-- end of table -->"
 
     return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end of table -->", marked, document, flags=re.S)
