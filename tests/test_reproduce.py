@@ -82,7 +82,7 @@ def with_data(reproduce, tmp_path):
         (place / "data" / name).mkdir(parents=True)
         (place / "data" / name / "manifest.json").touch()
     decays = place / "experiments" / "collapsed_ensemble" / "border" / "decays.csv"
-    decays.write_text("setting,arm,decay\ntuned-5000,half,4e-3\nwide-10000,half,1e-3\n")
+    decays.write_text("setting,arm,decay\ntuned-5000,half,4e-3\ntuned-5000,one,2e-3\nwide-10000,half,1e-3\n")
     return functools.partial(reproduce, script=place / "experiments" / "reproduce.sh")
 
 
@@ -123,6 +123,7 @@ def test_only_names_the_beginning_of_runs_or_what_follows_a_slash(with_data):
 def test_settings_with_a_weight_decay_of_their_own(with_data):
     printed, (tuned,) = with_data(ONLY="border/tuned-5000/half", SEEDS="0")
     assert "--train_examples=5000 --seed=0 --phase=main:steps=3900,lr=0.2,warmup_steps=390,wd=0.004,member=1 " in tuned
-    assert "border/tuned-5000/one/seed-0: left out, because" in printed and "decays.csv has no weight decay" in printed
+    assert "border/tuned-5000/one_collapse/seed-0: left out, because" in printed and "no weight decay for it" in printed
+    assert with_data(ONLY="border/tuned-5000/one/", SEEDS="0")[1] == []  # its own weight decay: a run of tiny-5000
     (wide,) = with_data(ONLY="border/wide-10000/half", SEEDS="0")[1]
     assert "--width=0.25 --phase=main:steps=3900,lr=0.2,warmup_steps=390,wd=0.001,member=1 " in wide

@@ -21,13 +21,13 @@ _COLUMNS = (
 _ENDS = {"": "mean", "_low": "low", "_high": "high"}
 
 
-def tables(runs: Iterable[Row], predictions: Sequence[Row]) -> Dict[str, Table]:
+def tables(runs: Iterable[Row], predictions: Sequence[Row], decays: Sequence[Row] = ()) -> Dict[str, Table]:
     """Return the tables of the study; {} without any run.
 
     `border` has a row for each ensemble whose setting has a single model; the others are those of `border_prediction`
     and `border_members`.
     """
-    arms = border_runs.by_place(runs)
+    arms = border_runs.by_place(runs, decays)
     found = (_figures(place, arms, predictions) for place in sorted(arms) if place.arm in border_runs.ENSEMBLES)
     rows = [row for row in found if row]
     parts = {**border_prediction.tables(predictions, rows), **border_members.tables(arms)} if arms else {}

@@ -11,7 +11,7 @@ from resnet_cpu.report.intervals import fixed
 from resnet_cpu.report.tables import EXPERIMENTS, NOT_RUN, Row, Table, cell, read_csv
 
 FOLDER = os.path.join(EXPERIMENTS, "collapsed_ensemble", "border")
-PREDICTIONS, PILOT = (os.path.join(FOLDER, f"{name}.csv") for name in ("predictions", "pilot"))
+PREDICTIONS, PILOT, DECAYS = (os.path.join(FOLDER, f"{name}.csv") for name in ("predictions", "pilot", "decays"))
 PREDICTED = (
     *("setting", "arm", "half", "one", "slope", "doublings"),
     *("cycles", "single", "G", "D", "difference", "from"),
@@ -40,7 +40,14 @@ class _Known(NamedTuple):
     source: str
 
 
-def predict(setting: str, arm: str, doublings: Mapping[str, float], runs: Iterable[Row], pilot: Sequence[Row]) -> Row:
+def predict(
+    setting: str,
+    arm: str,
+    doublings: Mapping[str, float],
+    runs: Iterable[Row],
+    pilot: Sequence[Row],
+    decays: Sequence[Row] = (),
+) -> Row:
     """Return a row of predictions.csv for an ensemble that has not been run in `setting`, SET-IMAGES.
 
     D is predicted as the gain of one model per doubling of the budget, measured in this setting with `half` and `one`,
@@ -54,7 +61,7 @@ def predict(setting: str, arm: str, doublings: Mapping[str, float], runs: Iterab
     Raises DataError if the single models of the setting, or all figures of other settings, are missing, and if the arm
     has been run.
     """
-    arms = border_runs.by_place(runs)
+    arms = border_runs.by_place(runs, decays)
     place = border_runs.Place(*border_runs.parts_of(setting), arm)
     if place in arms:
         raise DataError(f"border/{setting}/{arm} has been run; predict it before")
@@ -179,6 +186,7 @@ def _outcome(row: Mapping[str, Any], key: str) -> str:
     return border_runs.difference_of(row).bounded(2) if key == "difference" else fixed(row[key], 2)
 
 
-def read() -> List[Row]:
-    """Return the rows of predictions.csv; none if the file does not exist."""
-    return read_csv(PREDICTIONS) if os.path.exists(PREDICTIONS) else []
+def read() -> Tuple[List[Row], List[Row]]:
+    """Return the rows of predictions.csv and of decays.csv; none if a file does not exist."""
+    predictions, decays = (read_csv(path) if os.path.exists(path) else [] for path in (PREDICTIONS, DECAYS))
+    return predictions, decays

@@ -14,6 +14,7 @@ from resnet_cpu.report.tables import Column, Row, origin
 PREFIX = "border/"
 WHOLE = ("one", "one_collapse")  # single models that spend the whole budget
 SINGLES = ("half", *WHOLE)
+OWN_DECAY = "2e-3"  # of all flagfiles of the study
 SETTINGS = {
     "tiny": "Tiny-ImageNet, 100 classes",
     "tuned": "Tiny-ImageNet, 100 classes, weight decay tuned for each side",
@@ -44,8 +45,12 @@ def origin_of(arms: Arms) -> str:
     return origin([row for seeds in arms.values() for rows in seeds.values() for row in rows.values()])
 
 
-def by_place(runs: Iterable[Row]) -> Arms:
-    """Return for each place the rows of each seed, by what they score."""
+def by_place(runs: Iterable[Row], decays: Iterable[Row] = ()) -> Arms:
+    """Return for each place the rows of each seed, by what they score.
+
+    A `tuned` setting has the weight decays of `decays`, rows of decays.csv. An arm of it whose decay is that of its
+    flagfile is the same run as in the setting `tiny`, and is found in both.
+    """
     found: Arms = {}
     for row in runs:
         parts = row["run"].split("/")
@@ -55,6 +60,11 @@ def by_place(runs: Iterable[Row]) -> Arms:
             except ValueError:
                 continue  # a run of the user's own
             found.setdefault(place, {}).setdefault(parts[3], {})[row["what"]] = row
+    for row in decays:
+        setting, images = parts_of(row["setting"])
+        own, tuned = Place("tiny", images, row["arm"]), Place(setting, images, row["arm"])
+        if row["decay"] == OWN_DECAY and own in found:
+            found.setdefault(tuned, found[own])
     return found
 
 

@@ -47,7 +47,7 @@ def read() -> Results:
     made = {
         **accuracy.tables(spec, published, runs),
         **efficiency.tables(spec, published, scaling_runs),
-        **border.tables(runs, border_prediction.read()),
+        **border.tables(runs, *border_prediction.read()),
     }
     made.update(gains.tables(runs, made["border"].rows if "border" in made else []))
     return Results(spec, published, runs, curves, scaling_runs, made)

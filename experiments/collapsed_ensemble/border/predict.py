@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("arms", nargs="*", help=f"ensembles to predict (default: {', '.join(ENSEMBLES)})")
     arguments = parser.parse_args()
     setting, arms = arguments.setting, arguments.arms or ENSEMBLES
-    predicted = border_prediction.read()
+    predicted, decays = border_prediction.read()
     twice = sorted({row["arm"] for row in predicted if row["setting"] == setting} & set(arms))
     if twice:
         parser.error(
@@ -44,7 +44,7 @@ def main() -> None:
     runs, pilot = tables.read_results(accuracy.RUNS), tables.read_csv(border_prediction.PILOT)
     behind = {arm: doublings(arm) for arm in ENSEMBLES}
     try:
-        rows = [border_prediction.predict(setting, arm, behind, runs, pilot) for arm in arms]
+        rows = [border_prediction.predict(setting, arm, behind, runs, pilot, decays) for arm in arms]
     except DataError as error:
         parser.error(str(error))
     for row in rows:
