@@ -18,7 +18,8 @@ _TITLES = {
     "ensemble": f"{_FASHION}, 20,000 images, a quarter of the published epochs",
     "ensemble_full": f"{_FASHION}, 5,000 images, all of the published epochs",
     "cycles": f"{_FASHION}, 18.1 epochs of 20,000 images",
-    "border": "ResNet-50 at 1/8 width on 100 classes of Tiny-ImageNet, at most 998,400 images in all for each side",
+    "border": "ResNet-50 at 1/8 width on 100 classes of Tiny-ImageNet, at most 998,400 images in all for each side\n"
+    "hollow diamonds: predicted before any result",
     "image_size": "ResNet-50 at 1/8 width, Tiny-ImageNet, 499,200 images for each side",
 }
 _VARIANTS = {"tuned": "weight decay tuned", "wide": "twice the width", "cifar": "CIFAR-10"}  # of the border experiment
@@ -156,12 +157,12 @@ def _ensembles(axes: Any, arms: Mapping[str, Sequence[Row]]) -> None:
 
 
 def _with_intervals(
-    axes: Any, places: Sequence[float], values: Sequence[Interval], colour: str, style: str = "-"
+    axes: Any, places: Sequence[float], values: Sequence[Interval], colour: str, style: str = "o-"
 ) -> None:
     means = [value.mean for value in values]
     bounds = [[abs((value.mean if end is None else end) - value.mean) for value, end in zip(values, ends)]
               for ends in ([value.low for value in values], [value.high for value in values])]  # fmt: skip
-    axes.errorbar(places, means, bounds, fmt="o", linestyle=style, color=colour, capsize=3, markersize=5)
+    axes.errorbar(places, means, bounds, fmt=style, color=colour, capsize=3, markersize=5)
 
 
 def _border(axes: Any, rows: Sequence[Row]) -> None:
@@ -169,19 +170,20 @@ def _border(axes: Any, rows: Sequence[Row]) -> None:
     axes.axhline(0, color="black", linewidth=1)
     arms = list(dict.fromkeys((row["setting"], row["arm"]) for row in rows))
     colours = {arm: f"C{number}" for number, arm in enumerate(sorted({arm for _, arm in arms}))}
-    styles = dict(zip(dict.fromkeys(setting for setting, _ in arms), ("-", "--", ":", "-.")))
+    styles = dict(zip(dict.fromkeys(setting for setting, _ in arms), ("o-", "s--", "^:", "v-.")))
     names: List[Tuple[float, str, str]] = []  # height, text and colour
     for number, (setting, arm) in enumerate(arms):
         line = sorted((row for row in rows if (row["setting"], row["arm"]) == (setting, arm)), key=_images)
-        beside = 1.05 ** (number - (len(arms) - 1) / 2)  # side by side, so that intervals do not cover each other
+        beside = 1.04 ** (number - (len(arms) - 1) / 2)  # side by side, so that intervals do not cover each other
         sizes, values = [beside * _images(row) for row in line], [float(row["difference"]) for row in line]
         colour = colours[arm]
-        _with_intervals(axes, sizes, [border_runs.difference_of(row) for row in line], colour, styles.get(setting, "-"))
+        _with_intervals(
+            axes, sizes, [border_runs.difference_of(row) for row in line], colour, styles.get(setting, "o-")
+        )
         predicted = [(size, float(row["predicted"])) for size, row in zip(sizes, line) if row["predicted"]]
         axes.plot(*zip(*predicted) if predicted else ([], []), "D", color=colour, markerfacecolor="none")
         where = "" if setting == "tiny" else f"\n({_VARIANTS.get(setting, setting)})"
         names.append((values[-1], border_runs.ENSEMBLES.get(arm, arm) + where, colour))
-    axes.plot([], [], "D", color="grey", markerfacecolor="none", label="predicted before any result")
     axes.set_xscale("log")
     axes.set_xticks(sorted({_images(row) for row in rows}))
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -193,7 +195,6 @@ def _border(axes: Any, rows: Sequence[Row]) -> None:
         axes.text(0.01, height, text, transform=axes.transAxes, color="grey", va="top" if height > 0.5 else "bottom")
     axes.set_xlabel("training images")
     axes.set_ylabel("top-1, ensemble minus best single model\nof at most the same budget, points (95 % interval)")
-    axes.legend(loc="lower right")
     axes.grid(axis="y", alpha=0.3)
 
 
