@@ -15,6 +15,10 @@ ensemble=experiments/collapsed_ensemble
 ladder=experiments/lr_scaling
 border=$ensemble/border
 
+# Print a message with the time. The message is expanded before this command runs, so that it may hold a status.
+timed() { echo "$(date +%T) $(cat)"; }
+export -f timed
+
 # The ladders need an otherwise idle machine. Rungs take turns, so that drift of the machine affects all of them; each
 # repetition is a batch. On all rungs, every rank has a core of its own and one thread.
 scaling() {
@@ -31,7 +35,7 @@ scaling() {
           >"$runs/$folder/out" 2>>"$runs/$folder/log"; then
           echo "$(date +%T) done   $folder"
         else
-          echo "$(date +%T) ended with $?: $folder (see $runs/$folder/log)"
+          echo "ended with $?: $folder (see $runs/$folder/log)" | timed
         fi
       done
     done
@@ -191,7 +195,7 @@ combine() {
     if python -m resnet_cpu.evaluate --ensemble --members="$folder/0,$folder/1,$folder/2" >"$folder/ensemble.part" 2>>"$folder/log"; then
       mv "$folder/ensemble.part" "$folder/ensemble.json"
     else
-      echo "$(date +%T) ended with $?: $folder/ensemble.json (see $folder/log)"
+      echo "ended with $?: $folder/ensemble.json (see $folder/log)" | timed
     fi
   done
 }
@@ -243,7 +247,7 @@ one() {
     >"$runs/$folder/out" 2>>"$runs/$folder/log"; then
     echo "$(date +%T) done   $folder ($count)"
   else
-    echo "$(date +%T) ended with $?: $folder ($count; see $runs/$folder/log)"
+    echo "ended with $?: $folder ($count; see $runs/$folder/log)" | timed
   fi
 }
 export -f one
