@@ -87,21 +87,27 @@ def with_data(reproduce, tmp_path):
     return functools.partial(reproduce, script=place / "experiments" / "reproduce.sh")
 
 
+def call_of(calls, run):
+    """Return the only call that makes a run of this name."""
+    (call,) = [call for call in calls if run in call]
+    return call
+
+
 def test_the_search_of_rates_changes_nothing_else(with_data):
     _, calls = with_data(ONLY="search_cifar/")
     assert len(calls) == 9
-    (lars,) = [call for call in calls if "search_cifar/lars-10/" in call]
+    lars = call_of(calls, "search_cifar/lars-10/")
     assert "--global_batch_size=4096 --seed=9 --phase=main:epochs=10,lr=10,power=2,end_lr=1e-4,warmup_epochs=2," in lars
-    (linear,) = [call for call in calls if "search_cifar/linear-0.8/" in call]
+    linear = call_of(calls, "search_cifar/linear-0.8/")
     assert "--global_batch_size=256 --seed=9 --phase=main:epochs=10,lr_per_256=0.8,warmup_epochs=2 " in linear
 
 
 def test_the_search_of_the_weight_decay_has_half_of_the_budget_for_each_side(with_data):
     _, calls = with_data(ONLY="search_border/")
     assert len(calls) == 24
-    (one,) = [call for call in calls if "search_border/tiny-10000/half-1e-3/" in call]
+    one = call_of(calls, "search_border/tiny-10000/half-1e-3/")
     assert "--phase=main:steps=3900,lr=0.2,warmup_steps=390,wd=0.001,member=1 " in one
-    (late,) = [call for call in calls if "search_border/tiny-10000/late_36-4e-3/" in call]
+    late = call_of(calls, "search_border/tiny-10000/late_36-4e-3/")
     assert "--phase=trunk:steps=2730,lr=0.2,end_lr=0.036,warmup_steps=195,wd=0.004 " in late
     assert "--phase=two:steps=117,lr=0.036,power=2,wd=0.008,augment=light,branch=1,member=1 " in late
 

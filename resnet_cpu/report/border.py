@@ -17,7 +17,6 @@ _COLUMNS = (
     *("predicted", "loss_difference", "loss_low"),
     *("loss_high", "ece", "ece_scaled", "one_ece", "one_ece_scaled"),
 )
-
 _ENDS = {"": "mean", "_low": "low", "_high": "high"}
 
 
@@ -40,7 +39,7 @@ def tables(runs: Iterable[Row], predictions: Sequence[Row], decays: Sequence[Row
         "differences (Student's t). "
         f"{border_runs.origin_of({at: arms[at] for at in arms if (at.setting, at.images) in shown})}"
     )
-    return {"border": Table(_columns(rows), note, [_as_text(row, _COLUMNS) for row in rows], _COLUMNS), **parts}
+    return {"border": Table(_columns(rows), note, [_as_text(row) for row in rows], _COLUMNS), **parts}
 
 
 def holds(run: Row) -> bool:
@@ -91,12 +90,10 @@ def _columns(rows: Sequence[Dict[str, Any]]) -> List[Tuple[str, List[str]]]:
         return Interval(row["n"], row[key], row[f"{key}_sd"], None, None).spread(2)
 
     def over_whole(row: Dict[str, Any]) -> str:
-        if row["whole"] is None:
-            return ""
-        return Interval(row["n"], row["whole"], None, row["whole_low"], row["whole_high"]).bounded(2)
+        return "" if row["whole"] is None else border_runs.difference_of(row, "whole", "whole_").bounded(2)
 
     def loss(row: Dict[str, Any]) -> Interval:
-        return Interval(row["n"], row["loss_difference"], None, row["loss_low"], row["loss_high"])
+        return border_runs.difference_of(row, "loss_difference", "loss_")
 
     return [
         *border_runs.headings(rows),
@@ -111,5 +108,5 @@ def _columns(rows: Sequence[Dict[str, Any]]) -> List[Tuple[str, List[str]]]:
     ]
 
 
-def _as_text(row: Dict[str, Any], names: Sequence[str]) -> Row:
-    return {key: cell(row[key]) for key in names}
+def _as_text(row: Dict[str, Any]) -> Row:
+    return {key: cell(row[key]) for key in _COLUMNS}

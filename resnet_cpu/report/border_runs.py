@@ -134,10 +134,13 @@ def pairs_of(place: Place, single: str, arms: Arms) -> Pairs:
     return Pairs(seeds, members, *([100 * scores[seed] for seed in seeds] for scores in (here, alone)))
 
 
-def difference_of(row: Mapping[str, Any]) -> Interval:
-    """Return the ensemble minus one model from a row of the table `border`, also from its CSV file."""
-    low, high = (None if row[key] in ("", None) else float(row[key]) for key in ("low", "high"))
-    return Interval(int(row["n"]), float(row["difference"]), None, low, high)
+def difference_of(row: Mapping[str, Any], mean: str = "difference", prefix: str = "") -> Interval:
+    """Return the ensemble minus one model from a row of the table `border`, also from its CSV file.
+
+    `mean` and the `prefix` of `low` and `high` choose another difference of the row.
+    """
+    low, high = (None if row[key] in ("", None) else float(row[key]) for key in (f"{prefix}low", f"{prefix}high"))
+    return Interval(int(row["n"]), float(row[mean]), None, low, high)
 
 
 def headings(rows: Sequence[Mapping[str, Any]], of_ensembles: bool = True) -> List[Column]:

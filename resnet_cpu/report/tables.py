@@ -174,7 +174,7 @@ def fill(document: str, tables: Mapping[str, Table]) -> str:
         name = match.group(1)
         if name not in tables:
             raise DataError(
-                f"<!-- table: {name} -->: there is no such table, or no run for it; there are {', '.join(tables)}"
+                f"<!-- table: {name} -->: table not found, or without runs; existing tables: {', '.join(tables)}"
             )
         return f"<!-- table: {name} -->\n{markdown(tables[name])}\n<!-- end of table -->"
 
