@@ -266,10 +266,7 @@ chosen() { { grep -E "^([^ ]*/)?($only)" || true; } | wanted; }
 numbered() { awk '{ lines[NR] = $0 } END { for (i = 1; i <= NR; i++) print i, NR, lines[i] }'; }
 all() { chosen | numbered | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
 scaling
-list | all
-border_search | all
-border | all
+{ list; border_search; border; cifar; } | all
 combine
 average | all
-cifar | all
 for seed in $seeds; do image_size "$seed" | all; done
