@@ -7,8 +7,8 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, Sequence, Tuple
 from resnet_cpu.report import border_runs
 from resnet_cpu.report.intervals import Interval, interval
 from resnet_cpu.report.plotting import pyplot, save
+from resnet_cpu.report.tables import Row, by_seed
 
-Row = Mapping[str, str]
 _FASHION = "ResNet-50 at 1/8 width, Fashion-MNIST"
 _CIFAR = "ResNet-50 at 1/8 width, CIFAR-10"
 _TITLES = {
@@ -57,14 +57,10 @@ def draw(
         save(figure, os.path.join(folder, f"{name}.png"))
 
 
-def _grouped(rows: Sequence[Row], prefix: str) -> Dict[str, List[Row]]:
-    """Return the rows of runs TABLE/ARM/seed-N whose table is `prefix`, by arm."""
-    groups: Dict[str, List[Row]] = {}
-    for row in rows:
-        table, arm, seed, *_ = [*row["run"].split("/"), "", ""]
-        if table == prefix and seed.startswith("seed-") and row["top1"]:  # not a run of the user's own
-            groups.setdefault(arm, []).append(row)
-    return groups
+def _grouped(rows: Sequence[Row], table: str) -> Dict[str, List[Row]]:
+    """Return the scored rows of runs TABLE/ARM/seed-N of one table, by arm."""
+    arms = by_seed([row for row in rows if row["top1"]], table)
+    return {arm: [row for found in seeds.values() for row in found] for arm, seeds in arms.items()}
 
 
 def _by_run(rows: Iterable[Row]) -> List[List[Row]]:

@@ -4,7 +4,7 @@ from typing import Dict, List, Sequence
 
 from resnet_cpu.report import border_runs
 from resnet_cpu.report.intervals import fixed
-from resnet_cpu.report.tables import Row, Table, cell
+from resnet_cpu.report.tables import Row, Table, by_seed, cell
 
 # Studies of one ensemble and one model, TABLE/cycles/seed-N and TABLE/one_model/seed-N of runs.csv: data and images.
 _PAIRED = {
@@ -35,12 +35,11 @@ def tables(runs: Sequence[Row], border: Sequence[Row]) -> Dict[str, Table]:
 
 def _of_pair(runs: Sequence[Row], name: str, data: str, images: int) -> List[Row]:
     """Return the row of a study whose runs are NAME/cycles/seed-N and NAME/one_model/seed-N, if both have been run."""
-    found: Dict[str, Dict[str, Dict[str, Row]]] = {"cycles": {}, "one_model": {}}  # rows by seed and what they score
-    for row in runs:
-        table, arm, seed, *more = [*row["run"].split("/"), "", ""]
-        if table == name and arm in found and seed.startswith("seed-") and not any(more):
-            found[arm].setdefault(seed, {})[row["what"]] = row
-    cycles, singles = found["cycles"], found["one_model"]
+    arms = by_seed(runs, name)
+    cycles, singles = (
+        {seed: {row["what"]: row for row in rows} for seed, rows in arms.get(arm, {}).items()}
+        for arm in ("cycles", "one_model")
+    )
     seeds = sorted(seed for seed in cycles if "ensemble" in cycles[seed] and "last" in singles.get(seed, {}))
     if not seeds:
         return []

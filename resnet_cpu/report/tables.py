@@ -103,6 +103,16 @@ def find_runs(line: Row, runs: Iterable[Row]) -> List[Row]:
     return [row for row in runs if line["runs"] and fnmatch.fnmatchcase(row["run"], line["runs"])]
 
 
+def by_seed(runs: Iterable[Row], table: str) -> Dict[str, Dict[str, List[Row]]]:
+    """Return the rows of runs TABLE/ARM/seed-N of one table, by arm and seed; other runs are the user's own."""
+    found: Dict[str, Dict[str, List[Row]]] = {}
+    for row in runs:
+        parts = row["run"].split("/")
+        if len(parts) == 3 and parts[0] == table and parts[2].startswith("seed-"):
+            found.setdefault(parts[1], {}).setdefault(parts[2], []).append(row)
+    return found
+
+
 def warn_of_unused(name: str, runs: Sequence[Row], spec: Sequence[Row]) -> None:
     """Report on standard error which runs of a CSV file in `RESULTS` are not in any table."""
     used = {row["run"] for line in spec for row in find_runs(line, runs)}
