@@ -13,16 +13,22 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).parent.parent
 ALLOCATOR = next(iter(sorted(pathlib.Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4"))), None)
+# Variables with these prefixes are not inherited, so that each side runs with its own settings only.
+TUNING = (
+    *("OMP_", "KMP_", "GOMP_", "MKL_", "TF_", "ITEX_", "ONEDNN_", "DNNL_"),
+    *("TORCH", "OMPI_MCA_", "LD_PRELOAD", "MALLOC_"),
+)
 
 Row = Dict[str, float]
 
 
 def start(command: list, **environment: str) -> subprocess.Popen:
-    """Start a command in the root of the repository, with its output piped."""
+    """Start a command in the root of the repository, with its output piped; see TUNING for its environment."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(TUNING)}
     return subprocess.Popen(
         [str(part) for part in command],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**inherited, **environment},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -28,21 +28,6 @@ import paired  # noqa: E402
 
 WARMUP = 2  # steps that are not timed: our second step on two ranks still allocates memory
 COLUMNS = ["round", "side", "images_per_second", "seconds", "versions"]
-# Variables with these prefixes are removed, so that each side runs with its own settings only.
-TUNING = (
-    "OMP_",
-    "KMP_",
-    "GOMP_",
-    "MKL_",
-    "TF_",
-    "ITEX_",
-    "ONEDNN_",
-    "DNNL_",
-    "TORCH",
-    "OMPI_MCA_",
-    "LD_PRELOAD",
-    "MALLOC_",
-)
 GOALS = ["ours_1_rank", "ours_2_ranks", "pytorch", "pytorch_tcmalloc", "pytorch_ddp", "tensorflow_newest"]
 GOALS += ["tensorflow_newest_tuned"]
 # A peer may have several sides. All are bases; the fastest one on this machine is what counts.
@@ -231,8 +216,6 @@ def main() -> None:
     if not arguments.report:
         chosen = {"all": list(sides), "goals": GOALS}.get(arguments.sides, arguments.sides.split(","))
         check(parser, sides, chosen)
-        for name in [name for name in os.environ if name.startswith(TUNING)]:
-            del os.environ[name]
         measure({name: sides[name] for name in chosen}, arguments.rounds, out, arguments.minutes, arguments.limit_s)
     report(list(read(out).values()))
 
