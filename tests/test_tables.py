@@ -43,6 +43,26 @@ def test_documents_hold_what_make_tables_writes(committed):
     assert changed != text and report.fill(changed, committed) == text
 
 
+_TABLE = re.compile(r"<!-- table: .*?<!-- end of table -->", re.S)
+_FIGURE = re.compile(r"(?<![\d.,])[+-]\d+\.\d\d(?!\d)")
+ARGUED = ("README.md", "docs/results.md", "docs/ensemble.md")  # texts that argue with the figures of the tables
+EARLIER = {"-0.57", "+0.81"}  # the first version of the predictions: commit aeed050
+
+
+def not_in_a_table(texts):
+    """Return the differences (signed, two decimals) that the texts state and none of their tables has."""
+    held = {figure for text in texts for table in _TABLE.findall(text) for figure in _FIGURE.findall(table)}
+    return {figure for text in texts for figure in _FIGURE.findall(_TABLE.sub("", text))} - held - EARLIER
+
+
+def test_differences_in_texts_are_those_of_the_tables():
+    texts = [(ROOT / name).read_text() for name in ARGUED]
+    assert len(_FIGURE.findall(_TABLE.sub("", texts[1]))) > 20
+    assert not_in_a_table(texts) == set()
+    # Negative control: a text that was not brought up to date after new runs.
+    assert not_in_a_table([*texts, "the ensemble is 123.45 points ahead (+99.12 ... +0.40)"]) == {"+99.12"}
+
+
 def test_committed_csv_and_latex_are_what_make_tables_writes(committed, tmp_path):
     assert len(committed) >= 9
     for name, table in committed.items():
