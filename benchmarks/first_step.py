@@ -60,26 +60,16 @@ def stages(command: list, started: float) -> paired.Row:
     import tensorflow as tf
 
     mark()
-    from resnet_cpu.data.batches import training_batches
-    from resnet_cpu.model.kernels import library
-    from resnet_cpu.recipe.schedule import Rates
-    from resnet_cpu.training import state, step
+    from resnet_cpu.bench import steps
 
-    batch = resolve_batch(settings, 1)
-    fused = library.choose(settings).used
-    model = state.build_model(settings, fused)
-    train_step = step.TrainStep(model, settings.recipe, fused_update=fused)
+    batch, size = resolve_batch(settings, 1), settings.data.image_size
+    train_step, batches = steps.synthetic_training(settings, world, batch, 10**6)
     mark()
-    size = settings.data.image_size
-    batches = training_batches(
-        settings, world, None, examples=4 * batch.total, batch=batch, first_step=0, last_step=10**6, augment="none",
-        image_size=size,
-    )  # fmt: skip
     images, labels = tf.TensorSpec([batch.per_rank, size, size, 3]), tf.TensorSpec([batch.per_rank], tf.int64)
     train_step.update.get_concrete_function(images, labels, tf.TensorSpec([3]), tf.TensorSpec([]))
     mark()
     for _ in range(3):
-        train_step.take(batches, Rates(0.0, 0.0, 0.0))
+        train_step.take(batches, steps.STILL)
         mark()
     assert train_step.update.experimental_get_tracing_count() == 1, "the first step traced another graph"
     return {name: later - earlier for name, earlier, later in zip(STAGES, marks, marks[1:])}

@@ -150,26 +150,16 @@ def training_step(arguments: argparse.Namespace) -> Tuple[Callable[[], Any], Any
     print(f"environment: {placement.apply(settings.system.threads, world.cores)}", flush=True)
     import tensorflow as tf
 
+    from resnet_cpu.bench import steps
     from resnet_cpu.cluster import horovod
-    from resnet_cpu.data.batches import training_batches
-    from resnet_cpu.model.kernels import library
-    from resnet_cpu.recipe.schedule import Rates
-    from resnet_cpu.training import state, step
+    from resnet_cpu.training import state
 
     tf.get_logger().setLevel("ERROR")  # it warns of repeated tracing; each function here is a different one
     horovod.start(world)
-    batch = resolve_batch(settings, world.size)
-    fused = library.choose(settings).used
-    model = state.build_model(settings, fused)
-    train_step = step.TrainStep(model, settings.recipe, fused_update=fused)
-    batches = training_batches(
-        settings, world, None, examples=4 * batch.total, batch=batch, first_step=0, last_step=10**6, augment="none",
-        image_size=arguments.image_size,
-    )  # fmt: skip
-    rates = Rates(0.0, 0.0, 0.0)  # the same cost as any other, and never divergence
+    train_step, batches = steps.synthetic_training(settings, world, resolve_batch(settings, world.size), 10**6)
     size = [arguments.image_size, arguments.image_size, 3]
     shaped = tf.keras.models.clone_model(state.build_model(settings, False), tf.keras.Input(size))
-    return lambda: train_step.take(batches, rates), shaped
+    return lambda: train_step.take(batches, steps.STILL), shaped
 
 
 def main() -> None:

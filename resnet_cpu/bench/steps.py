@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from typing import Callable, Iterator, List, Optional
+from typing import Callable, Iterator, List, Optional, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -88,14 +88,23 @@ def run(settings: Settings, world: World) -> StepTimings:
     )
 
 
-def _training(settings: Settings, world: World, batch: Batch, steps: int) -> Callable[[], Optional[float]]:
+STILL = Rates(0.0, 0.0, 0.0)  # a step at these costs as much as any other, and never diverges
+
+
+def synthetic_training(
+    settings: Settings, world: World, batch: Batch, steps: int
+) -> Tuple[TrainStep, Iterator[TrainingBatch]]:
+    """Return a new model's training step, and synthetic batches for `steps` of them."""
     fused = library.choose(settings).used
     train_step = TrainStep(build_model(settings, fused), settings.recipe, batch.accumulate_steps, fused)
-    batches = _synthetic_batches(settings, world, batch, steps)
-    rates = Rates(0.0, 0.0, 0.0)  # the same cost as any other, and never divergence
+    return train_step, _synthetic_batches(settings, world, batch, steps)
+
+
+def _training(settings: Settings, world: World, batch: Batch, steps: int) -> Callable[[], Optional[float]]:
+    train_step, batches = synthetic_training(settings, world, batch, steps)
 
     def train() -> float:
-        return train_step.take(batches, rates).update_s
+        return train_step.take(batches, STILL).update_s
 
     return train
 
