@@ -115,7 +115,34 @@ def test_flagfiles_are_short_and_name_their_source():
             assert "Command" in head and "xpected" in head, path
 
 
-PIXELS = ((72.9404,) * 3, (90.0212,) * 3)  # mean and deviation of Fashion-MNIST
+# Of each data set of the committed runs: training images, mean and deviation of their pixels, digest of the classes.
+DATA = {
+    "fashion_mnist": (60000, ((72.9404,) * 3, (90.0212,) * 3), None),
+    "cifar10": (
+        50000,
+        ((125.5384, 123.3055, 113.99), (62.6079, 61.9863, 66.5736)),
+        "fcdc2e1a755ed3463be7e0a84987dac8d36a8636d40302c9b309ab53f8679071",
+    ),
+    "half_tiny_imagenet": (
+        45000,
+        ((123.9004, 115.7658, 102.3676), (66.0973, 64.196, 67.8652)),
+        "6042040903a31d77fc112b5a7d76b1532d3cdedeb3bca23f0d78a835dcf1d3ea",
+    ),
+    "tiny_imagenet": (
+        100000,
+        ((121.8716, 113.5472, 100.8325), (70.2899, 68.2186, 71.4118)),
+        "fc4944cf9a7ee2a6d4d6804005b2ffa90100e3dba5090d8f56b9d8c4b660540a",
+    ),
+}
+
+
+def recipe_of(*flags):
+    """Return the digest of the recipe that a run with these flags records, on the data set that they name."""
+    settings = commandline.parse([*flags, "--seed=5"])
+    whole, pixels, classes = DATA[os.path.basename(settings.data.data_dir or settings.data.dataset)]
+    examples = settings.data.train_examples or whole
+    recorded = signature.of(settings, resolve_recipe(settings, 1, examples), examples, pixels, classes=classes)
+    return accuracy.recipe_digest(recorded)
 
 
 def test_flagfiles_read_the_data_set_that_their_command_prepares():
@@ -138,22 +165,20 @@ def test_committed_runs_have_the_recipes_of_their_flagfiles(monkeypatch):
         if line["flagfile"].endswith(".flags") and not line["table"].startswith("search_")  # these change the recipe
     ]
     recipes = {
-        (line["flagfile"], run["recipe"], run["global_batch_size"])
+        (line["table"], line["flagfile"], run["recipe"], run["global_batch_size"])
         for line in lines
         for run in report.find_runs(line, runs)
     }
     assert len(recipes) >= 17
-    for flagfile, recipe, batch in recipes:
-        more = [f"--global_batch_size={batch}"] if "ladder" in flagfile else []
-        settings = commandline.parse([f"--flagfile=experiments/{flagfile}", "--seed=5", *more])
-        examples = settings.data.train_examples or 60000
-        recorded = signature.of(settings, resolve_recipe(settings, 1, examples), examples, PIXELS)
-        assert accuracy.recipe_digest(recorded) == recipe, flagfile
-
-
-# Pixels (mean, deviation) and digest of the classes of data/half_tiny_imagenet (border/make_data.py, `prepare folder`).
-TINY_PIXELS = ((123.9004, 115.7658, 102.3676), (66.0973, 64.196, 67.8652))
-TINY_CLASSES = "6042040903a31d77fc112b5a7d76b1532d3cdedeb3bca23f0d78a835dcf1d3ea"
+    for table, flagfile, recipe, batch in recipes:
+        flags = [f"--flagfile=experiments/{flagfile}"]
+        if "ladder" in table:
+            flags += [f"--global_batch_size={batch}"]
+        if table == "ladder_cifar_20":  # as reproduce.sh
+            flags += re.findall(
+                "^--phase=.*", (EXPERIMENTS / flagfile).read_text().replace("epochs=10,", "epochs=20,"), re.M
+            )
+        assert recipe_of(*flags) == recipe, (table, flagfile)
 
 
 def test_committed_runs_of_the_border_experiment_have_the_recipes_of_their_flagfiles(monkeypatch):
@@ -165,17 +190,14 @@ def test_committed_runs_of_the_border_experiment_have_the_recipes_of_their_flagf
         flagfile = f"experiments/collapsed_ensemble/border/{place.arm}.flags"
         if place.setting not in ("tiny", "tuned") or not os.path.exists(flagfile):
             continue
-        flags = [f"--flagfile={flagfile}", f"--train_examples={place.images}", "--seed=5"]
+        flags = [f"--flagfile={flagfile}", f"--train_examples={place.images}"]
         if place.setting == "tuned":  # as with_decay of experiments/reproduce.sh
             decay = decays[border_runs.name_of(*place[:2]), place.arm] / 2e-3
             text = (ROOT / flagfile).read_text()
             text = re.sub(r"wd=([\de.-]+)", lambda found: f"wd={float(found[1]) * decay:.6g}", text)  # noqa: B023
             flags += re.findall(r"^--phase=.*", text, flags=re.M)
-        settings = commandline.parse(flags)
-        recipe = resolve_recipe(settings, 1, place.images)
-        recorded = signature.of(settings, recipe, place.images, TINY_PIXELS, classes=TINY_CLASSES)
         for rows in seeds.values():
-            assert {row["recipe"] for row in rows.values()} == {accuracy.recipe_digest(recorded)}, place
+            assert {row["recipe"] for row in rows.values()} == {recipe_of(*flags)}, place
             checked += 1
     assert checked >= 9
 
