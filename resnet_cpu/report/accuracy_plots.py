@@ -19,7 +19,7 @@ _TITLES = {
     "ensemble_full": f"{_FASHION}, 5,000 images, all of the published epochs",
     "cycles": f"{_FASHION}, 18.1 epochs of 20,000 images",
     "border": "ResNet-50 at 1/8 width on 100 classes of Tiny-ImageNet, at most 998,400 images in all for each side\n"
-    "hollow diamonds: predicted before any result",
+    "hollow diamonds: predicted before the ensembles had finished",
     "image_size": "ResNet-50 at 1/8 width, Tiny-ImageNet, 499,200 images for each side",
 }
 _VARIANTS = {"tuned": "weight decay tuned", "wide": "twice the width", "cifar": "CIFAR-10"}  # of the border experiment
