@@ -64,6 +64,9 @@ def test_plots_of_all_experiments_ignore_other_runs_and_tables(tmp_path):
     runs = [
         row("ladder/linear-64/seed-0", steps="100"),
         row("ladder/linear-256/seed-0", steps="25"),
+        row("ladder_cifar/linear-256/seed-0", steps="50"),
+        row("ladder_cifar/linear-1024/seed-0", steps="12"),
+        row("ladder_cifar_20/linear-256/seed-0", steps="100"),
         row("ladder/mine"),
         row("ensemble/cycles/mine"),
         row("ensemble_full/cycles/seed-0"),
@@ -83,7 +86,11 @@ def test_plots_of_all_experiments_ignore_other_runs_and_tables(tmp_path):
     made = {"scaling": LADDER, "published": [PUBLISHED], "recipes": [{"what": "a score", "n": "1"}]}
     scaling_plots.draw_tables(made, str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {
-        f"{n}.png" for n in ("ladder", "ensemble", "cycles", "scaling", "image_size")
+        f"{n}.png"
+        for n in (
+            *("ladder", "ladder_cifar", "ladder_cifar_20", "ladder_steps"),
+            *("ensemble", "cycles", "scaling", "image_size"),
+        )
     }
 
 

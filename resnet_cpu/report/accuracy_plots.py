@@ -15,6 +15,7 @@ _TITLES = {
     "ladder": f"{_FASHION}, 3 epochs of 60,000 images",
     "ladder_cifar": f"{_CIFAR}, 10 epochs of 50,000 images",
     "ladder_cifar_20": f"{_CIFAR}, 20 epochs of 50,000 images",
+    "ladder_steps": "ResNet-50 at 1/8 width: linear rule with warm-up; numbers: images per batch",
     "ensemble": f"{_FASHION}, 20,000 images, a quarter of the published epochs",
     "ensemble_full": f"{_FASHION}, 5,000 images, all of the published epochs",
     "cycles": f"{_FASHION}, 18.1 epochs of 20,000 images",
@@ -23,6 +24,11 @@ _TITLES = {
     "image_size": "ResNet-50 at 1/8 width, Tiny-ImageNet, 499,200 images for each side",
 }
 _VARIANTS = {"tuned": "weight decay tuned", "wide": "twice the width", "cifar": "CIFAR-10"}  # of the border experiment
+_LADDERS = {
+    "ladder": "Fashion-MNIST,\n3 epochs",
+    "ladder_cifar": "CIFAR-10,\n10 epochs",
+    "ladder_cifar_20": "CIFAR-10,\n20 epochs",
+}
 _RULES = {"linear": "linear rule, warm-up", "unscaled": "no scaling, no warm-up", "lars": "LARS, warm-up"}
 _PUBLISHED_LADDER = "haiku_"  # ids in published.csv
 
@@ -35,10 +41,12 @@ def draw(
     reference = {int(row["global_batch_size"]): float(row["value"]) for row in published
                  if row["id"].startswith(_PUBLISHED_LADDER) and row["global_batch_size"]}  # fmt: skip
     drawings: Dict[str, Callable[[Any], None]] = {}
-    for table in ("ladder", "ladder_cifar", "ladder_cifar_20"):
-        rules = _rungs(_grouped(last, table))
-        if rules:
-            drawings[table] = functools.partial(_ladder, rules=rules, published=reference)
+    ladders = {table: rules for table in _LADDERS if (rules := _rungs(_grouped(last, table)))}
+    for table, rules in ladders.items():
+        drawings[table] = functools.partial(_ladder, rules=rules, published=reference)
+    linear = {table: rules["linear"] for table, rules in ladders.items() if len(rules.get("linear", {})) > 1}
+    if len(linear) > 1:
+        drawings["ladder_steps"] = functools.partial(_ladder_steps, ladders=linear)
     for table in ("ensemble", "ensemble_full"):
         arms = _grouped(runs, table)
         if any(row["what"].startswith("prefix:") for row in arms.get("cycles", [])):
@@ -118,6 +126,34 @@ def _ladder(axes: Any, rules: Mapping[str, Mapping[int, Sequence[Row]]], publish
     )
     axes.set_xlabel("global batch, images")
     axes.set_ylabel("top-1, %; a point for each seed")
+    axes.grid(alpha=0.3)
+    _name(axes, names)
+
+
+def _ladder_steps(axes: Any, ladders: Mapping[str, Mapping[int, Sequence[Row]]]) -> None:
+    """Draw what larger batches cost over the number of steps: top-1 minus that of the smallest batch, seed by seed."""
+    axes.axhline(0, color="black", linewidth=1)
+    names: List[Tuple[float, str, str]] = []
+    for number, (table, rungs) in enumerate(ladders.items()):
+        sizes, colour = sorted(rungs), f"C{number}"
+        smallest = {row["seed"]: row for row in rungs[sizes[0]]}
+        steps, losses = [], []
+        for size in sizes[1:]:
+            pairs = [(row, smallest[row["seed"]]) for row in rungs[size] if row["seed"] in smallest]
+            if pairs:
+                steps.append(int(pairs[0][0]["steps"]))
+                losses.append(interval([100 * (float(row["top1"]) - float(base["top1"])) for row, base in pairs]))
+                axes.annotate(
+                    f"{size:,}", (steps[-1], losses[-1].mean), (5, 5), textcoords="offset points", color=colour
+                )
+        if steps:
+            _with_intervals(axes, steps, losses, colour)
+            names.append((losses[0].mean, _LADDERS[table], colour))
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_locator(pyplot().NullLocator())
+    axes.set_xlabel("steps of the whole training")
+    axes.set_ylabel("top-1 minus that of the smallest batch, points\n(95 % interval)")
     axes.grid(alpha=0.3)
     _name(axes, names)
 
