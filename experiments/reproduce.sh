@@ -17,7 +17,6 @@ border=$ensemble/border
 
 # Print a message with the time. The message is expanded before this command runs, so that it may hold a status.
 timed() { echo "$(date +%T) $(cat)"; }
-export -f timed
 
 # The ladders need an otherwise idle machine. Rungs take turns, so that drift of the machine affects all of them; each
 # repetition is a batch. On all rungs, every rank has a core of its own and one thread.
@@ -239,15 +238,18 @@ average_members() {
 # one NUMBER TOTAL FOLDER FLAG...: make one run. SLOT is the number of the process as xargs counts them; it selects the core. A
 # failed run is reported, the others continue.
 one() {
-  local count="$1 of $2" folder=$3
+  local number=$1 total=$2 folder=$3
   shift 3
   mkdir -p "$runs/$folder"
-  local core=$((SLOT % $(nproc)))
-  if taskset -c "$core" python -m resnet_cpu.train "$@" --run_dir="$runs/$folder" --threads=1 --data_threads=1 \
-    >"$runs/$folder/out" 2>>"$runs/$folder/log"; then
+  local core=$((SLOT % $(nproc))) status=0
+  taskset -c "$core" python -m resnet_cpu.train "$@" --run_dir="$runs/$folder" --threads=1 --data_threads=1 \
+    >"$runs/$folder/out" 2>>"$runs/$folder/log" || status=$?
+  local count="$number of $total" left=$((($(date +%s) - began) * (total - number) / number / 60))
+  if ((number < total)); then count+=", about $left min left"; fi
+  if ((status == 0)); then
     echo "$(date +%T) done   $folder ($count)"
   else
-    echo "ended with $?: $folder ($count; see $runs/$folder/log)" | timed
+    echo "$(date +%T) ended with $status: $folder ($count; see $runs/$folder/log)"
   fi
 }
 export -f one
@@ -264,7 +266,7 @@ wanted() {
 }
 chosen() { { grep -E "^([^ ]*/)?($only)" || true; } | wanted; }
 numbered() { awk '{ lines[NR] = $0 } END { for (i = 1; i <= NR; i++) print i, NR, lines[i] }'; }
-all() { chosen | numbered | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
+all() { began=$(date +%s) && export began && chosen | numbered | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
 scaling
 { list; border_search; border; cifar; } | all
 combine

@@ -115,8 +115,8 @@ def test_the_search_of_the_weight_decay_has_half_of_the_budget_for_each_side(wit
 def test_each_run_is_reported_with_its_number_and_how_it_ended(with_data):
     printed, _ = with_data(ONLY="search_cifar/lars", JOBS="1")
     lines = [line.split(" ", 1)[1].strip() for line in printed.splitlines() if " of 3" in line]
-    assert lines[0] == "done   search_cifar/lars-2.5/seed-9 (1 of 3)"
-    assert lines[1].startswith("ended with 75: search_cifar/lars-5/seed-9 (2 of 3; see ")
+    assert lines[0] == "done   search_cifar/lars-2.5/seed-9 (1 of 3, about 0 min left)"
+    assert lines[1].startswith("ended with 75: search_cifar/lars-5/seed-9 (2 of 3, about 0 min left; see ")
     assert lines[2] == "done   search_cifar/lars-10/seed-9 (3 of 3)"
 
 
