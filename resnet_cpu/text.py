@@ -18,6 +18,11 @@ def count(number: Union[int, str], noun: str) -> str:
     return f"{number} {noun}" + ("" if str(number) == "1" else "s")
 
 
+def shown_loss(value: float) -> str:
+    """Return a loss with four digits after the point; one of a training that fails may have 37 digits before it."""
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
+
+
 def aligned(rows: Sequence[Sequence[str]], to: Callable[[str, int], str] = str.rjust) -> List[str]:
     """Return rows of cells as lines whose columns are aligned by `to` (`str.rjust` or `str.ljust`)."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -13,7 +13,7 @@ from resnet_cpu.report import plotting, profile, run_plots, tables
 from resnet_cpu.run import provenance
 from resnet_cpu.run.folder import RunFolder, finite, read_json, read_rows
 from resnet_cpu.scaling import steptimes
-from resnet_cpu.text import count, duration
+from resnet_cpu.text import count, duration, shown_loss
 from resnet_cpu.training.evaluation import Score
 from resnet_cpu.training.job import Job
 from resnet_cpu.training.step import Outcome
@@ -44,7 +44,7 @@ class Progress:
         line = (
             f"{row['phase']}  step {steps}/{self.total_steps}  "
             f"epoch {self.total_epochs * steps / self.total_steps:.2f}/{self.total_epochs:.2f}  "
-            f"loss {row['loss']:.4f}  lr {row['lr']:.5g}  {speed}"
+            f"loss {shown_loss(row['loss'])}  lr {row['lr']:.5g}  {speed}"
         )
         self._write(line + ("" if self._terminal else "\n"))
 
@@ -207,7 +207,7 @@ class Report:
         self._write_clock()
         self.say(
             f"evaluation after step {step}{f' (end of {end_of})' if end_of else ''}: top-1 {100 * score.top1:.2f} %, "
-            f"top-5 {100 * score.top5:.2f} %, loss {score.loss:.4f} on {score.examples} images, "
+            f"top-5 {100 * score.top5:.2f} %, loss {shown_loss(score.loss)} on {score.examples} images, "
             f"{row['images_per_second']:.0f} img/s"
         )
 
