@@ -24,8 +24,8 @@ class Interval(NamedTuple):
 
     def spread(self, digits: int) -> str:
         """Return the mean and the standard deviation, as in `22.64 ± 0.31`."""
-        mean = f"{self.mean:.{digits}f}"
-        return mean if self.sd is None else f"{mean} ± {self.sd:.{digits}f}"
+        shape = f".{digits}f" if abs(self.mean) < 1e6 else ".1e"  # the loss of a training that failed
+        return f"{self.mean:{shape}}" if self.sd is None else f"{self.mean:{shape}} ± {self.sd:{shape}}"
 
 
 def fixed(value: float, digits: int, sign: str = "+") -> str:
