@@ -276,5 +276,8 @@ def test_the_note_names_the_machines_of_the_settings_shown():
 def test_a_rounded_zero_has_no_minus():
     assert intervals.fixed(-0.004, 2) == "+0.00" and intervals.fixed(-0.006, 2) == "-0.01"
     assert intervals.interval([-0.001, 0.001]).bounded(1) == "+0.0 (+0.0 ... +0.0)"
+
+
+def test_a_huge_mean_is_written_in_powers_of_ten():
     assert intervals.interval([1.0, 2.0]).spread(2) == "1.50 ± 0.71"
     assert intervals.interval([1e11, 2e11]).spread(2) == "1.5e+11 ± 7.1e+10"  # the loss of a training that failed
