@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run all experiments of docs/results.md, with one single-threaded process per core, which takes tens of hours; and before them the
 # ladders of docs/scaling.md, one run at a time, which takes minutes. Call it again after an interruption: finished runs are
-# skipped, interrupted ones are continued.
+# skipped, interrupted ones are continued. It ends with 1 if a run ended with an error.
 #
 #   make reproduce                        RUNS=folder (runs/reproduce)  SEEDS="0 1 2"  JOBS=cores  ONLY=beginning-of-names
 #   MISSING=1 make reproduce              without the runs that experiments/results/runs.csv holds (ladders: scaling_runs.csv)
@@ -14,6 +14,17 @@ only=${ONLY:-}  # how the names of the runs begin, or their ends after a slash: 
 ensemble=experiments/collapsed_ensemble
 ladder=experiments/lr_scaling
 border=$ensemble/border
+
+wrong() { # MESSAGE: end with one line
+  echo "$0: $1" >&2
+  exit 64
+}
+if ! [[ $seeds =~ ^[0-9]+( [0-9]+)*$ ]]; then wrong "SEEDS=$seeds: give numbers with blanks between them, as in SEEDS=\"0 1 2\""; fi
+if [[ $(tr ' ' '\n' <<<"$seeds" | sort | uniq -d) ]]; then wrong "SEEDS=$seeds: names a seed twice"; fi
+if ! [[ $jobs =~ ^[1-9][0-9]*$ ]]; then wrong "JOBS=$jobs: give a number of processes, 1 or more"; fi
+status=0
+grep -qE "($only)" <<<"" 2>/dev/null || status=$?
+if ((status > 1)); then wrong "ONLY=$only: not a regular expression; see grep -E"; fi
 
 # Print a message with the time. The message is expanded before this command runs, so that it may hold a status.
 timed() { echo "$(date +%T) $(cat)"; }
@@ -237,6 +248,7 @@ average_members() {
 
 # one NUMBER TOTAL FOLDER FLAG...: make one run. SLOT is the number of the process as xargs counts them; it selects the core. A
 # failed run is reported, the others continue.
+# shellcheck disable=SC2329  # xargs calls it
 one() {
   local number=$1 total=$2 folder=$3
   shift 3
@@ -250,6 +262,7 @@ one() {
     echo "$(date +%T) done   $folder ($count)"
   else
     echo "$(date +%T) ended with $status: $folder ($count; see $runs/$folder/log)"
+    return 1
   fi
 }
 export -f one
@@ -268,7 +281,9 @@ chosen() { { grep -E "^([^ ]*/)?($only)" || true; } | wanted; }
 numbered() { awk '{ lines[NR] = $0 } END { for (i = 1; i <= NR; i++) print i, NR, lines[i] }'; }
 all() { began=$(date +%s) && export began && chosen | numbered | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
 scaling
-{ list; border_search; border; cifar; } | all
+failed=0 # whether a run ended with an error
+{ list; border_search; border; cifar; } | all || failed=1
 combine
-average | all
-for seed in $seeds; do image_size "$seed" | all; done
+average | all || failed=1
+for seed in $seeds; do image_size "$seed" | all || failed=1; done
+exit "$failed"

@@ -25,4 +25,4 @@ def main(argv: List[str]) -> None:
 
 
 if __name__ == "__main__":
-    guard.run(main)
+    guard.run(main, reader_may_leave=True)

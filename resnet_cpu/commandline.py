@@ -163,7 +163,7 @@ def _parse(values: flags.FlagValues, argv: Sequence[str]) -> List[str]:
         if " " in name:
             remedy = "write --name=value"
         raise FlagError(f"{shown}: unknown flag; {remedy}") from None
-    except flags.Error as error:
+    except (flags.Error, ValueError) as error:  # ValueError: a value for the no-form of a switch, as in --noquick=1
         reason = " ".join(str(error).removeprefix("ERROR:: ").split())
         remedy = _COMMENT if " #" in reason else "see --help for the values that are allowed"
         raise FlagError(f"{reason}; {remedy}") from None

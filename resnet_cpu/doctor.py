@@ -21,4 +21,4 @@ if __name__ == "__main__":
         sys.exit(examination.report(Asked(quick=True), "--json" in sys.argv))
     from resnet_cpu.cluster import guard
 
-    guard.run(main)
+    guard.run(main, reader_may_leave=True)

@@ -46,4 +46,4 @@ def _score_ensemble(asked: Settings, argv: List[str]) -> Tuple[int, Dict[str, An
 
 
 if __name__ == "__main__":
-    guard.run(main)
+    guard.run(main, reader_may_leave=True)

@@ -60,6 +60,11 @@ def test_defaults_follow_the_data_set():
     assert commandline.parse(["--dataset=fashion_mnist", "--image_size=64"]).data.image_size == 64
 
 
+def test_a_value_for_the_negative_form_of_a_switch_is_refused():
+    with pytest.raises(FlagError, match="--noquick=1 does not take an argument"):
+        commandline.parse(["--noquick=1"], "doctor")
+
+
 def test_flagfiles_nest_later_flags_win_and_lines_may_be_indented(tmp_path):
     (tmp_path / "base.flags").write_text("# a comment\n--seed=1\n--batch_size=4\n")
     (tmp_path / "top.flags").write_text(f"--flagfile={tmp_path}/base.flags\n  --seed=2\n  # indented\n\t--width=2\n")

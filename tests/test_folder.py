@@ -88,3 +88,29 @@ def test_progress_of_the_first_step_has_no_speed(capsys):
     }
     report.Progress(20, 1.0, 2).show(row, 0.0)
     assert "first step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", [b"\xff\n", b"{}\n", b"5\n", b'{"step": "1"}\n', b"[" * 100_000 + b"\n"])
+def test_damaged_lines_are_left_out(tmp_path, line):
+    path = tmp_path / "eval.jsonl"
+    path.write_bytes(b'{"step": 1, "top1": 0.5}\n' + line + b'{"step": 2, "top1": 0.6}\n')
+    assert [row["top1"] for row in runlog.read_rows(str(path))] == [0.5, 0.6]
+
+
+@pytest.mark.parametrize("content", [b"", b"5", b"[]", b'"x"', b"\xff", b"{"])
+def test_a_json_file_that_holds_no_object_counts_as_unreadable(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    assert runlog.read_json(str(tmp_path / "run.json")) is None
+    (tmp_path / "run.json").write_text("{}")
+    assert runlog.read_json(str(tmp_path / "run.json")) == {}
+    assert runlog.read_record(str(tmp_path)) is None  # it has no signature
+    (tmp_path / "run.json").write_text('{"signature": {}}')
+    assert runlog.read_record(str(tmp_path)) == {"signature": {}}
+
+
+def test_a_data_set_and_the_root_cannot_be_run_folders(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    for path, what in ((tmp_path, "a data set"), ("/", "the root"), ("/tmp/..", "the root")):
+        with pytest.raises(RunFolderError, match=what):
+            runlog.RunFolder(str(path))
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]

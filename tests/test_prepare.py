@@ -57,6 +57,23 @@ def test_an_unknown_source_is_refused_with_those_that_exist(run, tmp_path):
         run("digits")
 
 
+@pytest.mark.parametrize(
+    "words, flag",
+    [
+        (["digits", "--dry_run"], "--dry_run"),
+        (["digits", "--raw_dir=somewhere"], "--raw_dir"),
+        (["fashion_mnist", "--short_side=64"], "--short_side"),
+        (["fashion_mnist", "--seed=4"], "--seed"),
+        (["verify", "--allow_incomplete"], "--allow_incomplete"),
+    ],
+)
+def test_a_flag_that_the_source_would_ignore_is_refused(run, tmp_path, words, flag):
+    """Fault: `prepare digits --dry_run` wrote the data set."""
+    with pytest.raises(FlagError, match=f"{flag}: `prepare {words[0]}` does not use it; remove it"):
+        run(*words, f"--data_dir={tmp_path}/set")
+    assert not (tmp_path / "set").exists()
+
+
 def test_missing_raw_files_are_named(run, tmp_path):
     with pytest.raises(DataError, match="train-images-idx3-ubyte.gz: the file does not exist; set --raw_dir"):
         run("fashion_mnist", f"--data_dir={tmp_path}", f"--raw_dir={tmp_path}")

@@ -28,7 +28,8 @@ def reproduce(tmp_path):
         calls.write_text("")
         path = f"{folder}:{OUTSIDE['PATH']}"
         environment = {**OUTSIDE, "PATH": path, "CALLS": str(calls), "RUNS": str(tmp_path / "runs"), **variables}
-        done = subprocess.run([script], env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run([script], env=environment, capture_output=True, text=True, check=False)
+        call.status = done.returncode
         return done.stdout + done.stderr, calls.read_text().splitlines()
 
     call.runs = tmp_path / "runs"
@@ -118,6 +119,29 @@ def test_each_run_is_reported_with_its_number_and_how_it_ended(with_data):
     assert lines[0] == "done   search_cifar/lars-2.5/seed-9 (1 of 3, about 0 min left)"
     assert lines[1].startswith("ended with 75: search_cifar/lars-5/seed-9 (2 of 3, about 0 min left; see ")
     assert lines[2] == "done   search_cifar/lars-10/seed-9 (3 of 3)"
+
+
+def test_it_ends_with_an_error_if_a_run_did(with_data, reproduce):
+    with_data(ONLY="search_cifar/lars")
+    assert reproduce.status == 1
+    with_data(ONLY="search_cifar/linear")  # negative control
+    assert reproduce.status == 0
+
+
+@pytest.mark.parametrize(
+    "variables, part",
+    [
+        ({"SEEDS": "x"}, "SEEDS=x: give numbers"),
+        ({"SEEDS": "0,1"}, "SEEDS=0,1: give numbers"),
+        ({"SEEDS": "0 1 0"}, "SEEDS=0 1 0: names a seed twice"),
+        ({"JOBS": "0"}, "JOBS=0: give a number"),
+        ({"ONLY": "("}, "ONLY=(: not a regular expression"),
+    ],
+)
+def test_wrong_variables_are_refused_in_one_line(reproduce, variables, part):
+    printed, calls = reproduce(**variables)
+    assert reproduce.status == 64 and calls == []
+    assert part in printed and len(printed.splitlines()) == 1
 
 
 def test_only_names_the_beginning_of_runs_or_what_follows_a_slash(with_data):

@@ -74,3 +74,15 @@ def test_a_run_with_closed_streams_is_complete(tmp_path, tiny_data, closed):
     assert process.returncode == 0, process.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 2
     assert "Traceback" not in process.stderr + process.stdout
+
+
+@pytest.mark.parametrize("may_leave, code", [(True, 0), (False, 74)])
+def test_when_the_reader_of_a_pipe_leaves(tmp_path, may_leave, code):
+    """Fault: a training whose log was piped into a reader that ended was reported as done."""
+    (tmp_path / "main.py").write_text(
+        "import sys\nfrom resnet_cpu.cluster import guard\n"
+        "def main(argv):\n    for _ in range(100000):\n        print('a line', file=sys.stderr)\n"
+        f"guard.run(main, reader_may_leave={may_leave})\n"
+    )
+    process = shell('"$python" main.py 2>&1 | head -1; exit "${PIPESTATUS[0]}"', tmp_path)
+    assert process.returncode == code and process.stdout == "a line\n"

@@ -31,8 +31,11 @@ _START_S = 600.0  # time that MPI is given to start on all ranks
 _stop_signal: Optional[int] = None
 
 
-def run(main: Callable[[List[str]], Optional[int]]) -> NoReturn:
-    """Run an entry point to the end of the process, with the exit codes of `resnet_cpu.errors`."""
+def run(main: Callable[[List[str]], Optional[int]], reader_may_leave: bool = False) -> NoReturn:
+    """Run an entry point to the end of the process, with the exit codes of `resnet_cpu.errors`.
+
+    With `reader_may_leave`, for entry points that only print, the end of a pipe's reader (`plan | head`) is code 0.
+    """
     streams.open_closed()
     faulthandler.enable()
     os.umask(os.umask(stat.S_IWOTH) | stat.S_IWOTH)  # what this process and the libraries in it write is not for others
@@ -43,8 +46,11 @@ def run(main: Callable[[List[str]], Optional[int]]) -> NoReturn:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if code:
             _exit(code, collective=False)
-    except BrokenPipeError:  # `plan | head`: the reader has closed the pipe
-        os._exit(0 if _mpi() is None else 1)
+    except BrokenPipeError:
+        if reader_may_leave and _mpi() is None:
+            os._exit(0)
+        _print_error("the reader of standard output or standard error has left; run the same command again")
+        _exit(OutputError.exit_code, collective=False)
     except KeyboardInterrupt:
         _print_error("interrupted")
         _exit(130, collective=False)

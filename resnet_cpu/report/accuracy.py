@@ -18,7 +18,7 @@ from resnet_cpu.errors import DataError, printable
 from resnet_cpu.report.intervals import Interval, interval
 from resnet_cpu.report.tables import NOT_RUN, Column, Row, Table, cell, find_published, find_runs, origin, run_folders
 from resnet_cpu.run import signature
-from resnet_cpu.run.folder import read_json, read_rows
+from resnet_cpu.run.folder import read_json, read_record, read_rows
 
 RUNS, CURVES = "runs.csv", "curves.csv"
 ENSEMBLE = "ensemble.json"
@@ -44,14 +44,14 @@ def collect(folder: str) -> Tuple[List[Row], List[Row]]:
     runs: List[Row] = []
     curves: List[Row] = []
     for name, path in run_folders(folder):
-        result, record = (read_json(os.path.join(path, file)) for file in ("result.json", "run.json"))
+        result, record = read_json(os.path.join(path, "result.json")), read_record(path)
         if result and result.get("experiment") == "scaling":
             continue
         if not result or not record or not result.get("complete"):
-            where = printable(path)
-            print(
-                f"tables: {where}: skipped, because this run has not finished; run its command again", file=sys.stderr
-            )
+            why = "this run has not finished; run its command again"
+            if result and result.get("complete"):
+                why = "its run.json is missing or damaged; train it again in another folder"
+            print(f"tables: {printable(path)}: skipped, because {why}", file=sys.stderr)
             continue
         evaluations = read_rows(os.path.join(path, "eval.jsonl"))
         runs += [_row(name, what, scores, result, record) for what, scores in _scores(result, evaluations)]
@@ -71,10 +71,8 @@ def _of_several_runs(folder: str) -> Iterator[Row]:
             continue
         scores = read_json(os.path.join(path, ENSEMBLE))
         below = [os.path.join(path, name) for name in folders if os.path.exists(os.path.join(path, name, "run.json"))]
-        results, records = (
-            [found for found in (read_json(os.path.join(run, file)) for run in below) if found]
-            for file in ("result.json", "run.json")
-        )
+        results = [found for found in (read_json(os.path.join(run, "result.json")) for run in below) if found]
+        records = [found for found in map(read_record, below) if found]
         finished = [result for result in results if result.get("complete")]
         if not scores or not below or len(finished) < len(below) or len(records) < len(below):
             where = printable(os.path.join(path, ENSEMBLE))

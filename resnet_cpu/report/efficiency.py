@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from resnet_cpu.errors import DataError
 from resnet_cpu.report.tables import NOT_RUN, Row, Table, cell, find_published, find_runs, origin, run_folders
-from resnet_cpu.run.folder import read_json
+from resnet_cpu.run.folder import read_json, read_record
 from resnet_cpu.scaling import ladders
 from resnet_cpu.scaling.ladders import LadderRun, Rung
 from resnet_cpu.scaling.steptimes import PARTS
@@ -52,8 +52,8 @@ def collect(folder: str) -> List[Row]:
     """Return the row of scaling_runs.csv of every run of --experiment=scaling below `folder` that has a result."""
     rows = []
     for name, path in run_folders(folder):
-        files = ("result.json", "run.json", "scaling.json")
-        result, record, timing = (read_json(os.path.join(path, file)) for file in files)
+        result, timing = (read_json(os.path.join(path, file)) for file in ("result.json", "scaling.json"))
+        record = read_record(path)
         if not result or not record or result.get("experiment") != "scaling" or not timing:
             continue
         rate, per_core = result["images_per_second"], result.get("images_per_second_per_core")

@@ -24,6 +24,11 @@ class RunFolder:
         """Create the folder if it is missing and lock it; raise RunFolderError if it cannot be used."""
         self.path = path
         self._files: Dict[str, IO[bytes]] = {}
+        if os.path.realpath(path) == "/" or os.path.exists(os.path.join(path, "manifest.json")):
+            what = (
+                "is the root of the file system" if os.path.realpath(path) == "/" else "is a data set or a checkpoint"
+            )
+            raise RunFolderError(f"--run_dir={path}: {what}; choose another folder")
         try:
             os.makedirs(os.path.join(path, "plots"), exist_ok=True)
             self._lock = lock.FolderLock(path)
@@ -98,16 +103,26 @@ def json_line(content: Any) -> str:
 
 
 def read_json(path: str) -> Optional[Dict[str, Any]]:
-    """Return the content of a JSON file, or None if it is missing or unreadable."""
+    """Return the object in a JSON file, or None if it is missing or unreadable or holds something else."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError):
+            content = json.load(file)
+    except (OSError, ValueError, RecursionError):
         return None
+    return content if isinstance(content, dict) else None
+
+
+def read_record(run_dir: str) -> Optional[Dict[str, Any]]:
+    """Return run.json of a run folder, or None if it is missing or damaged: a record has a signature."""
+    record = read_json(os.path.join(run_dir, "run.json"))
+    return record if record is not None and isinstance(record.get("signature"), dict) else None
 
 
 def read_rows(path: str) -> List[Dict[str, Any]]:
-    """Return the rows of a JSON-lines file in the order of their steps; for each step that of the last attempt."""
+    """Return the rows of a JSON-lines file in the order of their steps; for each step that of the last attempt.
+
+    Damaged lines are left out.
+    """
     rows: Dict[int, Dict[str, Any]] = {}
     for row in _parsed_lines(path):
         rows[row["step"]] = row
@@ -116,12 +131,14 @@ def read_rows(path: str) -> List[Dict[str, Any]]:
 
 def _parsed_lines(path: str) -> Iterator[Dict[str, Any]]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
-                    yield json.loads(line)
-                except ValueError:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
                     continue  # cut short by a kill
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    yield row
     except OSError:
         return
 

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Optional
 
 from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.run import signature
-from resnet_cpu.run.folder import read_json
+from resnet_cpu.run.folder import read_json, read_record
 from resnet_cpu.settings import Model
 
 # Settings of the network that hardly change the duration of a step.
@@ -32,7 +32,7 @@ def result(run_dir: str, model: Model, pixels: List[int]) -> Dict[str, Any]:
     Raises CheckpointError if the run folder does not say how fast it was, or if it trained another network.
     """
     found = read_json(os.path.join(run_dir, "result.json"))
-    if not found or not found.get("images_per_second"):
+    if not found or not found.get("images_per_second") or not found.get("ranks"):
         raise CheckpointError(
             f"--speed={run_dir}: no result.json with a speed in it; name the folder of a finished run"
         )
@@ -69,7 +69,7 @@ def ranks_per_node(run_dir: str) -> Optional[int]:
 
 
 def _record(run_dir: str) -> Dict[str, Any]:
-    return read_json(os.path.join(run_dir, "run.json")) or {}
+    return read_record(run_dir) or {}
 
 
 def _of_speed(model: Dict[str, Any]) -> Dict[str, Any]:

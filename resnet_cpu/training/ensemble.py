@@ -15,7 +15,7 @@ import numpy as np
 from resnet_cpu.data import folders
 from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.run import checkpoint
-from resnet_cpu.run.folder import read_json
+from resnet_cpu.run.folder import read_record
 from resnet_cpu.settings import Settings
 from resnet_cpu.training import calibration
 
@@ -223,7 +223,7 @@ def members_of(named: Sequence[str]) -> Dict[str, str]:
         if os.path.exists(os.path.join(path, checkpoint.MANIFEST)):
             paths.append(path)
             continue
-        record = read_json(os.path.join(path, "run.json"))
+        record = read_record(path)
         if record is None:
             raise CheckpointError(f"{path}: neither a member nor a run; name RUN/members/NAME or a run's folder")
         phases = record["signature"]["phases"]

@@ -20,7 +20,7 @@ from resnet_cpu.errors import CheckpointError, DataError, FlagError, RunFolderEr
 from resnet_cpu.resolve import Resolved, resolve_recipe
 from resnet_cpu.run import checkpoint, provenance
 from resnet_cpu.run import signature as signatures
-from resnet_cpu.run.folder import RunFolder, Stopwatch, read_json, read_rows
+from resnet_cpu.run.folder import RunFolder, Stopwatch, read_json, read_record, read_rows
 from resnet_cpu.settings import Settings
 from resnet_cpu.training.job import Job
 
@@ -220,7 +220,7 @@ def _hold_folder(
 
 def _read_beginning(settings: Settings, run_dir: str, signature: Dict[str, Any]) -> _Beginning:
     """Return where an attempt in `run_dir` begins; raise the errors of a folder that does not fit the settings."""
-    record = read_json(os.path.join(run_dir, "run.json"))
+    record = read_record(run_dir)
     result = read_json(os.path.join(run_dir, "result.json"))
     saved = checkpoint.steps(run_dir)
     if settings.run.resume == "never" and (record is not None or saved):
@@ -231,7 +231,8 @@ def _read_beginning(settings: Settings, run_dir: str, signature: Dict[str, Any])
     expected = {**signature, "init_from": init_from and init_from["sha256"]}
     if record is not None and begun:
         signatures.check(run_dir, signatures.normalised(record["signature"]), expected)
-    if result is not None and result.get("complete"):
+    finished = result is not None and bool(result.get("complete"))
+    if finished and record is not None:
         return _Beginning(finished=result)
     if settings.run.resume == "must" and not saved:
         raise CheckpointError(
@@ -241,6 +242,8 @@ def _read_beginning(settings: Settings, run_dir: str, signature: Dict[str, Any])
     path, manifest = newest if newest is not None else (None, {})
     if path is not None:
         signatures.check(path, signatures.normalised(manifest["signature"]), expected)
+    if finished:  # its run.json is missing or damaged
+        return _Beginning(finished=result)
     step, wanted = manifest.get("step", 0), settings.run.max_steps
     if wanted and step > wanted:
         raise FlagError(f"--max_steps={wanted}: {run_dir} is at step {step} already; raise it or remove it")
@@ -281,7 +284,7 @@ def _earlier_times(run_dir: Optional[str], manifest: Mapping[str, Any]) -> Dict[
     clock.json counts to the last row of a killed attempt, the checkpoint only to its step. Version 0.1 wrote none.
     """
     clock = read_json(os.path.join(run_dir, "clock.json")) if run_dir else None
-    found = [times for times in (manifest, clock) if times]
+    found = [times for times in (manifest, clock) if times and "seconds_to_top1" in times]
     marks: Dict[str, float] = {}
     for times in found:
         for mark, seconds in times["seconds_to_top1"].items():
