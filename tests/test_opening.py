@@ -140,6 +140,17 @@ except DataError:
     assert process.stdout == "refused\n", process.stderr
 
 
+@pytest.mark.parametrize("content", ["{", "{}", "5"])
+def test_a_finished_run_with_a_damaged_record_is_compared_with_its_checkpoint(tiny_data, finished, tmp_path, content):
+    """Fault: it counted as the result of any other recipe."""
+    run_dir = str(tmp_path / "run")
+    shutil.copytree(finished, run_dir)
+    pathlib.Path(run_dir, "run.json").write_text(content)
+    assert train(tiny_data, run_dir, "--eval_every_epochs=1")["complete"]
+    with pytest.raises(CheckpointError, match="seed: 0 recorded, 7 now"):
+        train(tiny_data, run_dir, "--eval_every_epochs=1", "--seed=7")
+
+
 def test_the_lock_is_taken_before_the_folder_is_read(tiny_data, finished, tmp_path, monkeypatch):
     """A job that starts while another one ends waits for the lock, and must see the folder that the other one left."""
     run_dir = str(tmp_path / "run")
