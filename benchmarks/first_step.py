@@ -32,7 +32,7 @@ def main() -> None:
     rows = []
     for number in range(arguments.rounds):
         command = [sys.executable, __file__, *flags, f"--started={time.time()}"]
-        rows.append(json.loads(paired.last_line(paired.start(command))))
+        rows.append(json.loads(paired.last_line(paired.start(command, **paired.with_allocator()))))
         rows[-1]["until the end of the first step"] = sum(rows[-1][name] for name in STAGES[:5])
         print(f"round {number + 1}: {rows[-1]['until the end of the first step']:.1f} s", flush=True)
     for name in rows[0]:

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Run all experiments of docs/results.md, with one single-threaded process per core, which takes tens of hours; and before them the
 # ladders of docs/scaling.md, one run at a time, which takes minutes. Call it again after an interruption: finished runs are
-# skipped, interrupted ones are continued. It ends with 1 if a run ended with an error.
+# skipped, interrupted ones are continued. It ends with 1 if a training ended with an error.
 #
 #   make reproduce                        RUNS=folder (runs/reproduce)  SEEDS="0 1 2"  JOBS=cores  ONLY=beginning-of-names
 #   MISSING=1 make reproduce              without the runs that experiments/results/runs.csv holds (ladders: scaling_runs.csv)
 set -euo pipefail
+shopt -s inherit_errexit
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs=${RUNS:-runs/reproduce}
 seeds=${SEEDS:-0 1 2}
@@ -32,7 +33,7 @@ timed() { echo "$(date +%T) $(cat)"; }
 # The ladders need an otherwise idle machine. Rungs take turns, so that drift of the machine affects all of them; each
 # repetition is a batch. On all rungs, every rank has a core of its own and one thread.
 scaling() {
-  local repetition kind ranks folder
+  local repetition kind ranks folder status=0
   for repetition in 0 1 2; do
     for kind in weak strong; do
       for ((ranks = 1; ranks <= $(nproc); ranks *= 2)); do
@@ -46,10 +47,12 @@ scaling() {
           echo "$(date +%T) done   $folder"
         else
           echo "ended with $?: $folder (see $runs/$folder/log)" | timed
+          status=1
         fi
       done
     done
   done
+  return "$status"
 }
 
 # Print one line per run: its folder below $runs, and its flags.
@@ -268,11 +271,13 @@ one() {
 export -f one
 export runs
 
-# Three independent networks count as finished when their combination is in the table.
+# Finished runs are left out, so that they do not count in the time left; with MISSING, those of the table as well. Three
+# independent networks count as finished there when their combination is in the table.
 wanted() {
   local line name
   while read -r line; do
     name=${line%% *}
+    if finished "$runs/$name"; then continue; fi
     if [[ $name == */independent/* ]]; then name=${name%/*}; fi
     if [[ -z ${MISSING:-} ]] || ! grep -q "^$name," experiments/results/runs.csv; then echo "$line"; fi
   done
@@ -280,9 +285,10 @@ wanted() {
 chosen() { { grep -E "^([^ ]*/)?($only)" || true; } | wanted; }
 numbered() { awk '{ lines[NR] = $0 } END { for (i = 1; i <= NR; i++) print i, NR, lines[i] }'; }
 all() { began=$(date +%s) && export began && chosen | numbered | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
-scaling
-failed=0 # whether a run ended with an error
-{ list; border_search; border; cifar; } | all || failed=1
+failed=0 # whether a training ended with an error
+scaling || failed=1
+lines=$(list; border_search; border; cifar)
+all <<<"$lines" || failed=1
 combine
 average | all || failed=1
 for seed in $seeds; do image_size "$seed" | all || failed=1; done

@@ -2,6 +2,8 @@
 
 from typing import Callable, List, Sequence, Union
 
+HUGE = 1e6  # a number that is written in powers of ten
+
 
 def duration(seconds: float) -> str:
     """Return a time as 42s, 4m10s or 2h05m."""
@@ -19,8 +21,8 @@ def count(number: Union[int, str], noun: str) -> str:
 
 
 def shown_loss(value: float) -> str:
-    """Return a loss with four digits after the point; one of a training that fails may have 37 digits before it."""
-    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
+    """Return a loss with four decimals, or in powers of ten if it is HUGE, as in a training that fails."""
+    return f"{value:.4f}" if abs(value) < HUGE else f"{value:.4g}"
 
 
 def aligned(rows: Sequence[Sequence[str]], to: Callable[[str, int], str] = str.rjust) -> List[str]:

@@ -45,8 +45,13 @@ def test_documents_hold_what_make_tables_writes(committed):
 
 _TABLE = re.compile(r"<!-- table: .*?<!-- end of table -->", re.S)
 _FIGURE = re.compile(r"(?<![\d.,])[+-]\d+\.\d\d(?!\d)")
-ARGUED = ("README.md", "docs/results.md", "docs/ensemble.md")  # texts that argue with the figures of the tables
-EARLIER = {"-0.57", "+0.81"}  # the first version of the predictions: commit aeed050
+ARGUED = (
+    "README.md",
+    "CHANGELOG.md",
+    "docs/results.md",
+    "docs/ensemble.md",
+)  # texts that argue with the figures of the tables
+EARLIER = {"-0.57"}  # the first version of the predictions: commit aeed050
 
 
 def not_in_a_table(texts):
@@ -57,7 +62,7 @@ def not_in_a_table(texts):
 
 def test_differences_in_texts_are_those_of_the_tables():
     texts = [(ROOT / name).read_text() for name in ARGUED]
-    assert len(_FIGURE.findall(_TABLE.sub("", texts[1]))) > 20
+    assert len(_FIGURE.findall(_TABLE.sub("", texts[2]))) > 20
     assert not_in_a_table(texts) == set()
     # Negative control: a text that was not brought up to date after new runs.
     assert not_in_a_table([*texts, "the ensemble is 123.45 points ahead (+99.12 ... +0.40)"]) == {"+99.12"}

@@ -30,6 +30,7 @@ _LADDERS = {
     "ladder_cifar_20": "CIFAR-10,\n20 epochs",
 }
 _RULES = {"linear": "linear rule, warm-up", "unscaled": "no scaling, no warm-up", "lars": "LARS, warm-up"}
+_CHANCE = 10.0  # %, of both data sets of the ladders
 _PUBLISHED_LADDER = "haiku_"  # ids in published.csv
 
 
@@ -139,7 +140,7 @@ def _ladder_steps(axes: Any, ladders: Mapping[str, Mapping[int, Sequence[Row]]])
         smallest = {row["seed"]: row for row in rungs[sizes[0]]}
         steps, losses = [], []
         for size in sizes[1:]:
-            pairs = [(row, smallest[row["seed"]]) for row in rungs[size] if row["seed"] in smallest]
+            pairs = [(row, smallest[row["seed"]]) for row in rungs[size] if row["seed"] in smallest and row["steps"]]
             if pairs:
                 steps.append(int(pairs[0][0]["steps"]))
                 losses.append(interval([100 * (float(row["top1"]) - float(base["top1"])) for row, base in pairs]))
@@ -149,6 +150,9 @@ def _ladder_steps(axes: Any, ladders: Mapping[str, Mapping[int, Sequence[Row]]])
         if steps:
             _with_intervals(axes, steps, losses, colour)
             names.append((losses[0].mean, _LADDERS[table], colour))
+            chance = _CHANCE - interval(_percent(rungs[sizes[0]])).mean
+            axes.axhline(chance, color=colour, linestyle=":", linewidth=1)
+            names.append((chance, "chance", colour))
     axes.set_xscale("log")
     limits = axes.get_xlim()
     axes.set_xticks([2**power for power in range(4, 13)])
@@ -195,8 +199,10 @@ def _with_intervals(
     axes: Any, places: Sequence[float], values: Sequence[Interval], colour: str, style: str = "o-"
 ) -> None:
     means = [value.mean for value in values]
-    bounds = [[abs((value.mean if end is None else end) - value.mean) for value, end in zip(values, ends)]
-              for ends in ([value.low for value in values], [value.high for value in values])]  # fmt: skip
+    bounds = [
+        [float("nan") if end is None else abs(end - value.mean) for value, end in zip(values, ends)]
+        for ends in ([value.low for value in values], [value.high for value in values])
+    ]
     axes.errorbar(places, means, bounds, fmt=style, color=colour, capsize=3, markersize=5)
 
 

@@ -4,6 +4,8 @@ import math
 import statistics
 from typing import NamedTuple, Optional, Sequence
 
+from resnet_cpu.text import HUGE
+
 # Student's t: half of a 95 % interval of a mean of n values, in standard errors.
 _T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
@@ -24,7 +26,7 @@ class Interval(NamedTuple):
 
     def spread(self, digits: int) -> str:
         """Return the mean and the standard deviation, as in `22.64 ± 0.31`."""
-        shape = f".{digits}f" if abs(self.mean) < 1e6 else ".1e"  # the loss of a training that failed
+        shape = f".{digits}f" if abs(self.mean) < HUGE else ".1e"  # the loss of a training that failed
         return f"{self.mean:{shape}}" if self.sd is None else f"{self.mean:{shape}} ± {self.sd:{shape}}"
 
 
