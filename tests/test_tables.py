@@ -45,12 +45,8 @@ def test_documents_hold_what_make_tables_writes(committed):
 
 _TABLE = re.compile(r"<!-- table: .*?<!-- end of table -->", re.S)
 _FIGURE = re.compile(r"(?<![\d.,])[+-]\d+\.\d\d(?!\d)")
-ARGUED = (
-    "README.md",
-    "CHANGELOG.md",
-    "docs/results.md",
-    "docs/ensemble.md",
-)  # texts that argue with the figures of the tables
+# Texts that argue with the figures of the tables.
+ARGUED = ("README.md", "CHANGELOG.md", "docs/results.md", "docs/ensemble.md")
 EARLIER = {"-0.57"}  # the first version of the predictions: commit aeed050
 
 

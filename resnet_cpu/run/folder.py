@@ -24,11 +24,10 @@ class RunFolder:
         """Create the folder if it is missing and lock it; raise RunFolderError if it cannot be used."""
         self.path = path
         self._files: Dict[str, IO[bytes]] = {}
-        if os.path.realpath(path) == "/" or os.path.exists(os.path.join(path, "manifest.json")):
-            what = (
-                "is the root of the file system" if os.path.realpath(path) == "/" else "is a data set or a checkpoint"
-            )
-            raise RunFolderError(f"--run_dir={path}: {what}; choose another folder")
+        if os.path.realpath(path) == "/":
+            raise RunFolderError(f"--run_dir={path}: is the root of the file system; choose another folder")
+        if os.path.exists(os.path.join(path, "manifest.json")):
+            raise RunFolderError(f"--run_dir={path}: is a data set or a checkpoint; choose another folder")
         try:
             os.makedirs(os.path.join(path, "plots"), exist_ok=True)
             self._lock = lock.FolderLock(path)
