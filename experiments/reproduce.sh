@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run all experiments of docs/results.md, with one single-threaded process per core, which takes tens of hours; and before them the
 # ladders of docs/scaling.md, one run at a time, which takes minutes. Call it again after an interruption: finished runs are
-# skipped, interrupted ones are continued. It ends with 1 if a training ended with an error.
+# skipped, interrupted ones are continued. It ends with 1 if anything ended with an error.
 #
 #   make reproduce                        RUNS=folder (runs/reproduce)  SEEDS="0 1 2"  JOBS=cores  ONLY=beginning-of-names
 #   MISSING=1 make reproduce              without the runs that experiments/results/runs.csv holds (ladders: scaling_runs.csv)
@@ -200,7 +200,7 @@ finished() { grep -qs '"complete": true' "$1/result.json"; }
 
 # Independent networks are combined when all three are finished.
 combine() {
-  local folder
+  local folder status=0
   for folder in "$runs"/border/*/independent/seed-*; do
     if [[ -e $folder/ensemble.json ]] || ! { finished "$folder/0" && finished "$folder/1" && finished "$folder/2"; }; then
       continue
@@ -209,28 +209,31 @@ combine() {
       mv "$folder/ensemble.part" "$folder/ensemble.json"
     else
       echo "ended with $?: $folder/ensemble.json (see $folder/log)" | timed
+      status=1
     fi
   done
+  return "$status"
 }
 
 # The batch-norm statistics of averaged weights are not the averaged statistics: compute them in a hundred steps at LR 0.
 average() {
-  local seed table setting arms flags arm
+  local seed table setting arms flags arm status=0
   for seed in $seeds; do
     for table in ensemble ensemble_full; do
       average_members "$table/cycles/seed-$seed" "$table/average/seed-$seed" --flagfile="$ensemble/${table/ensemble/small}.flags" \
-        --seed="$seed"
+        --seed="$seed" || status=1
     done
     while read -r setting arms flags; do
       for arm in ${arms//,/ }; do
         if [[ $arm == late_* || $arm == published ]]; then
           # shellcheck disable=SC2086  # a list of flags
           average_members "border/$setting/$arm/seed-$seed" "border/$setting/average_$arm/seed-$seed" \
-            --flagfile="$border/base.flags" --train_examples="${setting#*-}" --seed="$seed" $flags
+            --flagfile="$border/base.flags" --train_examples="${setting#*-}" --seed="$seed" $flags || status=1
         fi
       done
     done < <(border_settings)
   done
+  return "$status"
 }
 
 # average_members RUN AVERAGE FLAG...: average the members of a finished run, and print the line of the run AVERAGE.
@@ -243,7 +246,7 @@ average_members() {
     mkdir -p "$(dirname "$mean")"
     if ! python -m resnet_cpu.evaluate --ensemble --run_dir="$members" --export="$mean" >/dev/null 2>>"$members/log"; then
       echo "$(date +%T) ended with an error: $mean (see $members/log)" >&2
-      return
+      return 1
     fi
   fi
   echo "$line"
@@ -263,6 +266,8 @@ one() {
   if ((number < total)); then count+=", about $left min left"; fi
   if ((status == 0)); then
     echo "$(date +%T) done   $folder ($count)"
+  elif ((status == 77)); then # a result as well: the tables count such runs
+    echo "$(date +%T) ended with a loss that is not finite: $folder ($count)"
   else
     echo "$(date +%T) ended with $status: $folder ($count; see $runs/$folder/log)"
     return 1
@@ -271,13 +276,18 @@ one() {
 export -f one
 export runs
 
-# Finished runs are left out, so that they do not count in the time left; with MISSING, those of the table as well. Three
-# independent networks count as finished there when their combination is in the table.
+# Finished runs are left out, so that they do not count in the time left, and those whose loss was not finite, which would end in
+# the same way again; with MISSING, those of the table as well. Three independent networks count as finished there when their
+# combination is in the table.
 wanted() {
   local line name
   while read -r line; do
     name=${line%% *}
     if finished "$runs/$name"; then continue; fi
+    if [[ -e $runs/$name/not_finite.json ]]; then
+      echo "$name: left out, because its loss was not finite (remove $runs/$name to run it again)" >&2
+      continue
+    fi
     if [[ $name == */independent/* ]]; then name=${name%/*}; fi
     if [[ -z ${MISSING:-} ]] || ! grep -q "^$name," experiments/results/runs.csv; then echo "$line"; fi
   done
@@ -285,11 +295,11 @@ wanted() {
 chosen() { { grep -E "^([^ ]*/)?($only)" || true; } | wanted; }
 numbered() { awk '{ lines[NR] = $0 } END { for (i = 1; i <= NR; i++) print i, NR, lines[i] }'; }
 all() { began=$(date +%s) && export began && chosen | numbered | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
-failed=0 # whether a training ended with an error
+failed=0 # whether a training, a combination or an average ended with an error
 scaling || failed=1
 lines=$(list; border_search; border; cifar)
 all <<<"$lines" || failed=1
-combine
+combine || failed=1
 average | all || failed=1
 for seed in $seeds; do image_size "$seed" | all || failed=1; done
 exit "$failed"

@@ -42,8 +42,12 @@ class Benchmark:
         "forward pass; allreduce: messages between ranks by size.",
         choices=("synthetic", "pipeline", "evaluation", "allreduce"),
     )
-    warmup_steps: int = setting(3, "Steps (allreduce: messages) that are not timed; the first traces.", low=1)
-    timed_steps: int = setting(20, "Steps that are timed (allreduce: at most this many messages of each size).", low=2)
+    warmup_steps: int = setting(
+        3, "Steps (allreduce: messages) that are not timed; the first traces.", low=1, high=10**6
+    )
+    timed_steps: int = setting(
+        20, "Steps that are timed (allreduce: at most this many messages of each size).", low=2, high=10**6
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Prediction:
 class Simulate:
     """simulate: the cluster"""
 
-    nodes: int = setting(1536, "Largest number of nodes; the time to train is estimated for it.", low=1)
+    nodes: int = setting(1536, "Largest number of nodes; the time to train is estimated for it.", low=1, high=10**6)
     network: str = setting(
         "omnipath",
         "omnipath, infiniband_hdr, ena25, ethernet25, ethernet10, ethernet1, or a JSON file of measured constants "

@@ -149,6 +149,9 @@ def parse(argv: Sequence[str], command: str = "train", recorded: Optional[str] =
 
 def _parse(values: flags.FlagValues, argv: Sequence[str]) -> List[str]:
     """Let absl parse; return the positional arguments, and raise its errors as FlagError."""
+    for word in argv:
+        if re.fullmatch(r"--?undefok(=.*)?", word):  # absl would pass over unknown flags, and so over misspelt ones
+            raise FlagError(f"{word}: every flag must be known; remove it, and the flags that it names")
     try:
         return values(["resnet_cpu", *argv])[1:]
     except flags.UnrecognizedFlagError as error:

@@ -7,6 +7,7 @@ from typing import List, Sequence, Tuple
 from resnet_cpu.errors import FlagError
 
 _QUOTES = ("'", '"')
+_DEEPEST = 50  # flagfiles within each other
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # in a log they would be commands to the terminal
 
 
@@ -25,6 +26,8 @@ def inserted(words: Sequence[str], within: Tuple[str, ...] = ()) -> List[str]:
         path = expanded("flagfile", path if equals else next(rest, ""))
         if os.path.abspath(path) in within:
             raise FlagError(f"--flagfile={path}: the file includes itself; remove the line")
+        if len(within) == _DEEPEST:
+            raise FlagError(f"--flagfile={path}: more than {_DEEPEST} flagfiles within each other; remove some")
         lines = [line.strip() for line in _read_lines(path)]
         chosen = [line for line in lines if line and not line.startswith(("#", "//"))]
         found += inserted(chosen, (*within, os.path.abspath(path)))

@@ -11,11 +11,13 @@ from typing import Dict, FrozenSet, Optional, Tuple
 from resnet_cpu.command_settings import Benchmark, Doctor, Evaluate, Launch, Prediction, Prepare, Simulate, Tables
 from resnet_cpu.errors import FlagError
 from resnet_cpu.fields import parse_crop, parse_phases, parse_steps, setting
-from resnet_cpu.recipe.batch import SCALINGS
-from resnet_cpu.recipe.phases import PhaseText
+from resnet_cpu.recipe.batch import MOST_PER_RANK, SCALINGS
+from resnet_cpu.recipe.phases import LARGEST_IMAGE, LEAST_IMAGE, PhaseText
 
 #: Commands that take the settings of a run.
 OF_A_RUN = ("train", "evaluate", "benchmark", "plan", "simulate")
+
+_THREADS = 2**12  # more are a mistake
 
 #: name -> (blocks of each stage, whether blocks are bottlenecks)
 DEPTHS: Dict[str, Tuple[Tuple[int, ...], bool]] = {
@@ -39,13 +41,16 @@ class Recipe:
         flag="phase",
         parse=parse_phases,
     )
-    batch_size: Optional[int] = setting(None, "Images per rank and step (default 32).", low=1)
-    global_batch_size: Optional[int] = setting(None, "Images per step over all ranks, instead of --batch_size.", low=1)
+    batch_size: Optional[int] = setting(None, "Images per rank and step (default 32).", low=1, high=MOST_PER_RANK)
+    global_batch_size: Optional[int] = setting(
+        None, "Images per step over all ranks, instead of --batch_size.", low=1, high=10**8
+    )
     accumulate_steps: int = setting(
         1,
         "Micro-batches per rank whose gradients are averaged before each update, to train with a large global batch on "
         "few ranks. 0: as many as --global_batch_size needs.",
         low=0,
+        high=10**6,
     )
     lr_scaling: str = setting("linear", "How lr_per_256 grows with the global batch.", choices=SCALINGS)
     optimizer: str = setting(
@@ -108,9 +113,14 @@ class Data:
         decides=True,
     )
     train_examples: Optional[int] = setting(
-        None, "Training examples to use, counted from the first (default: all).", low=1, decides=True
+        None, "Training examples to use, counted from the first (default: all).", low=1, high=10**9, decides=True
     )
-    image_size: int = setting(None, "Side of the square input image, pixels (default: that of the data set).", low=8)
+    image_size: int = setting(
+        None,
+        "Side of the square input image, pixels (default: that of the data set).",
+        low=LEAST_IMAGE,
+        high=LARGEST_IMAGE,
+    )
     resize: str = setting("bilinear", "Interpolation of images.", choices=("bilinear", "bicubic"), decides=True)
     normalization: str = setting(
         "auto",
@@ -140,7 +150,9 @@ class Data:
         choices=("stop", "skip"),
     )
     max_bad: int = setting(100, "With --bad_records=skip: end the run when a rank has skipped more than this.", low=1)
-    data_threads: int = setting(0, "Threads for decoding per rank (0: as many as the rank has cores).", low=0)
+    data_threads: int = setting(
+        0, "Threads for decoding per rank (0: as many as the rank has cores).", low=0, high=_THREADS
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +201,7 @@ class Model:
         choices=("float32", "bfloat16"),
         decides=True,
     )
-    num_classes: int = setting(None, "Number of classes (default: the data set's).", low=2, decides=True)
+    num_classes: int = setting(None, "Number of classes (default: the data set's).", low=2, high=10**6, decides=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +230,7 @@ class Run:
     max_steps: Optional[int] = setting(None, "Stop after this step; run again without the flag to continue.", low=1)
     eval_every_epochs: float = setting(1.0, "Epochs between evaluations (0: only at the end).", low=0.0)
     eval_batch_size: Optional[int] = setting(
-        None, "Images per rank and evaluation batch (default: --batch_size; evaluate: 32).", low=1
+        None, "Images per rank and evaluation batch (default: --batch_size; evaluate: 32).", low=1, high=MOST_PER_RANK
     )
     checkpoint_every_steps: int = setting(1000, "Steps between checkpoints (0: only at the end of a phase).", low=0)
     keep_checkpoints: int = setting(2, "Number of newest checkpoints to keep.", low=2)
@@ -245,6 +257,7 @@ class System:
         0,
         "Compute threads per rank (0: as many as the rank has cores). prepare: processes.",
         low=0,
+        high=_THREADS,
         also=("launch", "prepare"),
     )
     fused_kernels: str = setting(
@@ -253,7 +266,9 @@ class System:
         "cannot be used; no: TensorFlow's operations.",
         choices=("auto", "yes", "no"),
     )
-    stall_timeout: float = setting(600.0, "End the job if no step has finished for this many seconds.", low=1.0)
+    stall_timeout: float = setting(
+        600.0, "End the job if no step has finished for this many seconds.", low=1.0, high=1e6
+    )
 
 
 #: name in Settings -> (dataclass, commands that take its flags)

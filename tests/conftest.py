@@ -62,11 +62,13 @@ def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group(item)))
 
 
-def write_tiny_data(folder: str, train: int = 50, validation: int = 21, classes: int = 10) -> Dict[str, int]:
+def write_tiny_data(
+    folder: str, train: int = 50, validation: int = 21, classes: int = 10, seed: int = 0
+) -> Dict[str, int]:
     """Write a data set of grey 16x16 images with the product's own writer, several shards a split."""
     from resnet_cpu.data.sources import arrays
 
-    generator = np.random.Generator(np.random.Philox(key=[train, validation]))
+    generator = np.random.Generator(np.random.Philox(key=[train + 1000 * seed, validation]))
 
     def split(count: int):
         labels = np.arange(count) % classes
@@ -88,6 +90,14 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("tiny_data"))
     write_tiny_data(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a finished run on `tiny_data` with evaluations and plots. Not to be changed."""
+    import whole_runs  # loads TensorFlow
+
+    return whole_runs.train_and_draw(tiny_data, str(tmp_path_factory.mktemp("finished") / "run"))
 
 
 @pytest.fixture(scope="session")

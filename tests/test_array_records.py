@@ -43,9 +43,24 @@ def test_records_are_read_in_any_order(prepared):
     assert data.validation.read(np.array([1])) == [payload("test", 1)]
     path, record = data.train.locate(4)
     assert path.endswith("small-train.array_record-00001-of-00002") and record == 1
-    folders.digest(data)
     for split in data.splits:
         split.close()
+
+
+def test_sets_with_other_files_differ(prepared):
+    data_dir, folder = prepared
+    module = pytest.importorskip("array_record.python.array_record_module")
+    before = folders.open_data(str(data_dir), "tfds:small")
+    contents = before.train.content, before.validation.content
+    writer = module.ArrayRecordWriter(f"{folder}/small-train.array_record-00000-of-00002", "group_size:1")
+    for number in range(3):  # as many records as before
+        writer.write(os.urandom(10**6) + payload("train", number))
+    writer.close()
+    after = folders.open_data(str(data_dir), "tfds:small")
+    assert after.train.content != contents[0] and after.validation.content == contents[1]
+    for data in (before, after):
+        for split in data.splits:
+            split.close()
 
 
 def test_damage_and_missing_files_are_named(prepared):

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from resnet_cpu.cluster import control
 from resnet_cpu.run import atomic
 
 
@@ -25,8 +26,9 @@ def test_a_failure_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         atomic.write_atomically(path, b"new")
+    assert call == "replace" or caught.value.filename == path
     assert os.listdir(tmp_path) == ["file"]
     with open(path, "rb") as file:
         assert file.read() == b"old"
@@ -39,3 +41,13 @@ def test_the_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), real_replace(a, b)))
     atomic.write_atomically(str(tmp_path / "file"), b"content")
     assert calls == ["fsync", "replace"]
+
+
+def test_an_error_of_writing_names_the_file():
+    with pytest.raises(OSError) as caught, atomic.naming("runs/mine/eval.jsonl"), open("/dev/full", "wb") as full:
+        full.write(b"x")
+        full.flush()
+    assert "runs/mine/eval.jsonl" in control.describe_os_error(caught.value)
+    with pytest.raises(FileNotFoundError) as caught, atomic.naming("other"):
+        os.stat("/no/such/file")
+    assert caught.value.filename == "/no/such/file"  # negative control: it names its own

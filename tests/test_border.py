@@ -238,13 +238,30 @@ SCRIPT = ROOT / "experiments" / "collapsed_ensemble" / "border" / "predict.py"
 def test_the_script_names_what_it_needs_and_predicts_nothing_twice(tmp_path):
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     done = subprocess.run([sys.executable, SCRIPT, "tiny-7"], cwd=tmp_path, env=OUTSIDE, capture_output=True, text=True)
-    assert done.returncode == 2 and "needs finished runs of half, one and one_collapse" in done.stderr
+    assert done.returncode == 65 and "needs finished runs of half, one and one_collapse" in done.stderr
+    for words, part in ((["tiny"], "write it as tiny-10000"), (["tiny-7", "early_36"], "early_36: not an ensemble")):
+        done = subprocess.run(
+            [sys.executable, SCRIPT, *words], cwd=tmp_path, env=OUTSIDE, capture_output=True, text=True
+        )
+        assert done.returncode == 64 and part in done.stderr and "Traceback" not in done.stderr
     (tmp_path / "experiments").unlink()
     place = tmp_path / "experiments" / "collapsed_ensemble" / "border"
     place.mkdir(parents=True)
     (place / "predictions.csv").write_text(f"{','.join(border_prediction.PREDICTED)}\ntiny-7,late_36{',1' * 10}\n")
     done = subprocess.run([sys.executable, SCRIPT, "tiny-7"], cwd=tmp_path, env=OUTSIDE, capture_output=True, text=True)
-    assert done.returncode == 2 and "has predictions of late_36 in tiny-7; none is made twice" in done.stderr
+    assert done.returncode == 65 and "has predictions of late_36 in tiny-7; none is made twice" in done.stderr
+
+
+def test_the_data_are_only_made_from_the_whole_set_and_in_a_new_folder(tmp_path):
+    script = SCRIPT.parent / "make_data.py"
+    for raw, part in ((tmp_path / "none", "has no train"), (tmp_path, "exists already and is not empty")):
+        for name in ("train", "val"):
+            (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / "val" / "val_annotations.txt").touch()
+        done = subprocess.run(
+            [sys.executable, script, raw, tmp_path], env=OUTSIDE, cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 65 and part in done.stderr and "Traceback" not in done.stderr
 
 
 def test_predictions_add_up(monkeypatch):

@@ -44,6 +44,15 @@ PHASE = "--phase=main:steps=1,lr=1"
         (["--format=csv"], ["--format=csv", "resnet_cpu.plan and resnet_cpu.simulate"]),
         (["--network=omnipath"], ["--network=omnipath", "resnet_cpu.simulate"]),
         (["--mpi=srun"], ["--mpi=srun", "resnet_cpu.launch"]),
+        (["--undefok=seeed", "--seeed=3"], ["--undefok=seeed", "every flag must be known"]),
+        (["--undefok", "seeed"], ["--undefok", "every flag must be known"]),
+        *(
+            ([f"--{name}=999999999999"], [name, "999999999999"])
+            for name in ("batch_size", "global_batch_size", "eval_batch_size", "threads", "data_threads", "image_size")
+        ),
+        (["--num_classes=1000000000"], ["num_classes", "1000000000"]),
+        (["--train_examples=1000000000000"], ["train_examples", "1000000000000"]),
+        (["--stall_timeout=1e300"], ["stall_timeout", "1e+300"]),
     ],
 )
 def test_bad_flags_give_one_line_with_the_remedy(arguments, parts):
@@ -352,6 +361,15 @@ def test_a_flagfile_that_includes_itself_is_refused(tmp_path):
     (tmp_path / "a.flags").write_text(f"--seed=1\n--flagfile={tmp_path}/a.flags\n")
     with pytest.raises(FlagError, match="includes itself"):
         commandline.parse([f"--flagfile={tmp_path}/a.flags"])
+
+
+def test_flagfiles_nest_up_to_a_depth(tmp_path):
+    for number in range(60):
+        (tmp_path / f"{number}.flags").write_text(f"--flagfile={tmp_path}/{number + 1}.flags\n")
+    (tmp_path / "60.flags").write_text("--seed=5\n")
+    assert commandline.parse([f"--flagfile={tmp_path}/11.flags"]).recipe.seed == 5
+    with pytest.raises(FlagError, match="more than 50 flagfiles within each other"):
+        commandline.parse([f"--flagfile={tmp_path}/10.flags"])
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

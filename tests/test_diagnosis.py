@@ -10,6 +10,8 @@ from conftest import ROOT
 from resnet_cpu.diagnosis import checks, examination, facts
 from resnet_cpu.diagnosis.examination import Asked
 from resnet_cpu.diagnosis.facts import Folder, Handshake
+from resnet_cpu.errors import RunFolderError
+from resnet_cpu.run.folder import RunFolder
 
 GIB = 2**30
 INTEL_PINS = {"numpy": "<2", "protobuf": "==4.23.4"}
@@ -242,6 +244,23 @@ def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_reported():
     assert "cannot be written" in facts.written_folder("/proc/self").error
+
+
+def test_a_folder_that_train_refuses_is_reported(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").touch()
+    reasons = {
+        "/": "is the root of the file system",
+        "data": "is a data set or a checkpoint",
+        "file": "is not a folder",
+        "file/below/it": f"{tmp_path}/file is not a folder",
+    }
+    for name, reason in reasons.items():
+        assert facts.run_folder(str(tmp_path / name)).error == reason
+        with pytest.raises(RunFolderError, match=reason):
+            RunFolder(str(tmp_path / name))
+    assert facts.run_folder(str(tmp_path / "new" / "run")).error == ""  # negative control
 
 
 def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from resnet_cpu import commandline
 from resnet_cpu.cluster.control import World
 from resnet_cpu.data import folders
-from resnet_cpu.errors import CheckpointError
+from resnet_cpu.errors import CheckpointError, FlagError
+from resnet_cpu.run import checkpoint
 from resnet_cpu.training import ensemble, evaluation
 from resnet_cpu.training.ensemble import Predictions
 from resnet_cpu.training.state import build_model
@@ -133,3 +134,22 @@ def test_predictions_are_those_of_the_network_in_the_order_of_the_examples(tiny_
     again = ensemble.score([found.probabilities], found.labels)
     assert (again["top1"], again["top5"]) == (score.top1, score.top5)
     assert again["loss"] == pytest.approx(score.loss, rel=1e-5)
+
+
+def test_what_is_not_a_member_is_named_with_the_cause(tmp_path):
+    run = tmp_path / "run"
+    checkpoint.save(f"{run}/members/tail", {"weights": {"w": np.zeros(2)}}, {"step": 1, "signature": {}})
+    checkpoint.save(f"{run}/members/tail/predictions", {"predictions": {"p": np.zeros(2)}}, {"step": 1})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text('{"dataset": "digits", "splits": {}}')
+    assert ensemble.members_of([f"{run}/members/tail"]) == {"tail": f"{run}/members/tail"}
+    for path in ("data", "run/members/tail/predictions", "run/members"):
+        with pytest.raises(CheckpointError, match=f"{path}: neither a member nor a run; name RUN/members/NAME"):
+            ensemble.members_of([str(tmp_path / path)])
+    with pytest.raises(CheckpointError, match="none: does not exist"):
+        ensemble.members_of([str(tmp_path / "none")])
+    with pytest.raises(FlagError, match="--members: a name is empty"):
+        ensemble.members_of([f"{run}/members/tail", ""])
+    (run / "members" / "tail" / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="tail/manifest.json: damaged"):
+        ensemble.members_of([f"{run}/members/tail"])

@@ -39,8 +39,10 @@ def test_a_folder_in_use_is_refused_and_its_holder_named(tmp_path):
 
 def test_a_folder_that_cannot_be_created_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match="cannot be written"):
+    with pytest.raises(RunFolderError, match="file is not a folder"):
         runlog.RunFolder(str(tmp_path / "file" / "run"))
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        runlog.RunFolder("/proc/run")
 
 
 def test_values_that_json_does_not_have_become_null():

@@ -46,6 +46,7 @@ WITHOUT_TENSORFLOW = [
     "data/sources/writing",
     "data/array_records",
     "data/kinds",
+    "training/agreement",
     "data/tfds",
     "data/classes",
     "model/tensors",

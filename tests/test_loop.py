@@ -35,12 +35,6 @@ def train(tiny_data, run_dir, *more):
     return runs.train(ALONE, tiny_data, str(run_dir), *more)
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_data, tmp_path_factory):
-    """The folder of a finished run, not to be changed."""
-    return runs.finished(tiny_data, tmp_path_factory)
-
-
 def test_resume_is_bit_identical(tiny_data, finished, tmp_path):
     runs.check_resume(ALONE, tiny_data, str(tmp_path), whole=finished)
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import whole_runs as runs
-from conftest import ROOT, TINY_FLAGS
+from conftest import ROOT, TINY_FLAGS, write_tiny_data
 
 from resnet_cpu import commandline
 from resnet_cpu.cluster import control
@@ -31,12 +31,6 @@ ALONE = control.World(1, 0)
 
 def train(tiny_data, run_dir, *more):
     return runs.train(ALONE, tiny_data, str(run_dir), *more)
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_data, tmp_path_factory):
-    """The folder of a finished run, not to be changed."""
-    return runs.finished(tiny_data, tmp_path_factory)
 
 
 def command(tiny_data, run_dir, *more):
@@ -69,12 +63,79 @@ def test_a_run_that_was_stopped_is_not_stopped_again_earlier(tiny_data, tmp_path
     assert not (tmp_path / "bad" / "result.json").exists()
 
 
+def test_a_run_is_not_continued_on_other_data_of_the_same_size(tiny_data, tmp_path):
+    """As after `prepare` of other raw images, or with another seed."""
+    train(tiny_data, tmp_path / "run", "--max_steps=3")
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    assert train(str(data), tmp_path / "run", "--max_steps=4")["steps"] == 4  # a copy elsewhere is the same
+    shutil.rmtree(data)
+    write_tiny_data(str(data), seed=1)
+    with pytest.raises(CheckpointError, match="belongs to another data set: --data_dir holds other images"):
+        train(str(data), tmp_path / "run")
+
+
+def test_a_run_without_a_member_that_it_has_passed_is_not_continued(tiny_data, tmp_path):
+    phases = ["--phase=main:steps=3,lr=0.05", "--phase=tail:steps=2,lr=0.02,branch=1,member=1"]
+    phases += ["--phase=cycle:steps=3,lr=0.04", "--phase=collapse:steps=2,lr=0.01,branch=1,member=1"]
+    flags = [*phases, "--experiment=collapsed_ensemble", "--checkpoint_every_steps=1"]
+    train(tiny_data, tmp_path / "run", *flags, "--max_steps=6")
+    weights = tmp_path / "run" / "members" / "tail" / "weights.npz"
+    content = weights.read_bytes()
+    for damage in (weights.unlink, lambda: weights.write_bytes(content[:-1])):
+        damage()
+        with pytest.raises(CheckpointError, match="after step 6 without .*members/tail, which is missing or damaged"):
+            train(tiny_data, tmp_path / "run", *flags)
+        weights.write_bytes(content)
+    # A run that stops before `cycle` needs the end of `main`, with its velocity.
+    train(tiny_data, tmp_path / "other", *flags, "--max_steps=4")
+    (tmp_path / "other" / "checkpoints" / "step-00000003" / "optimizer.npz").unlink()
+    with pytest.raises(CheckpointError, match="after step 4 without .*step-00000003, which is missing or damaged"):
+        train(tiny_data, tmp_path / "other", *flags)
+    assert set(train(tiny_data, tmp_path / "run", *flags)["members"]) == {"tail", "collapse"}
+
+
+def test_a_run_whose_checkpoints_are_gone_says_that_it_starts_again(tiny_data, tmp_path, capfd):
+    train(tiny_data, tmp_path / "run", *runs.SYNTHETIC, "--max_steps=2")
+    assert "has no checkpoint" not in capfd.readouterr().err
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert train(tiny_data, tmp_path / "run", *runs.SYNTHETIC)["complete"]
+    assert "has trained 2 steps, but has no checkpoint; training starts again" in capfd.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_is_recorded_until_the_run_is_started_again(tiny_data, tmp_path, monkeypatch):
+    flags = ["--max_steps=9", "--phase=main:steps=10,lr=1e30,decay=constant"]
+    record = tmp_path / "run" / "not_finite.json"
+    with pytest.raises(NotFinite) as caught:
+        train(tiny_data, tmp_path / "run", *flags)
+    found = json.loads(record.read_text())
+    assert found["message"] == str(caught.value) and f"in step {found['steps'] - 1} " in found["message"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train", lambda *arguments: pytest.fail(f"started with {record.exists()}"))
+        with pytest.raises(pytest.fail.Exception, match="started with False"):
+            train(tiny_data, tmp_path / "run", *flags)
+    original = RunFolder.write_json
+
+    def full(folder, name, content):
+        if name == record.name:
+            raise OSError(28, "No space left on device")
+        original(folder, name, content)
+
+    monkeypatch.setattr(RunFolder, "write_json", full)
+    with pytest.raises(NotFinite):  # the same error as on the other ranks
+        train(tiny_data, tmp_path / "run", *flags)
+    assert not record.exists()
+
+
 def test_resume_choices(tiny_data, tmp_path):
     with pytest.raises(CheckpointError, match="--resume=must"):
         train(tiny_data, tmp_path / "new", "--resume=must")
     train(tiny_data, tmp_path / "run", *runs.SYNTHETIC, "--max_steps=2")
     with pytest.raises(RunFolderError, match="holds a run already"):
         train(tiny_data, tmp_path / "run", *runs.SYNTHETIC, "--resume=never")
+    (tmp_path / "failed").mkdir()  # what an attempt leaves that fails before its first step
+    (tmp_path / "failed" / "run.json").write_bytes((tmp_path / "run" / "run.json").read_bytes())
+    assert train(tiny_data, tmp_path / "failed", *runs.SYNTHETIC, "--resume=never")["complete"]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +170,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tiny_data, f
         (["--bn_stats_batch=5"], FlagError, "does not divide the 12 images"),
         (["--accumulate_steps=5"], FlagError, "not divisible by 1 ranks x 5 accumulated batches"),
         (["--global_batch_size=51"], DataError, "50 training examples are fewer than one global batch of 51"),
+        ([*runs.SYNTHETIC, "--train_examples=70000", "--global_batch_size=70000"], FlagError, "65,536"),
         (["--train_examples=51"], DataError, "holds 50"),
         (["--num_classes=9"], DataError, "10 classes"),
         (["--dataset=fashion_mnist"], DataError, "contains digits"),

@@ -72,6 +72,7 @@ def test_plots_of_all_experiments_ignore_other_runs_and_tables(tmp_path):
         row("ensemble_full/cycles/seed-0"),
         row("image_size/growing/seed-1"),
         row("ladder/linear-64/seed-1", top1=""),
+        row("ladder/linear-256/seed-1", "not_finite", top1=""),
         row("ensemble/cycles/seed-0", "prefix:1"),
         row("ensemble/cycles/seed-0", "prefix:2"),
         row("ensemble/cycles/seed-1", "prefix:2"),

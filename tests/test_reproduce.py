@@ -12,6 +12,7 @@ STAND_IN = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 if [[ $* == *evaluate*seed-1* ]]; then exit 74; fi
 if [[ $* == *train*lars-5/* ]]; then exit 75; fi
+if [[ $* == *train*linear-0.8/* ]]; then exit 77; fi
 """
 
 
@@ -52,6 +53,7 @@ def test_averaged_weights_of_finished_ensembles_of_the_border_experiment(reprodu
     mean = reproduce.runs / "border" / "wide-10000" / "average_late_36" / "seed-0.npz"
     assert f"--init_from={mean} --phase=statistics:" in training
     assert "ended with an error" in printed and "seed-1.npz" in printed  # reported, and the others continued
+    assert reproduce.status == 1
 
 
 def test_only_and_missing_also_choose_the_averages(reproduce):
@@ -124,8 +126,26 @@ def test_each_run_is_reported_with_its_number_and_how_it_ended(with_data):
 def test_it_ends_with_an_error_if_a_run_did(with_data, reproduce):
     with_data(ONLY="search_cifar/lars")
     assert reproduce.status == 1
-    with_data(ONLY="search_cifar/linear")  # negative control
+    with_data(ONLY="search_cifar/unscaled")  # negative control
     assert reproduce.status == 0
+
+
+def test_a_loss_that_is_not_finite_is_a_result_and_is_not_repeated(with_data, reproduce):
+    printed, calls = with_data(ONLY="search_cifar/linear")
+    assert reproduce.status == 0 and len(calls) == 3
+    assert "ended with a loss that is not finite: search_cifar/linear-0.8/seed-9" in printed
+    (reproduce.runs / "search_cifar" / "linear-0.8" / "seed-9" / "not_finite.json").touch()
+    printed, calls = with_data(ONLY="search_cifar/linear")
+    assert len(calls) == 2 and "search_cifar/linear-0.8/seed-9: left out, because its loss was not finite" in printed
+
+
+def test_a_combination_that_fails_is_an_error(reproduce):
+    for seed in (0, 1):
+        for number in range(3):
+            finish(reproduce.runs / "border" / "tiny-10000" / "independent" / f"seed-{seed}" / str(number))
+    printed, calls = reproduce(ONLY="nothing")
+    assert len(calls) == 2 and "seed-1/ensemble.json" in printed and reproduce.status == 1
+    assert (reproduce.runs / "border" / "tiny-10000" / "independent" / "seed-0" / "ensemble.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,18 @@ def signature_of(*more, pixels=None):
     return signature.of(settings, resolve_recipe(settings, 1, examples), examples, pixels)
 
 
+def test_another_content_of_the_data_is_another_run_unless_one_of_them_recorded_none():
+    settings = commandline.parse(RECIPE)
+    old, one, other = (
+        signature.of(settings, resolve_recipe(settings, 1, 100), 100, None, content=content)
+        for content in (None, "0a", "0b")
+    )
+    for recorded, now in ((one, one), (old, one), (one, old)):
+        signature.check("runs/mine", recorded, now)
+    with pytest.raises(CheckpointError, match=r"runs/mine belongs to another data set: .* \(data.content: 0a rec"):
+        signature.check("runs/mine", one, other)
+
+
 @pytest.mark.parametrize("name", [flag.name for flag in of_a_run() if flag.group in ("recipe", "data", "model")])
 def test_every_setting_of_recipe_data_and_model_is_in_the_signature(name):
     value = {"batch_size": "20"}.get(name, CHANGES[name])

@@ -110,6 +110,11 @@ def test_a_path_without_weights_is_refused(tmp_path, source):
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 no zip")
     with pytest.raises(CheckpointError, match=r"broken\.npz: unreadable"):
         checkpoint.read_weights(str(tmp_path / "broken.npz"))
+    kinds = {"not finite": [1.0, np.nan], "of type complex128": [1j], "of type <U1": ["x"], "of type bool": [True]}
+    for part, values in kinds.items():
+        np.savez(tmp_path / "odd.npz", kernel=np.array(values))
+        with pytest.raises(CheckpointError, match=f"odd.npz: kernel is {part}"):
+            checkpoint.read_weights(str(tmp_path / "odd.npz"))
     damaged = tmp_path / "run"
     shutil.copytree(source, damaged)
     weights = pathlib.Path(checkpoint.folder(str(damaged), 3), "weights.npz")

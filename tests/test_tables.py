@@ -323,6 +323,98 @@ def test_run_folders_become_tables_and_collecting_them_again_changes_nothing(pla
     assert first == results_of(place)
 
 
+def test_a_run_whose_loss_was_not_finite_is_counted_and_in_no_mean(place, tmp_path):
+    spec = "t,all,mine/*,last,x.flags,\n"
+    (place / "experiments" / "tables.csv").write_text(SPEC_COLUMNS + spec)
+    for seed in (0, 1):
+        write_run(tmp_path / "runs" / "mine" / f"seed-{seed}", seed)
+    failed = write_run(tmp_path / "runs" / "mine" / "seed-2", 2, complete=False)
+    os.remove(tmp_path / "runs" / "mine" / "seed-2" / "result.json")
+    folder = RunFolder(str(tmp_path / "runs" / "mine" / "seed-2"))
+    facts = {key: failed[key] for key in ("seed", "epochs", "ranks", "experiment")}
+    folder.write_json("not_finite.json", {**facts, "steps": 7, "cores": 1})
+    folder.close()
+    folder = RunFolder(str(tmp_path / "runs" / "ladder"))  # has no accuracy
+    folder.write_json("run.json", record_of(commandline.parse(TREE)))
+    folder.write_json("not_finite.json", {**facts, "steps": 7, "experiment": "scaling"})
+    folder.close()
+    tables.main([f"--runs={tmp_path / 'runs'}"])
+    (row,) = report.read_csv(str(place / "experiments" / "results" / "t.csv"))
+    assert (row["n"], row["not_finite"], row["top1_mean"]) == ("2", "1", "0.505")
+    (row,) = [row for row in report.read_results("runs.csv") if row["what"] == "not_finite"]
+    assert (row["run"], row["seed"], row["steps"], row["top1"]) == ("mine/seed-2", "2", "7", "")
+    table = studies.read().tables["t"]
+    assert dict(table.columns)["not finite"] == ["1"] and "ended with code 77" in table.note
+    assert table.note.count("a processor") == 1
+    write_run(tmp_path / "runs" / "mine" / "seed-2", 2)  # trained again, to its end
+    tables.main([f"--runs={tmp_path / 'runs'}"])
+    table = studies.read().tables["t"]
+    assert "not finite" not in dict(table.columns) and "code 77" not in table.note
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        (b"\xff\xfe", "not a CSV file in UTF-8"),
+        (b'run,what\n"a', "not a CSV file in UTF-8"),
+        (b"", "has no column run"),
+        (b"run,seed\na,1\n", "has no column what"),
+        (b"run,what,seed\na,last\n", "line 2: not as many cells as columns"),
+        (b"run,what,seed\na,last,1,2\n", "line 2: not as many cells as columns"),
+        (b"run,what,seed\na,last,1\nb,last,many\n", "line 3: seed is 'many', not a whole number"),
+        (b"run,what,loss\na,last,nan\n", "line 2: loss is 'nan', not a number"),
+        (b"run,what,steps\na,last,1.5\n", "line 2: steps is '1.5', not a whole number"),
+    ],
+)
+def test_a_damaged_table_of_runs_is_named_with_its_line(place, content, part):
+    (place / "experiments" / "tables.csv").write_text(SPEC_COLUMNS)
+    path = place / "experiments" / "results" / "runs.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        tables.main([])
+    assert f"runs.csv: {part}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tables.csv", "published.csv"])
+def test_a_table_of_another_kind_is_named_with_the_column_that_it_lacks(place, name):
+    (place / "experiments" / "tables.csv").write_text(SPEC_COLUMNS)
+    (place / "experiments" / name).write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match=f"{name}: has no column"):
+        studies.read()
+
+
+def test_a_table_of_runs_of_an_earlier_version_is_read(place, tmp_path):
+    (place / "experiments" / "tables.csv").write_text(SPEC_COLUMNS)
+    write_run(tmp_path / "runs" / "mine")
+    tables.main([f"--runs={tmp_path / 'runs'}"])
+    rows = [dict(row) for row in report.read_results("runs.csv")]
+    for row in rows:
+        del row["temperature"], row["loss_scaled"], row["ece_scaled"], row["disagreement"]
+    report.write_csv(str(place / "experiments" / "results" / "runs.csv"), rows, list(rows[0]))
+    assert {row["disagreement"] for row in accuracy.read_runs()} == {""}
+
+
+def test_an_unknown_table_in_a_document_changes_no_file(place, tmp_path):
+    (place / "experiments" / "tables.csv").write_text(SPEC_COLUMNS + "t,mine,mine,last,x.flags,\n")
+    write_run(tmp_path / "runs" / "mine")
+    tables.main([f"--runs={tmp_path / 'runs'}"])
+    before = results_of(place)
+    (place / "README.md").write_text("<!-- table: t -->\nold\n<!-- end of table -->\n")
+    (place / "docs").mkdir()
+    (place / "docs" / "results.md").write_text("<!-- table: tea -->\n<!-- end of table -->\n")
+    (place / "experiments" / "tables.csv").write_text(SPEC_COLUMNS + "t,yours,mine,last,x.flags,\n")
+    with pytest.raises(DataError, match="tea -->: table not found"):
+        tables.main([])
+    assert results_of(place) == before and "old" in (place / "README.md").read_text()
+
+
+def test_a_run_itself_is_not_a_folder_of_runs(place, tmp_path):
+    (place / "experiments" / "tables.csv").write_text(SPEC_COLUMNS)
+    write_run(tmp_path / "runs" / "mine")
+    with pytest.raises(DataError, match="mine: is itself a run; name the folder above it"):
+        tables.main([f"--runs={tmp_path / 'runs' / 'mine'}"])
+
+
 def test_a_run_that_is_collected_again_replaces_its_rows_only(place, tmp_path):
     (place / "experiments" / "tables.csv").write_text(SPEC_COLUMNS)
     write_run(tmp_path / "one" / "a")

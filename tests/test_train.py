@@ -29,12 +29,6 @@ def train(tiny_data, run_dir, *more):
     return runs.train(ALONE, tiny_data, str(run_dir), *more)
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_data, tmp_path_factory):
-    """The folder of a finished run, not to be changed."""
-    return runs.finished(tiny_data, tmp_path_factory)
-
-
 def test_run_folder_holds_the_contract(finished):
     result = json.loads(pathlib.Path(finished, "result.json").read_text())
     assert set(result) >= {

@@ -145,7 +145,7 @@ def test_members_without_predictions_are_evaluated_again(tree, tmp_path, run_com
     "arguments, code, part",
     [
         (["--run_dir={gone}"], 66, "member tail is missing"),
-        (["--members={tree}/members/nobody"], 66, "neither a member nor a run"),
+        (["--members={tree}/members/nobody"], 66, "does not exist"),
         (["--members={tree},{tree}/members/tail"], 64, "named twice"),
         (["--members={tree},{mixed}"], 66, "mixed/tail cannot be combined"),
         (["--run_dir={tree}", "--padding=same"], 66, "padding: symmetric recorded, same now"),

@@ -6,7 +6,6 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 from unittest import mock
 
 import numpy as np
-import pytest
 import tensorflow as tf
 from conftest import TINY_FLAGS
 
@@ -110,24 +109,18 @@ def train(
             job.folder.close()
 
 
-_finished: List[str] = []  # folder of the finished run of this process
+def train_and_draw(data_dir: str, folder: str) -> str:
+    """Train a run with evaluations and plots to its end; return its folder."""
+    original, drawn = run_plots.draw_curves, []
 
+    def draw(*arguments: Any) -> None:
+        drawn.append(os.path.exists(os.path.join(folder, "result.json")))
+        original(*arguments)
 
-def finished(data_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return the folder of a finished run with evaluations and plots, trained once per process; not to be changed."""
-    if not _finished:
-        folder = str(tmp_path_factory.mktemp("finished") / "run")
-        original, drawn = run_plots.draw_curves, []
-
-        def draw(*arguments: Any) -> None:
-            drawn.append(os.path.exists(os.path.join(folder, "result.json")))
-            original(*arguments)
-
-        with mock.patch.object(run_plots, "draw_curves", draw):
-            train(control.World(1, 0), data_dir, folder, "--eval_every_epochs=1", draw=True)
-        assert drawn == [True]  # once, after the clock has stopped: not in evaluations, while all ranks wait
-        _finished.append(folder)
-    return _finished[0]
+    with mock.patch.object(run_plots, "draw_curves", draw):
+        train(control.World(1, 0), data_dir, folder, "--eval_every_epochs=1", draw=True)
+    assert drawn == [True]  # once, after the clock has stopped: not in evaluations, while all ranks wait
+    return folder
 
 
 def final_state(run_dir: str) -> Dict[str, np.ndarray]:

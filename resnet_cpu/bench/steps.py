@@ -14,7 +14,7 @@ from resnet_cpu.data.batches import TrainingBatch, training_batches
 from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.errors import FlagError
 from resnet_cpu.model.kernels import library
-from resnet_cpu.recipe.batch import Batch
+from resnet_cpu.recipe.batch import Batch, check_size
 from resnet_cpu.recipe.schedule import Rates
 from resnet_cpu.resolve import resolve_batch
 from resnet_cpu.settings import Settings
@@ -59,6 +59,7 @@ class StepTimings:
 def run(settings: Settings, world: World) -> StepTimings:
     """Return the times of --timed_steps steps of --benchmark, after --warmup_steps that are not timed."""
     flags, batch = settings.benchmark, resolve_batch(settings, world.size)
+    check_size(batch)
     data = opening.open_data(settings, world) if flags.benchmark == "pipeline" else None
     steps = flags.warmup_steps + flags.timed_steps
     with guard.Watchdog(settings.system.stall_timeout) as watchdog:

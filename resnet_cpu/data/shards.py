@@ -6,6 +6,7 @@ share its pages, and the memory of a rank does not grow with the data set.
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -24,7 +25,7 @@ from resnet_cpu import faults
 from resnet_cpu.data import array_records, kinds
 from resnet_cpu.data.datasets import MANIFEST
 from resnet_cpu.errors import DataError, OutputError
-from resnet_cpu.run.atomic import write_atomically
+from resnet_cpu.run.atomic import naming, write_atomically
 
 FORMAT_VERSION = 1  # of the manifest; one without the key has this version as well
 UNFINISHED = ".prepare"  # folder beside the shards while they are prepared
@@ -145,8 +146,8 @@ def write_split(folder: str, split: str, examples: Iterator[bytes], count: int, 
 def write_shard(path: str, payloads: Iterable[bytes]) -> Dict[str, Any]:
     """Write a shard atomically, then its index; return its row of the manifest: name, examples, bytes, sha256."""
     temporary, digest = f"{path}.tmp{os.getpid()}", hashlib.sha256()
-    with open(temporary, "wb") as file:
-        for payload in payloads:
+    with naming(path), open(temporary, "wb") as file:
+        for payload in _named(payloads):
             header, footer = frame_around(payload)
             for part in (header, payload, footer):
                 file.write(part)
@@ -158,6 +159,12 @@ def write_shard(path: str, payloads: Iterable[bytes]) -> Dict[str, Any]:
     faults.point("prepare:index")
     size = os.path.getsize(path)
     return {"name": os.path.basename(path), "examples": write_index(path), "bytes": size, "sha256": digest.hexdigest()}
+
+
+def _named(payloads: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield `payloads`; an error of reading them is not one of the shard that is written."""
+    with naming("the raw data"):
+        yield from payloads
 
 
 def write_manifest(folder: str, manifest: Dict) -> None:
@@ -219,6 +226,21 @@ class Split:
     descriptors: Tuple[int, ...]
     bad: Dict[int, DataError] = dataclasses.field(default_factory=dict, compare=False)  # examples that are skipped
     readers: Tuple[Any, ...] = ()  # of ArrayRecord files, which have neither indexes nor descriptors here
+    checksums: Tuple[str, ...] = ()  # SHA-256 of the shards, as far as the description of the data set has them
+
+    @functools.cached_property
+    def content(self) -> str:
+        """Return a digest of what is known of the shards without reading records, whatever their names and folder.
+
+        These are the numbers, sizes and recorded SHA-256 of shards and the lengths of records, in their order. Runs
+        record it: if it is computed otherwise, they cannot be resumed.
+        """
+        found = hashlib.sha256(repr((self.first.tolist(), self.checksums)).encode())
+        for path in self.paths:
+            found.update(b"%d\n" % os.path.getsize(path))
+        for starts in self.starts:
+            found.update(starts.tobytes())
+        return found.hexdigest()[:16]
 
     @property
     def examples(self) -> int:
@@ -328,6 +350,7 @@ def open_split(folder: str, manifest: Dict, split: str) -> Split:
         tuple(starts),
         () if readers else tuple(os.open(path, os.O_RDONLY) for path in paths),
         readers=tuple(readers),
+        checksums=tuple(str(row["sha256"]) for row in rows if row.get("sha256")),
     )
 
 

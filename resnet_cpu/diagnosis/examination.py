@@ -52,7 +52,7 @@ class Asked:
 
     @functools.cached_property
     def run_folder(self) -> Optional[Folder]:
-        return None if self.run_dir is None else facts.written_folder(self.run_dir)
+        return None if self.run_dir is None else facts.run_folder(self.run_dir)
 
 
 def _python(asked: Asked) -> Check:

@@ -24,7 +24,7 @@ from typing import IO, Any, Dict, Iterator, List, Optional, Set, Tuple
 
 from resnet_cpu.cluster.environment import keras_is_separate, version
 from resnet_cpu.run.atomic import write_atomically
-from resnet_cpu.run.rights import others_may_write
+from resnet_cpu.run.rights import others_may_write, refused
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _EXTENSION = "intel-extension-for-tensorflow"
@@ -244,6 +244,12 @@ def written_folder(path: str) -> Folder:
         shutil.rmtree(work, ignore_errors=True)
     others = others_may_write(folder) if folder == os.path.abspath(path) else ""
     return dataclasses.replace(found, ahead=ahead, without_locks=without_locks, others=others)
+
+
+def run_folder(path: str) -> Folder:
+    """Return the facts of a folder for a run, see `written_folder`; without trying it if `train` would refuse it."""
+    why = refused(path)
+    return dataclasses.replace(_about(nearest(path)), path=path, error=why) if why else written_folder(path)
 
 
 def read_folder(path: str) -> Folder:

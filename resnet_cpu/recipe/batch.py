@@ -8,6 +8,7 @@ from resnet_cpu.errors import FlagError
 REFERENCE_BATCH = 256  # images; the batch of `lr_per_256` (Goyal et al., arXiv 1706.02677)
 DEFAULT_BATCH_PER_RANK = 32  # images; what the authors used on a socket in their recipe B
 LEAST_FITTED = 8  # images per micro-batch that --accumulate_steps=0 chooses on its own
+MOST_PER_RANK = 2**16  # images at a time: more exhaust the memory
 SCALINGS = ("linear", "sqrt", "none")
 
 
@@ -72,6 +73,15 @@ def _fitting(batch_size: Optional[int], global_batch_size: int, ranks: int) -> i
             "--batch_size or use another number of ranks"
         )
     return part // batch_size
+
+
+def check_size(batch: Batch) -> None:
+    """Raise FlagError if a rank would hold more images at a time than can be meant."""
+    if batch.per_rank > MOST_PER_RANK:
+        raise FlagError(
+            f"--global_batch_size={batch.total}: {batch.per_rank:,} images per rank at a time, at most "
+            f"{MOST_PER_RANK:,} are allowed; use more ranks, or --accumulate_steps=0"
+        )
 
 
 def check_statistics(bn_stats_batch: Optional[int], batch: Batch) -> None:

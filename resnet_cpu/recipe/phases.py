@@ -15,6 +15,11 @@ from resnet_cpu.recipe import batch as batch_rule
 
 DECAYS = ("poly", "step", "cosine", "constant")
 AUGMENTATIONS = ("full", "light", "none")
+MOST_STEPS = 99_999_999  # of a run: the names of checkpoints have eight digits
+LEAST_IMAGE, LARGEST_IMAGE = 8, 4096  # pixels of a side
+# Larger numbers are mistakes; products of those below are finite.
+_MOST, _MOST_BOUNDARIES = 10**6, 100
+_HUGE = 1e38  # about the largest float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,21 +56,23 @@ class PhaseText:
     values: Mapping[str, Any]
 
 
-def _number(minimum: float, below: float = math.inf, above: Optional[float] = None) -> Callable[[str], float]:
+def _number(minimum: float, below: float, above: Optional[float] = None) -> Callable[[str], float]:
     def convert(text: str) -> float:
         value = float(text)
+        if not math.isfinite(value):
+            raise ValueError("must be a finite number")
         if not (minimum <= value < below) or (above is not None and value <= above):
             low = f"above {above:g}" if above is not None else f"at least {minimum:g}"
-            raise ValueError(f"must be {low}" + ("" if below == math.inf else f" and below {below:g}"))
+            raise ValueError(f"must be {low} and below {f'{below:,.0f}' if below <= _MOST else f'{below:g}'}")
         return value
 
     return convert
 
 
-def _count(minimum: int) -> Callable[[str], int]:
+def _count(minimum: int, most: int) -> Callable[[str], int]:
     def convert(text: str) -> int:
-        if not re.fullmatch(r"[0-9]+", text) or int(text) < minimum:
-            raise ValueError(f"must be a whole number, at least {minimum}")
+        if not re.fullmatch(r"[0-9]{1,20}", text) or not minimum <= int(text) <= most:
+            raise ValueError(f"must be a whole number from {minimum} to {most:,}")
         return int(text)
 
     return convert
@@ -85,6 +92,8 @@ def _list_of(convert_one: Callable[[str], float]) -> Callable[[str], Tuple[float
         values = tuple(convert_one(part) for part in text.split("/"))
         if list(values) != sorted(set(values)):
             raise ValueError("must be ascending, separated by /, as in 30/60/80")
+        if len(values) > _MOST_BOUNDARIES:
+            raise ValueError(f"must be at most {_MOST_BOUNDARIES} numbers")
         return values
 
     return convert
@@ -99,26 +108,26 @@ def _truth(text: str) -> bool:
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _UNFINISHED = ".tmp"  # suffix of folders that are being written (run/checkpoint.py); members are saved under their name
 _KEYS: Dict[str, Callable[[str], Any]] = {
-    "steps": _count(1),
-    "epochs": _number(0, above=0),
-    "lr": _number(0),
-    "lr_per_256": _number(0),
+    "steps": _count(1, MOST_STEPS),
+    "epochs": _number(0, above=0, below=_MOST),
+    "lr": _number(0, below=_HUGE),
+    "lr_per_256": _number(0, below=_HUGE),
     "decay": _choice(*DECAYS),
-    "power": _number(0, above=0),
-    "decay_steps": _count(1),
-    "decay_epochs": _number(0, above=0),
+    "power": _number(0, above=0, below=_MOST),
+    "decay_steps": _count(1, MOST_STEPS),
+    "decay_epochs": _number(0, above=0, below=_MOST),
     "decay_from": _choice("warmup_end", "start"),
-    "boundary_steps": _list_of(_count(1)),
-    "boundary_epochs": _list_of(_number(0, above=0)),
-    "gamma": _number(0, above=0),
-    "end_lr": _number(0),
-    "warmup_steps": _count(0),
-    "warmup_epochs": _number(0),
-    "warmup_lr": _number(0),
-    "wd": _number(0),
+    "boundary_steps": _list_of(_count(1, MOST_STEPS)),
+    "boundary_epochs": _list_of(_number(0, above=0, below=_MOST)),
+    "gamma": _number(0, above=0, below=1000),
+    "end_lr": _number(0, below=_HUGE),
+    "warmup_steps": _count(0, MOST_STEPS),
+    "warmup_epochs": _number(0, below=_MOST),
+    "warmup_lr": _number(0, below=_HUGE),
+    "wd": _number(0, below=_HUGE),
     "momentum": _number(0, below=1),
     "augment": _choice(*AUGMENTATIONS),
-    "image_size": _count(1),
+    "image_size": _count(LEAST_IMAGE, LARGEST_IMAGE),
     "branch": _truth,
     "from": str,
     "velocity": _choice("keep", "reset"),
@@ -237,6 +246,8 @@ def resolve(
         if "lr_per_256" in given:
             values["lr"] = batch_rule.scaled_lr(given["lr_per_256"], global_batch_size, lr_scaling)
         resolved.append(Phase(name=name, parent=_parent(name, given.get("from"), resolved), **values))
+        if sum(phase.steps for phase in resolved) > MOST_STEPS:
+            raise FlagError(f"--phase={name}: ends after more than {MOST_STEPS:,} steps of the run; shorten it")
     return tuple(resolved)
 
 

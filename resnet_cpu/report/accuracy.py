@@ -16,11 +16,23 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Seque
 
 from resnet_cpu.errors import DataError, printable
 from resnet_cpu.report.intervals import Interval, interval
-from resnet_cpu.report.tables import NOT_RUN, Column, Row, Table, cell, find_published, find_runs, origin, run_folders
+from resnet_cpu.report.tables import (
+    NOT_RUN,
+    Column,
+    Row,
+    Table,
+    cell,
+    find_published,
+    find_runs,
+    origin,
+    read_results,
+    run_folders,
+)
 from resnet_cpu.run import signature
-from resnet_cpu.run.folder import read_json, read_record, read_rows
+from resnet_cpu.run.folder import NOT_FINITE, read_json, read_record, read_rows
 
 RUNS, CURVES = "runs.csv", "curves.csv"
+FAILED = "not_finite"  # under `what`: a run that ended because its loss was not a finite number, without scores
 ENSEMBLE = "ensemble.json"
 SCORES = ("top1", "top5", "loss", "ece")
 RUN_COLUMNS = (
@@ -28,12 +40,26 @@ RUN_COLUMNS = (
     *("images_per_second", "wall_seconds", "cpu", "tensorflow", "code"),
     *("temperature", "loss_scaled", "ece_scaled", "disagreement"),
 )
+_NEWER = RUN_COLUMNS[-4:]  # version 0.1 did not write them
 CURVE_COLUMNS = ("run", "epoch", "phase", "top1", "loss", "wall_seconds")
+TEXTS = ("run", "what", "phase", "recipe", "cpu", "tensorflow", "code")  # columns that are not numbers
 _TABLE_COLUMNS = (
-    *("what", "published", "unit", "source", "n", *(f"{key}_mean" for key in SCORES), "top1_sd"),
+    *("what", "published", "unit", "source", "n", "not_finite", *(f"{key}_mean" for key in SCORES), "top1_sd"),
     *("reference", "difference_mean", "difference_low", "difference_high"),
     *("seconds_mean", "seconds_sd", "time_mean", "time_low", "time_high", "flagfile"),
 )
+
+
+def read_runs() -> List[Row]:
+    """Return the rows of runs.csv; none if there are no runs yet. Columns that older versions lack are empty."""
+    rows = read_results(RUNS, [name for name in RUN_COLUMNS if name not in _NEWER], TEXTS)
+    return [{**dict.fromkeys(_NEWER, ""), **row} for row in rows]
+
+
+def read_curves() -> List[Row]:
+    """Return the rows of curves.csv; none if there are no runs yet. Version 0.1 wrote no `wall_seconds`."""
+    rows = read_results(CURVES, [name for name in CURVE_COLUMNS if name != "wall_seconds"], TEXTS)
+    return [{"wall_seconds": "", **row} for row in rows]
 
 
 def collect(folder: str) -> Tuple[List[Row], List[Row]]:
@@ -46,6 +72,11 @@ def collect(folder: str) -> Tuple[List[Row], List[Row]]:
     for name, path in run_folders(folder):
         result, record = read_json(os.path.join(path, "result.json")), read_record(path)
         if result and result.get("experiment") == "scaling":
+            continue
+        failure = None if result and result.get("complete") else read_json(os.path.join(path, NOT_FINITE))
+        if failure and record:
+            if failure.get("experiment") != "scaling":
+                runs.append(_row(name, FAILED, {}, failure, record))
             continue
         if not result or not record or not result.get("complete"):
             why = "this run has not finished; run its command again"
@@ -115,7 +146,7 @@ def _row(name: str, what: str, scores: Mapping, result: Mapping, record: Mapping
         "run": name,
         "what": what,
         "recipe": recipe_digest(record["signature"]),
-        "cores": round(rate / per_core) if rate and per_core else None,
+        "cores": round(rate / per_core) if rate and per_core else result.get("cores"),
         "cpu": "; ".join(sorted({row["cpu"] for row in record["per_rank"]})),
         "tensorflow": record["versions"]["tensorflow"],
         "code": record["code"],
@@ -127,13 +158,14 @@ def recipe_digest(recorded: Mapping[str, Any]) -> str:
     """Return a digest of a run's signature: equal for runs of one recipe, model and data, whatever the seed."""
     shared = signature.normalised(recorded)
     shared["recipe"].pop("seed", None)
+    shared["data"].pop("content", None)  # older runs did not record it
     shared.pop("init_from", None)
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _cost(what: str, scores: Mapping, result: Mapping) -> Dict[str, Any]:
     """Return the epochs, steps and seconds behind a score; None where the run did not record them."""
-    if what in ("last", "ensemble"):
+    if what in ("last", "ensemble", FAILED):
         return {key: result.get(key) for key in ("epochs", "steps", "wall_seconds")}
     if what.startswith("end_of:"):
         return {"epochs": scores["epoch"], "steps": scores["step"] + 1, "wall_seconds": scores["wall_seconds"]}
@@ -142,12 +174,13 @@ def _cost(what: str, scores: Mapping, result: Mapping) -> Dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-    """One line of a table: the published figure, if any, and the runs that measured it."""
+    """One line of a table: the published figure, if any, and the runs that measured it or ended without a score."""
 
     label: str
     flagfile: str
     published: Optional[Row]
     measured: List[Row]
+    failed: List[Row]
     reference: str  # the label of what these runs are compared with, seed by seed
     compared: List[Row]
     timed: bool
@@ -203,12 +236,14 @@ def tables(spec: Iterable[Row], published: Sequence[Row], runs: Sequence[Row]) -
 
 def _line(row: Row, labels: Mapping[str, str], published: Sequence[Row], runs: Sequence[Row]) -> _Line:
     measured = [run for run in find_runs(row, runs) if run["what"] == row["what"]]
-    _check_alike(row, measured)
+    failed = [run for run in find_runs(row, runs) if run["what"] == FAILED]
+    _check_alike(row, [*measured, *failed])
     pattern = row.get("reference", "")
     compared = [run for run in find_runs({**row, "runs": pattern}, runs) if run["what"] == "last"]
     reference = f'"{labels.get(pattern, pattern)}"'
     timed = row.get("timed") == "yes"
-    return _Line(row["label"], row["flagfile"], find_published(row, published), measured, reference, compared, timed)
+    figure = find_published(row, published)
+    return _Line(row["label"], row["flagfile"], figure, measured, failed, reference, compared, timed)
 
 
 def _check_alike(line: Row, runs: List[Row]) -> None:
@@ -231,7 +266,11 @@ def _columns(table: List[_Line]) -> List[Column]:
         ("difference (95 % interval)", [_bounded(line.difference()) for line in table]),
         ("time, s", [_spread(line.seconds()) for line in table]),
         ("relative time (95 % interval)", [_bounded(line.time_ratio(), "") for line in table]),
-        ("n", [str(len(line.measured)) for line in table] if any(line.measured for line in table) else []),
+        (
+            "n",
+            [str(len(line.measured)) for line in table] if any(line.measured or line.failed for line in table) else [],
+        ),
+        ("not finite", [str(len(line.failed) or "") for line in table]),
         ("top-5, %", [line.spread("top5", 100, 2) for line in table]),
         ("loss", [line.spread("loss", 1, 4) for line in table]),
         ("ECE, %", [line.spread("ece", 100, 2) for line in table]),
@@ -251,15 +290,17 @@ def _spread(seconds: Optional[Interval]) -> str:
 
 
 def _note(table: List[_Line]) -> str:
-    runs = [run for line in table for run in line.measured]
+    runs = [run for line in table for run in (*line.measured, *line.failed)]
     if not runs:
         return ""
+    failed = "Not finite: runs that ended with code 77, because the loss was not a finite number; in no mean. "
+    shown = failed if any(line.failed for line in table) else ""
     compared = list(dict.fromkeys(line.reference for line in table if line.difference()))
     reference = f"Difference: top-1 minus that of {' or of '.join(compared)} for equal seeds, in points. "
     time = (
         "Time is that of the whole run, with start and evaluations. " if any(line.seconds() for line in table) else ""
     )
-    return f"Mean ± standard deviation over n seeds. {reference if compared else ''}{time}{origin(runs)}"
+    return f"Mean ± standard deviation over n seeds. {reference if compared else ''}{time}{shown}{origin(runs)}"
 
 
 def _figures(line: _Line) -> Row:
@@ -272,6 +313,7 @@ def _figures(line: _Line) -> Row:
         "unit": line.of_published("unit"),
         "source": line.of_published("source"),
         "n": str(len(line.measured)),
+        "not_finite": str(len(line.failed)),
         **{f"{key}_mean": cell(statistics.mean(values)) if values else "" for key, values in means.items()},
         "top1_sd": cell(statistics.stdev(means["top1"])) if len(means["top1"]) > 1 else "",
         "reference": line.reference if difference else "",

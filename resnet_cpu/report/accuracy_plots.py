@@ -5,6 +5,7 @@ import os
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Sequence, Tuple
 
 from resnet_cpu.report import border_runs
+from resnet_cpu.report.accuracy import FAILED
 from resnet_cpu.report.intervals import Interval, interval
 from resnet_cpu.report.plotting import pyplot, save
 from resnet_cpu.report.tables import Row, by_seed
@@ -30,6 +31,11 @@ _LADDERS = {
     "ladder_cifar_20": "CIFAR-10,\n20 epochs",
 }
 _RULES = {"linear": "linear rule, warm-up", "unscaled": "no scaling, no warm-up", "lars": "LARS, warm-up"}
+_SIZES = {
+    "constant": "constant size",
+    "constant_short": "constant size,\n70 % of the steps",
+    "growing": "growing size",
+}
 _CHANCE = 10.0  # %, of both data sets of the ladders
 _PUBLISHED_LADDER = "haiku_"  # ids in published.csv
 
@@ -44,7 +50,8 @@ def draw(
     drawings: Dict[str, Callable[[Any], None]] = {}
     ladders = {table: rules for table in _LADDERS if (rules := _rungs(_grouped(last, table)))}
     for table, rules in ladders.items():
-        drawings[table] = functools.partial(_ladder, rules=rules, published=reference)
+        failed = _rungs(_by_arm([row for row in runs if row["what"] == FAILED], table))
+        drawings[table] = functools.partial(_ladder, rules=rules, failed=failed, published=reference)
     linear = {table: rules["linear"] for table, rules in ladders.items() if len(rules.get("linear", {})) > 1}
     if len(linear) > 1:
         drawings["ladder_steps"] = functools.partial(_ladder_steps, ladders=linear)
@@ -68,7 +75,11 @@ def draw(
 
 def _grouped(rows: Sequence[Row], table: str) -> Dict[str, List[Row]]:
     """Return the scored rows of runs TABLE/ARM/seed-N of one table, by arm."""
-    arms = by_seed([row for row in rows if row["top1"]], table)
+    return _by_arm([row for row in rows if row["top1"]], table)
+
+
+def _by_arm(rows: Sequence[Row], table: str) -> Dict[str, List[Row]]:
+    arms = by_seed(rows, table)
     return {arm: [row for found in seeds.values() for row in found] for arm, seeds in arms.items()}
 
 
@@ -104,18 +115,32 @@ def _rungs(arms: Mapping[str, Sequence[Row]]) -> Dict[str, Dict[int, Sequence[Ro
     return rules
 
 
-def _ladder(axes: Any, rules: Mapping[str, Mapping[int, Sequence[Row]]], published: Mapping[int, float]) -> None:
-    """Draw top-1 over the global batch: a colour for each rule, a point for each seed, a line through the means."""
+def _ladder(
+    axes: Any,
+    rules: Mapping[str, Mapping[int, Sequence[Row]]],
+    failed: Mapping[str, Mapping[int, Sequence[Row]]],
+    published: Mapping[int, float],
+) -> None:
+    """Draw top-1 over the global batch: a colour for each rule, a point for each seed, a line through the means.
+
+    Seeds whose loss was not a finite number are crosses at the bottom.
+    """
     names: List[Tuple[float, str, str]] = []
     steps: Dict[int, str] = {}
     for number, (rule, rungs) in enumerate(sorted(rules.items())):
         sizes, colour = sorted(rungs), f"C{number}"
+        gone = failed.get(rule, {})
         means = [interval(_percent(rungs[size])).mean for size in sizes]
         axes.plot(sizes, means, "-", color=colour)
         names.append((means[-1], _RULES.get(rule, rule), colour))
         for size in sizes:
             axes.plot([size] * len(rungs[size]), _percent(rungs[size]), "o", color=colour, markersize=4)
             steps.setdefault(size, rungs[size][0].get("steps", ""))
+        for size in sorted(gone):
+            axes.plot(
+                [size * 1.05**place for place in range(len(gone[size]))], [0] * len(gone[size]), "x", color=colour
+            )
+            steps.setdefault(size, "")
     shown = sorted(size for size in published if size <= max(steps))
     axes.plot(shown, [published[size] for size in shown], "D--", color="grey", markerfacecolor="none", linewidth=1)
     if shown:
@@ -126,7 +151,9 @@ def _ladder(axes: Any, rules: Mapping[str, Mapping[int, Sequence[Row]]], publish
         [f"{size:,}" + (f"\n{int(steps[size]):,} steps" if steps[size] else "") for size in sorted(steps)]
     )
     axes.set_xlabel("global batch, images")
-    axes.set_ylabel("top-1, %; a point for each seed")
+    axes.set_ylabel(
+        "top-1, %; a point for each seed" + ("; crosses: loss not finite" if any(map(failed.get, rules)) else "")
+    )
     axes.grid(alpha=0.3)
     _name(axes, names)
 
@@ -273,7 +300,8 @@ def _image_size(axes: Any, arms: Mapping[str, Sequence[Row]]) -> None:
             minutes = [float(row["wall_seconds"]) / 60 for row in run]
             axes.plot(minutes, _percent(run), "o-", color=f"C{number}", markersize=3, linewidth=1)
             ends.append((minutes[-1], _percent(run)[-1]))
-        axes.annotate(f"{arm} size", max(ends), (8, 0), textcoords="offset points", color=f"C{number}", va="center")
+        label = _SIZES.get(arm, arm)
+        axes.annotate(label, max(ends), (8, 0), textcoords="offset points", color=f"C{number}", va="center")
     axes.margins(x=0.18)
     axes.set_xlabel("minutes since the start of a run, with evaluations")
     axes.set_ylabel("top-1, %; a line for each seed")

@@ -5,10 +5,10 @@ import os
 import statistics
 from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from resnet_cpu.errors import DataError
+from resnet_cpu.errors import DataError, FlagError
 from resnet_cpu.report import border_runs
 from resnet_cpu.report.intervals import fixed
-from resnet_cpu.report.tables import EXPERIMENTS, NOT_RUN, Row, Table, cell, read_csv
+from resnet_cpu.report.tables import EXPERIMENTS, NOT_RUN, Row, Table, cell, read_csv, read_if_there
 
 FOLDER = os.path.join(EXPERIMENTS, "collapsed_ensemble", "border")
 PREDICTIONS, PILOT, DECAYS = (os.path.join(FOLDER, f"{name}.csv") for name in ("predictions", "pilot", "decays"))
@@ -59,10 +59,13 @@ def predict(
     `doublings` has those of every arm.
 
     Raises DataError if the single models of the setting, or all figures of other settings, are missing, and if the arm
-    has been run.
+    has been run; FlagError if `setting` is none.
     """
     arms = border_runs.by_place(runs, decays)
-    place = border_runs.Place(*border_runs.parts_of(setting), arm)
+    try:
+        place = border_runs.Place(*border_runs.parts_of(setting), arm)
+    except ValueError:
+        raise FlagError(f"{setting!r}: not a setting; write it as tiny-10000, SET-IMAGES") from None
     if place in arms:
         raise DataError(f"border/{setting}/{arm} has been run; predict it before")
     gain = border_runs.slope(arms, place)
@@ -186,7 +189,13 @@ def _outcome(row: Mapping[str, Any], key: str) -> str:
     return border_runs.difference_of(row).bounded(2) if key == "difference" else fixed(row[key], 2)
 
 
+def read_pilot() -> List[Row]:
+    """Return the rows of pilot.csv."""
+    texts = ("arm", "members", "source")
+    return read_csv(PILOT, ("images", "ensemble", "one", "half", *texts), texts)
+
+
 def read() -> Tuple[List[Row], List[Row]]:
     """Return the rows of predictions.csv and of decays.csv; none if a file does not exist."""
-    predictions, decays = (read_csv(path) if os.path.exists(path) else [] for path in (PREDICTIONS, DECAYS))
-    return predictions, decays
+    predictions = read_if_there(PREDICTIONS, PREDICTED, ("setting", "arm", "from"))
+    return predictions, read_if_there(DECAYS, ("setting", "arm", "decay"), ("setting", "arm"))

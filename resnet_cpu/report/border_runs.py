@@ -54,7 +54,7 @@ def by_place(runs: Iterable[Row], decays: Iterable[Row] = ()) -> Arms:
     found: Arms = {}
     for row in runs:
         parts = row["run"].split("/")
-        if row["run"].startswith(PREFIX) and len(parts) == 4:
+        if row["run"].startswith(PREFIX) and len(parts) == 4 and row["top1"]:
             try:
                 place = Place(*parts_of(parts[1]), parts[2])
             except ValueError:
@@ -162,4 +162,6 @@ def name_of(setting: str, images: int) -> str:
 def parts_of(name: str) -> Tuple[str, int]:
     """Return the setting and the number of images of SETTING-IMAGES; raise ValueError if it is not of this form."""
     setting, _, images = name.rpartition("-")
+    if not setting or int(images) < 1:
+        raise ValueError(name)
     return setting, int(images)

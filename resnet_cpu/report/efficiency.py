@@ -9,7 +9,17 @@ import os
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from resnet_cpu.errors import DataError
-from resnet_cpu.report.tables import NOT_RUN, Row, Table, cell, find_published, find_runs, origin, run_folders
+from resnet_cpu.report.tables import (
+    NOT_RUN,
+    Row,
+    Table,
+    cell,
+    find_published,
+    find_runs,
+    origin,
+    read_results,
+    run_folders,
+)
 from resnet_cpu.run.folder import read_json, read_record
 from resnet_cpu.scaling import ladders
 from resnet_cpu.scaling.ladders import LadderRun, Rung
@@ -22,6 +32,7 @@ RUN_COLUMNS = (
     *(f"{part}_s" for part in PARTS),
     *("timed_steps", "block_s", "flags", "cpu", "tensorflow", "code"),
 )
+TEXTS = ("run", "block_s", "flags", "cpu", "tensorflow", "code")  # columns that are not numbers
 # Flags in which runs of one ladder may differ: they change neither the work of a step nor its duration.
 _MAY_DIFFER = ("run_dir", "data_dir", "ranks", "seed", "resume", "max_steps")
 _SPLIT = f"{' / '.join(PARTS)}, %"
@@ -46,6 +57,11 @@ _TABLE_COLUMNS = (
     *(f"{part}_share" for part in PARTS),
     *("published", "unit", "source", "flagfile"),
 )
+
+
+def read_runs() -> List[Row]:
+    """Return the rows of scaling_runs.csv; none if there are no runs yet."""
+    return read_results(SCALING_RUNS, RUN_COLUMNS, TEXTS)
 
 
 def collect(folder: str) -> List[Row]:

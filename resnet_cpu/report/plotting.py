@@ -1,9 +1,11 @@
 """Shared parts of all plots: matplotlib, which is optional and loaded only when needed, colours, atomic files."""
 
 import functools
-import os
+import io
 import sys
 from typing import Any
+
+from resnet_cpu.run.atomic import write_atomically
 
 TRAINING, EVALUATION, RATE = "#4c72b0", "#c44e52", "#55a868"
 
@@ -31,10 +33,10 @@ def available() -> bool:
 
 def save(figure: Any, path: str) -> None:
     """Write a figure as PNG, atomically, and free it."""
-    temporary = f"{path}.tmp.png"
-    figure.savefig(temporary, dpi=110)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=110, format="png")
     pyplot().close(figure)
-    os.replace(temporary, path)
+    write_atomically(path, content.getbuffer())
 
 
 def mark_phase(axes: Any, epoch: float, name: str) -> None:

@@ -19,12 +19,14 @@ from resnet_cpu.report import tables as report
 
 def collect(folder: str) -> None:
     """Add the finished runs below `folder` to the CSV files of experiments/results; without any, raise DataError."""
+    if os.path.exists(os.path.join(folder, "run.json")):
+        raise DataError(f"--runs={folder}: is itself a run; name the folder above it, so that the run has a name")
     (runs, curves), scaling_runs = accuracy.collect(folder), efficiency.collect(folder)
     if not runs and not scaling_runs:
         raise DataError(f"--runs={folder}: contains no finished run; name a folder with run folders below it")
-    report.update_results(accuracy.RUNS, runs, accuracy.RUN_COLUMNS)
-    report.update_results(accuracy.CURVES, curves, accuracy.CURVE_COLUMNS)
-    report.update_results(efficiency.SCALING_RUNS, scaling_runs, efficiency.RUN_COLUMNS)
+    report.update_results(accuracy.RUNS, accuracy.read_runs(), runs, accuracy.RUN_COLUMNS)
+    report.update_results(accuracy.CURVES, accuracy.read_curves(), curves, accuracy.CURVE_COLUMNS)
+    report.update_results(efficiency.SCALING_RUNS, efficiency.read_runs(), scaling_runs, efficiency.RUN_COLUMNS)
 
 
 class Results(NamedTuple):
@@ -40,10 +42,9 @@ class Results(NamedTuple):
 
 def read() -> Results:
     """Read the CSV files and make all tables; raise DataError if a file or a published figure is missing."""
-    spec, published = (
-        report.read_csv(os.path.join(report.EXPERIMENTS, f"{name}.csv")) for name in ("tables", "published")
-    )
-    runs, curves, scaling_runs = map(report.read_results, (accuracy.RUNS, accuracy.CURVES, efficiency.SCALING_RUNS))
+    spec = report.read_csv(os.path.join(report.EXPERIMENTS, "tables.csv"), report.SPEC_COLUMNS)
+    published = report.read_csv(os.path.join(report.EXPERIMENTS, "published.csv"), report.PUBLISHED_COLUMNS)
+    runs, curves, scaling_runs = accuracy.read_runs(), accuracy.read_curves(), efficiency.read_runs()
     made = {
         **accuracy.tables(spec, published, runs),
         **efficiency.tables(spec, published, scaling_runs),

@@ -10,10 +10,11 @@ experiments/results/TABLE.csv, .tex   the tables that are made from these
 import csv
 import fnmatch
 import io
+import math
 import os
 import re
 import sys
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Container, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from resnet_cpu.errors import DataError
 from resnet_cpu.run.atomic import write_atomically
@@ -29,6 +30,21 @@ DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("results", "ensemble"
 # Top-1 over epochs of Intel's entries, from stanford-futuredata/dawn-bench-entries.
 PUBLISHED_CURVES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "published_curves.csv")
 NOT_RUN = "not run"
+SPEC_COLUMNS = ("table", "label", "runs", "what", "flagfile", "published")  # of tables.csv; `accuracy` has further ones
+PUBLISHED_COLUMNS = ("id", "what", "value", "unit", "global_batch_size", "hardware", "source")  # of published.csv
+_WHOLE = frozenset(  # columns of whole numbers
+    (
+        "seed",
+        "steps",
+        "global_batch_size",
+        "ranks",
+        "cores",
+        "hosts",
+        "cores_per_rank",
+        "images_per_step",
+        "timed_steps",
+    )
+)
 _ONLY_IN_MARKDOWN = ("flagfile", "source")  # too long for a printed page
 
 
@@ -57,19 +73,56 @@ def cell(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def read_csv(path: str) -> List[Row]:
-    """Return the rows of a CSV file; raise DataError if it cannot be read."""
+def read_csv(path: str, columns: Sequence[str] = (), texts: Optional[Container[str]] = None) -> List[Row]:
+    """Return the rows of a CSV file with at least these columns; raise DataError if it cannot be read or is damaged.
+
+    With `texts`, all cells of other columns must be empty or numbers.
+    """
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+            reader = csv.DictReader(file, strict=True)
+            names = reader.fieldnames or ()
+            rows = [_checked(path, reader.line_num, row, texts) for row in reader]
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; run this command in the repository's root folder") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a CSV file in UTF-8 ({error}); restore it from the repository") from None
+    missing = [name for name in columns if name not in names]
+    if missing:
+        raise DataError(f"{path}: has no column {missing[0]}; restore it from the repository")
+    return rows
 
 
-def read_results(name: str) -> List[Row]:
-    """Return the rows of a CSV file in `RESULTS`; none if the file does not exist yet."""
-    path = os.path.join(RESULTS, name)
-    return read_csv(path) if os.path.exists(path) else []
+def _checked(path: str, line: int, row: Row, texts: Optional[Container[str]]) -> Row:
+    if None in row or None in row.values():
+        raise DataError(f"{path}: line {line}: not as many cells as columns; restore it from the repository")
+    for name, value in row.items():
+        if (
+            texts is not None
+            and name not in texts
+            and value
+            and not (value.isdigit() if name in _WHOLE else _is_finite(value))
+        ):
+            kind = "a whole number" if name in _WHOLE else "a number"
+            raise DataError(f"{path}: line {line}: {name} is {value!r}, not {kind}; correct it")
+    return row
+
+
+def _is_finite(value: str) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return False
+
+
+def read_if_there(path: str, columns: Sequence[str] = (), texts: Optional[Container[str]] = None) -> List[Row]:
+    """Return the rows of a CSV file, see `read_csv`; none if the file does not exist yet."""
+    return read_csv(path, columns, texts) if os.path.exists(path) else []
+
+
+def read_results(name: str, columns: Sequence[str] = (), texts: Optional[Container[str]] = None) -> List[Row]:
+    """Return the rows of a CSV file in `RESULTS`, see `read_if_there`."""
+    return read_if_there(os.path.join(RESULTS, name), columns, texts)
 
 
 def write_csv(path: str, rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> None:
@@ -81,10 +134,10 @@ def write_csv(path: str, rows: Sequence[Mapping[str, str]], columns: Sequence[st
     write_atomically(path, content.getvalue().encode())
 
 
-def update_results(name: str, rows: Sequence[Row], columns: Sequence[str]) -> None:
-    """Add the rows of runs to a CSV file in `RESULTS`; they replace the rows of runs of the same name."""
+def update_results(name: str, old: Iterable[Row], rows: Sequence[Row], columns: Sequence[str]) -> None:
+    """Add the rows of runs to the `old` ones of a CSV file in `RESULTS`; they replace those of equal names."""
     replaced = {row["run"] for row in rows}
-    kept = [row for row in read_results(name) if row["run"] not in replaced]
+    kept = [row for row in old if row["run"] not in replaced]
     write_csv(os.path.join(RESULTS, name), sorted([*kept, *rows], key=lambda row: row["run"]), columns)
 
 
@@ -163,15 +216,18 @@ def _escaped(text: str) -> str:
 
 def write(tables: Mapping[str, Table]) -> None:
     """Write every table as CSV and LaTeX into `RESULTS`, and into the documents that have a marked place for it."""
-    for name, table in tables.items():
-        write_csv(os.path.join(RESULTS, f"{name}.csv"), table.rows, table.csv_columns)
-        write_atomically(os.path.join(RESULTS, f"{name}.tex"), latex(table).encode())
-    for document in filter(os.path.exists, DOCUMENTS):
+    changed: Dict[str, str] = {}
+    for document in filter(os.path.exists, DOCUMENTS):  # an unknown table ends the command before anything is written
         with open(document, encoding="utf-8") as file:
             old = file.read()
         new = fill(old, tables)
         if new != old:
-            write_atomically(document, new.encode())
+            changed[document] = new
+    for name, table in tables.items():
+        write_csv(os.path.join(RESULTS, f"{name}.csv"), table.rows, table.csv_columns)
+        write_atomically(os.path.join(RESULTS, f"{name}.tex"), latex(table).encode())
+    for document, new in changed.items():
+        write_atomically(document, new.encode())
 
 
 def fill(document: str, tables: Mapping[str, Table]) -> str:

@@ -2,7 +2,18 @@
 
 import contextlib
 import os
-from typing import Union
+from typing import Iterator, Union
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Name the file at `path` in an OSError that names none, as those of writing to an open file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = path
+        raise
 
 
 def write_atomically(path: str, content: Union[bytes, memoryview]) -> None:
@@ -14,7 +25,7 @@ def write_atomically(path: str, content: Union[bytes, memoryview]) -> None:
     try:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)  # of a killed process with the same number; or a link that another user put there
-        with open(temporary, "xb") as file:
+        with naming(path), open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

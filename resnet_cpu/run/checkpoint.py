@@ -203,9 +203,14 @@ def read_weights(path: str) -> Arrays:
         return load(parent, "weights")
     try:
         with np.load(weights, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays.files}
+            found = {key: arrays[key] for key in arrays.files}
     except Exception as error:  # a damaged zip archive raises exceptions of many kinds
         raise CheckpointError(f"{weights}: unreadable as .npz ({error}); export the weights again") from None
+    for name, array in found.items():
+        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+            problem = "not finite" if array.dtype.kind in "fiu" else f"of type {array.dtype}, not real numbers"
+            raise CheckpointError(f"{weights}: {name} is {problem}; export the weights again")
+    return found
 
 
 def check_export(path: str) -> None:
@@ -230,7 +235,8 @@ def digest(path: str) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
-def _verify(path: str) -> None:
+def verify(path: str) -> None:
+    """Raise CheckpointError if a file of the checkpoint `path` is missing or damaged; reads all of them."""
     for name in read_manifest(path)["files"]:
         load(path, name[: -len(".npz")])
 
@@ -253,7 +259,7 @@ def newest(run_dir: str) -> Optional[Tuple[str, Dict[str, Any]]]:
     for step in reversed(steps(run_dir)):
         path = folder(run_dir, step)
         try:
-            _verify(path)
+            verify(path)
         except CheckpointError as error:
             print(f"checkpoint: PASSED OVER: {error}", file=sys.stderr, flush=True)
             damaged = error

@@ -13,8 +13,10 @@ import numpy as np
 
 from resnet_cpu.errors import RunFolderError
 from resnet_cpu.run import lock
-from resnet_cpu.run.atomic import write_atomically
-from resnet_cpu.run.rights import others_may_write
+from resnet_cpu.run.atomic import naming, write_atomically
+from resnet_cpu.run.rights import others_may_write, refused
+
+NOT_FINITE = "not_finite.json"  # of a run whose loss or weights were not finite numbers
 
 
 class RunFolder:
@@ -24,10 +26,9 @@ class RunFolder:
         """Create the folder if it is missing and lock it; raise RunFolderError if it cannot be used."""
         self.path = path
         self._files: Dict[str, IO[bytes]] = {}
-        if os.path.realpath(path) == "/":
-            raise RunFolderError(f"--run_dir={path}: is the root of the file system; choose another folder")
-        if os.path.exists(os.path.join(path, "manifest.json")):
-            raise RunFolderError(f"--run_dir={path}: is a data set or a checkpoint; choose another folder")
+        why = refused(path)
+        if why:
+            raise RunFolderError(f"--run_dir={path}: {why}; choose another folder")
         try:
             os.makedirs(os.path.join(path, "plots"), exist_ok=True)
             self._lock = lock.FolderLock(path)
@@ -63,8 +64,9 @@ class RunFolder:
             self._files[name] = file = open(self.file(name), "a+b")  # noqa: SIM115  # kept open
             if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
                 file.write(b"\n")  # the last line was cut short by a kill: begin a new one
-        self._files[name].write(json_line(row).encode() + b"\n")
-        self._files[name].flush()
+        with naming(self.file(name)):
+            self._files[name].write(json_line(row).encode() + b"\n")
+            self._files[name].flush()
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace a JSON file atomically."""
@@ -78,9 +80,12 @@ class RunFolder:
 
     def close(self) -> None:
         """Flush and close all files and release the folder."""
-        for file in self._files.values():
-            file.close()
-        self._lock.release()
+        try:
+            for name, file in self._files.items():
+                with naming(self.file(name)):
+                    file.close()
+        finally:
+            self._lock.release()
 
 
 def finite(content: Any) -> Any:

@@ -21,8 +21,8 @@ def rate_of(speed: str) -> Optional[float]:
         rate = float(speed)
     except ValueError:
         return None
-    if not 0 < rate < float("inf"):
-        raise FlagError(f"--speed={speed}: must be above 0; give images/s, or the folder of a past run")
+    if not 1e-3 <= rate <= 1e12:
+        raise FlagError(f"--speed={speed}: must be above 0 (0.001 to 1e12); give images/s, or a run's folder")
     return rate
 
 

@@ -14,6 +14,7 @@ from resnet_cpu.resolve import Resolved
 from resnet_cpu.settings import Data, Model, Recipe, Settings
 
 _SHOWN = 6  # differences that a message lists
+_OF_DATA = ("classes", "content")  # digests of the data set
 Pixels = Optional[Tuple[Tuple[float, ...], Tuple[float, ...]]]  # mean and deviation of the training pixels, RGB
 
 
@@ -24,6 +25,7 @@ def of(
     pixels: Pixels,
     init_from: Optional[str] = None,
     classes: Optional[str] = None,
+    content: Optional[str] = None,
 ) -> Dict[str, Any]:
     """Return the signature of a run, as JSON holds it.
 
@@ -33,14 +35,16 @@ def of(
         pixels: measured mean and deviation of the data set's pixels, if they are used to normalise images.
         init_from: SHA-256 of the file of weights that the run started from.
         classes: SHA-256 of the data set's list of classes, None if it has none.
+        content: digest of the training shards, `Split.content`, None for synthetic data.
     """
+    of_data = {"classes": classes, "content": content}
     found = {
         "model": deciding(settings.model),
         "data": {
             **deciding(settings.data),
             "train_examples": train_examples,
             "pixels": None if pixels is None else {"mean": pixels[0], "std": pixels[1]},
-            **({} if classes is None else {"classes": classes}),
+            **{key: value for key, value in of_data.items() if value is not None},
         },
         "recipe": deciding(settings.recipe),
         "global_batch_size": resolved.batch.total,
@@ -136,11 +140,12 @@ def _default_of(prefix: str, name: str) -> Any:
 
 
 def _comparable(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> Tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Return two signatures, without the digest of the classes if only one has it: older runs recorded none."""
+    """Return two signatures, without the digests of the data that only one has: older runs recorded none."""
     one, other = recorded.get("data"), now.get("data")
-    if not isinstance(one, Mapping) or not isinstance(other, Mapping) or ("classes" in one) == ("classes" in other):
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
         return recorded, now
-    one, other = ({key: value for key, value in data.items() if key != "classes"} for data in (one, other))
+    alone = {key for key in _OF_DATA if (key in one) != (key in other)}
+    one, other = ({key: value for key, value in data.items() if key not in alone} for data in (one, other))
     return {**recorded, "data": one}, {**now, "data": other}
 
 
@@ -148,9 +153,15 @@ def check(path: str, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> Non
     """Raise CheckpointError that lists the differences if the run or checkpoint at `path` has another signature."""
     # The phases follow from other flags, which are therefore listed first.
     found = sorted(differences(*_comparable(recorded, now)), key=lambda text: text.startswith("phases."))
-    if found:
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    if not found:
+        return
+    if all(text.startswith(("data.content:", "data.pixels")) for text in found):
         raise CheckpointError(
-            f"{path} belongs to another run: {'; '.join(found[:_SHOWN])}{more}; choose another --run_dir or use the "
-            "same flags"
+            f"{path} belongs to another data set: --data_dir holds other training images, or the same ones in another "
+            f"order ({'; '.join(found)}); choose another --run_dir, or the data set that this run began with"
         )
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    raise CheckpointError(
+        f"{path} belongs to another run: {'; '.join(found[:_SHOWN])}{more}; choose another --run_dir or use the "
+        "same flags"
+    )

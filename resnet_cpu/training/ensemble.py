@@ -15,7 +15,7 @@ import numpy as np
 from resnet_cpu.data import folders
 from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.run import checkpoint
-from resnet_cpu.run.folder import read_record
+from resnet_cpu.run.folder import read_json, read_record
 from resnet_cpu.settings import Settings
 from resnet_cpu.training import calibration
 
@@ -212,6 +212,18 @@ def find(run_dir: str, names: Sequence[str]) -> List[str]:
     return paths
 
 
+def _holds_weights(path: str) -> bool:
+    """Return whether `path` is a member or another checkpoint; not a data set, and not the predictions of a member.
+
+    Raises CheckpointError for a damaged one.
+    """
+    content = read_json(os.path.join(path, checkpoint.MANIFEST))
+    files = None if content is None else content.get("files")
+    if content is not None and not (isinstance(files, dict) and "weights.npz" in files):
+        return False
+    return os.path.exists(os.path.join(path, checkpoint.MANIFEST)) and bool(checkpoint.read_manifest(path))
+
+
 def members_of(named: Sequence[str]) -> Dict[str, str]:
     """Return name -> folder of members, given folders of members and runs, which stand for all of their members.
 
@@ -220,12 +232,15 @@ def members_of(named: Sequence[str]) -> Dict[str, str]:
     """
     paths: List[str] = []
     for path in named:
-        if os.path.exists(os.path.join(path, checkpoint.MANIFEST)):
+        if not path:
+            raise FlagError("--members: a name is empty; separate the names by single commas")
+        if _holds_weights(path):
             paths.append(path)
             continue
         record = read_record(path)
         if record is None:
-            raise CheckpointError(f"{path}: neither a member nor a run; name RUN/members/NAME or a run's folder")
+            problem = "neither a member nor a run" if os.path.exists(path) else "does not exist"
+            raise CheckpointError(f"{path}: {problem}; name RUN/members/NAME or a run's folder")
         phases = record["signature"]["phases"]
         names = [name for name in record["signature"]["order_of_phases"] if phases[name].get("member")]
         if not names:

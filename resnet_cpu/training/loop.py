@@ -35,6 +35,9 @@ def run(job: Job) -> Dict[str, Any]:
     except StopRequested:
         report.draw()
         raise
+    except NotFinite as error:
+        report.not_finite(str(error))
+        raise
     finally:
         report.close()
 

@@ -3,28 +3,28 @@
 User errors that can be found early are found here, in about a second.
 """
 
-import hashlib
 import os
 import socket
 import sys
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from resnet_cpu.cluster import control, seats
+from resnet_cpu.cluster import control
 from resnet_cpu.cluster.control import World
 from resnet_cpu.cluster.environment import Environment
-from resnet_cpu.cluster.machine import spans
 from resnet_cpu.data import classes, folders
 from resnet_cpu.data.datasets import DATASETS, normalization_of
 from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.errors import CheckpointError, DataError, FlagError, RunFolderError
+from resnet_cpu.recipe import batch as batches
+from resnet_cpu.recipe import schedule
+from resnet_cpu.recipe.phases import Phase
 from resnet_cpu.resolve import Resolved, resolve_recipe
 from resnet_cpu.run import checkpoint, provenance
 from resnet_cpu.run import signature as signatures
-from resnet_cpu.run.folder import RunFolder, Stopwatch, read_json, read_record, read_rows
+from resnet_cpu.run.folder import NOT_FINITE, RunFolder, Stopwatch, read_json, read_record, read_rows
 from resnet_cpu.settings import Settings
+from resnet_cpu.training import agreement
 from resnet_cpu.training.job import Job
-
-_MAX_SHOWN = 4  # groups of ranks in a message
 
 
 class _Beginning(NamedTuple):
@@ -52,21 +52,23 @@ def open_job(settings: Settings, world: World, environment: Environment) -> Job:
             "--run_dir is missing; name the folder for this run, as in --run_dir=runs/first", collective=True
         )
     run_dir = os.path.abspath(settings.run.run_dir)
-    _check_same_everywhere(settings, world)
+    agreement.check_same_everywhere(settings, world)
     data = open_data(settings, world)
     with control.same_on_all_ranks():
         train_examples, validation_examples = examples(settings, data)
         resolved = _resolve(settings, world, train_examples)
     places = world.gather({**provenance.of_rank(environment), "own_cores": world.cores})
     with control.same_on_all_ranks():
-        _check_threads(settings, places)
+        agreement.check_threads(settings, places)
     names = None if data is None else data.classes
-    listed = None if names is None else classes.digest(names)
-    signature = signatures.of(settings, resolved, train_examples, _pixels(settings, data), classes=listed)
-    folder, begin = _hold_folder(settings, world, run_dir, signature)
+    listed, content = None if names is None else classes.digest(names), None if data is None else data.train.content
+    signature = signatures.of(
+        settings, resolved, train_examples, _pixels(settings, data), classes=listed, content=content
+    )
+    folder, begin = _hold_folder(settings, world, run_dir, signature, resolved.phases)
     signature["init_from"] = begin.init_from and begin.init_from["sha256"]
     if folder is not None:
-        _print_places(places)
+        agreement.print_places(places)
         if data is not None and settings.data.eval_split == folders.AUTO and not data.validation.examples:
             print(f"WARNING: {folders.without_evaluation(settings.data.data_dir, data)}", file=sys.stderr, flush=True)
         _record(folder, settings, world, begin, places, {"signature": signature, "classes": names})
@@ -171,6 +173,7 @@ def _resolve(settings: Settings, world: World, train_examples: int) -> Resolved:
             f"{train_examples} training examples are fewer than one global batch of {resolved.batch.total}; lower "
             "--batch_size or use fewer ranks"
         )
+    batches.check_size(resolved.batch)
     return resolved
 
 
@@ -186,7 +189,7 @@ def _pixels(settings: Settings, data: Optional[ShardedData]) -> signatures.Pixel
 
 
 def _hold_folder(
-    settings: Settings, world: World, run_dir: str, signature: Dict[str, Any]
+    settings: Settings, world: World, run_dir: str, signature: Dict[str, Any], phases: Sequence[Phase]
 ) -> Tuple[Optional[RunFolder], _Beginning]:
     """Lock the run folder on rank 0; return it (None on other ranks and for a finished run) and where to begin."""
     folder: Optional[RunFolder] = None
@@ -205,10 +208,13 @@ def _hold_folder(
             checkpoint.recover(run_dir)
             begin = _read_beginning(settings, run_dir, signature)
             if begin.finished is None:
+                _check_kept(run_dir, begin.resume_from, phases)
+                _report_lost(run_dir, begin.resume_from)
                 folder = held
-                # The result of an earlier stop must not outlive the end of this attempt.
-                if os.path.exists(held.file("result.json")):
-                    os.remove(held.file("result.json"))
+                # How an earlier attempt ended must not outlive the end of this one.
+                for name in ("result.json", NOT_FINITE):
+                    if os.path.exists(held.file(name)):
+                        os.remove(held.file(name))
         finally:
             if folder is None:
                 held.close()
@@ -223,10 +229,10 @@ def _read_beginning(settings: Settings, run_dir: str, signature: Dict[str, Any])
     record = read_record(run_dir)
     result = read_json(os.path.join(run_dir, "result.json"))
     saved = checkpoint.steps(run_dir)
-    if settings.run.resume == "never" and (record is not None or saved):
-        raise RunFolderError(f"--run_dir={run_dir}: holds a run already; choose another, or resume it: --resume=auto")
     # The flags of a run that never finished a step do not bind later attempts: they may have been the mistake.
     begun = bool(saved) or os.path.exists(os.path.join(run_dir, "metrics.jsonl"))
+    if settings.run.resume == "never" and (begun or result is not None):
+        raise RunFolderError(f"--run_dir={run_dir}: holds a run already; choose another, or resume it: --resume=auto")
     init_from = _init_from(settings, record if begun else None)
     expected = {**signature, "init_from": init_from and init_from["sha256"]}
     if record is not None and begun:
@@ -257,6 +263,35 @@ def _read_beginning(settings: Settings, run_dir: str, signature: Dict[str, Any])
         earlier_attempts=[*record.get("earlier_attempts", []), _summary_of(record)] if record else [],
         **_earlier_times(run_dir if begun else None, manifest),
     )
+
+
+def _check_kept(run_dir: str, resume_from: Optional[str], phases: Sequence[Phase]) -> None:
+    """Raise CheckpointError if members or end states are gone that the run has passed already and still needs."""
+    if resume_from is None:
+        return
+    step, ends = checkpoint.read_manifest(resume_from)["step"], schedule.end_steps(phases)
+    kept = [checkpoint.member_folder(run_dir, one.name) for one in phases if one.member and ends[one.name] <= step]
+    kept += [checkpoint.folder(run_dir, end) for end in sorted(schedule.still_needed(phases, step)) if end < step]
+    for path in kept:
+        try:
+            checkpoint.verify(path)
+        except CheckpointError:
+            raise CheckpointError(
+                f"--run_dir={run_dir}: cannot be continued after step {step} without {path}, which is missing or "
+                "damaged; copy it back, or train again in another --run_dir"
+            ) from None
+
+
+def _report_lost(run_dir: str, resume_from: Optional[str]) -> None:
+    """Warn of a run that starts again although it has trained before: without a checkpoint its steps are lost."""
+    rows = read_rows(os.path.join(run_dir, "metrics.jsonl"))
+    if resume_from is None and rows:
+        print(
+            f"WARNING: --run_dir={run_dir}: has trained {rows[-1]['step'] + 1} steps, but has no checkpoint; training "
+            "starts again",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _init_from(settings: Settings, record: Optional[Dict[str, Any]]) -> Optional[Dict[str, str]]:
@@ -321,68 +356,3 @@ def _record(
         **data,
     }
     folder.write_json("run.json", record)
-
-
-# --- ranks -----------------------------------------------------------------------------------------------------------
-
-
-def _threads_of(place: Mapping[str, Any]) -> Tuple[int, Optional[int]]:
-    """Return the threads of TensorFlow and of OpenMP on a rank; None where OMP_NUM_THREADS is not a number."""
-    openmp = place["environment"].get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list: by level of nesting
-    return int(place["environment"]["TF_NUM_INTRAOP_THREADS"]), int(openmp) if openmp.isdigit() else None
-
-
-def _check_threads(settings: Settings, places: Sequence[Mapping[str, Any]]) -> None:
-    """Raise FlagError if ranks would compute other norms of the same weights.
-
-    The order in which a norm is summed depends on the number of threads. With LARS the norms decide the update, so
-    ranks with other numbers of threads would drift apart.
-    """
-    groups: Dict[Tuple[str, Tuple[int, Optional[int]]], List[int]] = {}
-    for rank, place in enumerate(places):
-        groups.setdefault((place["host"], _threads_of(place)), []).append(rank)
-    different = {threads for _, threads in groups}
-    if settings.recipe.optimizer != "lars" or len(different) == 1:
-        return
-    texts = []
-    for (host, (threads, openmp)), ranks in groups.items():
-        kernels = f" (OMP_NUM_THREADS={openmp})" if openmp not in (None, threads) else ""
-        texts.append(f"rank{'s' * (len(ranks) > 1)} {spans(ranks)} on {host}: {threads}{kernels}")
-    more = f" and {len(texts) - _MAX_SHOWN} more groups" if len(texts) > _MAX_SHOWN else ""
-    raise FlagError(
-        f"--optimizer=lars: needs the same number of threads on all ranks, since the norms of the layers depend on it "
-        f"in their last bits; found {'; '.join(texts[:_MAX_SHOWN])}{more}. Give all ranks the same number: "
-        f"--threads={min(threads for threads, _ in different)}"
-    )
-
-
-def _print_places(places: Sequence[Mapping[str, Any]]) -> None:
-    """Print on standard error where every rank sits, and warnings."""
-    rows = []
-    for place in places:
-        threads, openmp = _threads_of(place)
-        row = {"host": place["host"], "cpus": place["cores"], "cores": place["own_cores"], "threads": threads}
-        rows.append({**row, **({} if openmp is None else {"omp": openmp}), "host_cpus": place["host_cores"]})
-    for line in [*seats.describe(rows), *(f"warning: {problem}" for problem in seats.warnings(rows))]:
-        print(line, file=sys.stderr, flush=True)
-
-
-def _check_same_everywhere(settings: Settings, world: World) -> None:
-    """Raise FlagError that names the first rank which was started with other flags, code or packages than rank 0."""
-    # Each host may have its data elsewhere, as in $TMPDIR; `open_data` compares what lies there.
-    flags = [line for line in settings.resolved_flags.splitlines() if not line.startswith("--data_dir=")]
-    facts = {
-        "flags": hashlib.sha256("\n".join(flags).encode()).hexdigest()[:12],
-        "Python": sys.version.split()[0],
-        "code": provenance.code_digest(),
-        **provenance.versions(),
-    }
-    rows = world.gather({"host": socket.gethostname(), **facts})
-    for rank, row in enumerate(rows):
-        for key in facts:
-            if row[key] != rows[0][key]:
-                raise FlagError(
-                    f"rank {rank} on {row['host']} runs with other {key} ({row[key]}) than rank 0 on "
-                    f"{rows[0]['host']} ({rows[0][key]}); start all ranks from the same environment",
-                    collective=True,
-                )

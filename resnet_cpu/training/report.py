@@ -8,10 +8,11 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 import tensorflow as tf
 
 from resnet_cpu.cluster import machine, placement, precision
+from resnet_cpu.errors import RunFolderError
 from resnet_cpu.recipe.schedule import Rates, Span
 from resnet_cpu.report import plotting, profile, run_plots, tables
 from resnet_cpu.run import provenance
-from resnet_cpu.run.folder import RunFolder, finite, read_json, read_rows
+from resnet_cpu.run.folder import NOT_FINITE, RunFolder, finite, read_json, read_record, read_rows
 from resnet_cpu.scaling import steptimes
 from resnet_cpu.text import count, duration, shown_loss
 from resnet_cpu.training.evaluation import Score
@@ -83,6 +84,7 @@ class Report:
         self._seconds_to_top1 = dict(job.seconds_to_top1)
         self._window = _Window()
         self._timed_steps, self._timed_s = 0, 0.0
+        self._step = 0  # the one that is being made
         self._next_clock = 0.0
         self._board: Any = None
 
@@ -143,8 +145,7 @@ class Report:
 
     def _announce_kernels(self, kernels: Sequence[str]) -> None:
         """Print and record what computes batch norm and the update on each rank."""
-        record = read_json(self._folder.file("run.json")) or {}
-        self._folder.write_json("run.json", {**record, "kernels": list(kernels)})
+        self._add_to_record({"kernels": list(kernels)})
         for text in dict.fromkeys(kernels):
             ranks = [rank for rank, other in enumerate(kernels) if other == text]
             where = "" if len(ranks) == len(kernels) else f" on rank{'s' * (len(ranks) > 1)} {machine.spans(ranks)}"
@@ -152,6 +153,7 @@ class Report:
 
     def before(self, step: int) -> None:
         """Start the profiler if `step` is the first to profile."""
+        self._step = step
         self._profiler.before(step)
 
     def step(self, step: int, span: Span, rates: Rates, outcome: Outcome) -> None:
@@ -215,11 +217,16 @@ class Report:
         """Return the times of the run so far, as a checkpoint and clock.json hold them."""
         return {"wall_seconds": self._job.wall_seconds(), "seconds_to_top1": dict(self._seconds_to_top1)}
 
+    def _add_to_record(self, facts: Mapping[str, Any]) -> None:
+        """Add facts to run.json, unless it was damaged or removed meanwhile: a part of a record would pass for one."""
+        record = read_record(self._folder.path)
+        if record is not None:
+            self._folder.write_json("run.json", {**record, **facts})
+
     def saved(self, ranks: List[Dict[str, Any]]) -> None:
         """Record each rank's peak memory, GiB, and the bad records that it has skipped, when a checkpoint is saved."""
-        record = read_json(self._folder.file("run.json")) or {}
         peaks = [rank["peak_memory_gib"] for rank in ranks]
-        self._folder.write_json("run.json", {**record, "peak_memory_gib_per_rank": peaks})
+        self._add_to_record({"peak_memory_gib_per_rank": peaks})
         skipped = {
             example: {"rank": rank, "attempt": self._job.attempt, "reason": reason}
             for rank, facts in enumerate(ranks)
@@ -247,18 +254,32 @@ class Report:
                 "examples": score.get("examples", 0),
                 "images_per_second": rate,
                 "images_per_second_per_core": rate / self._cores if rate else None,
-                "steps": step,
-                "epochs": job.epoch(step),
-                "ranks": job.world.size,
-                "global_batch_size": job.batch.total,
-                **self.times(),
-                "seed": job.settings.recipe.seed,
+                **self._extent(step),
                 "complete": step >= job.total_steps,
                 **additions,
             }
         )
         self._folder.write_json("result.json", result)
         return result
+
+    def not_finite(self, message: str) -> None:
+        """Record a run that ended because its loss or weights were not finite, in its last step."""
+        facts = {"message": message, "experiment": self._job.settings.run.experiment, "cores": self._cores}
+        try:
+            self._folder.write_json(NOT_FINITE, {**facts, **self._extent(self._step + 1)})
+        except (OSError, RunFolderError) as error:  # must not replace the error that all ranks end with
+            print(f"WARNING: {NOT_FINITE} could not be written ({error})", file=sys.stderr, flush=True)
+
+    def _extent(self, steps: int) -> Dict[str, Any]:
+        job = self._job
+        return {
+            "steps": steps,
+            "epochs": job.epoch(steps),
+            "ranks": job.world.size,
+            "global_batch_size": job.batch.total,
+            **self.times(),
+            "seed": job.settings.recipe.seed,
+        }
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Draw the plots of a finished run and print where its result is."""
@@ -338,6 +359,9 @@ class Silent:
     def result(self, step: int, additions: Mapping[str, Any]) -> Dict[str, Any]:
         """Return nothing."""
         return {}
+
+    def not_finite(self, message: str) -> None:
+        """Do nothing."""
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Do nothing."""

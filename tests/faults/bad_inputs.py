@@ -117,6 +117,12 @@ def damage_checkpoints(folder: pathlib.Path) -> None:
         path.write_bytes(path.read_bytes()[:100])
 
 
+def other_images(folder: pathlib.Path) -> None:
+    """Prepare the data set again, with as many images, of which some differ."""
+    shutil.rmtree(folder / "data")
+    write_tiny_data(str(folder / "data"), seed=1)
+
+
 def bomb(folder: pathlib.Path) -> None:
     """Put an image of 50,000 x 50,000 pixels among the raw ones."""
     header = raw_images.encoded(height=8, width=8)
@@ -149,6 +155,17 @@ FLAGS = [
     ("an unknown choice", [*SYNTHETIC, PHASE, "--optimizer=adam"], ("--optimizer=adam", "sgd")),
     ("a crop outside of the image", [*SYNTHETIC, PHASE, "--crop=inception:0.5,2"], ("--crop",)),
     ("no width", [*SYNTHETIC, PHASE, "--width=0"], ("--width=0",)),
+    ("a batch that fits in no memory", [*SYNTHETIC, PHASE, "--eval_batch_size=999999999"], ("eval_batch_size",)),
+    ("more threads than there are", [*SYNTHETIC, PHASE, "--threads=99999999"], ("threads",)),
+    ("a million million classes", [*SYNTHETIC, PHASE, "--num_classes=1000000000000"], ("num_classes",)),
+    ("a rate that is not a number", [*SYNTHETIC, "--phase=main:steps=2,lr=nan"], ("lr=nan", "finite")),
+    (
+        "a factor beyond all numbers",
+        ["plan", "--dataset=synthetic", "--phase=a:steps=9,lr=1,decay=step,boundary_steps=1/2/3,gamma=1e308"],
+        ("gamma",),
+    ),
+    ("a speed near zero", ["plan", "--dataset=synthetic", PHASE, "--speed=1e-320"], ("--speed=1e-320",)),
+    ("flags that may be unknown", [*SYNTHETIC, PHASE, "--undefok=sed", "--sed=3"], ("--undefok=sed",)),
     ("steps in the wrong order", [*SYNTHETIC, PHASE, "--profile_steps=5,3"], ("--profile_steps",)),
     ("a variable that is not set", [*SYNTHETIC, PHASE, "--run_dir=$NOT_SET/x"], ("NOT_SET",)),
     ("no flagfile", ["train", "--flagfile=none.flags"], ("none.flags",)),
@@ -220,6 +237,8 @@ CHECKPOINTS = [
     ("a file without weights", [*TRAIN, "--init_from={data}/manifest.json"], None, 66, ("manifest.json",)),
     ("no run to evaluate", [*EVALUATE[:-1], "--run_dir={new}"], None, 66, ("new",)),
     ("an ensemble without members", ["evaluate", "--ensemble", "--run_dir={run}"], None, 66, ("member",)),
+    ("a data set as a member", ["evaluate", "--ensemble", "--members={data}"], None, 66, ("data", "neither a member")),
+    ("other images than before", [*TRAIN[:-1], "--run_dir={run}"], other_images, 66, ("another data set",)),
     ("a member that does not exist", ["evaluate", "--ensemble", "--members={run}/members/x"], None, 66, ("x",)),
 ]  # fmt: skip
 PLACES = [
@@ -227,6 +246,7 @@ PLACES = [
      ("manifest.json",)),
     ("a run folder that cannot be made", [*SYNTHETIC, PHASE, "--run_dir=/proc/x"], None, {}, 73, ("/proc/x",)),
     ("tables outside of the repository", ["tables"], None, {}, 65, ("experiments",)),
+    ("tables of a single run", ["tables", "--runs={run}"], None, {}, 65, ("run", "is itself a run")),
     ("tables of a folder without runs", ["tables", "--runs={raw}"], None, {}, 65, ("raw",)),
     ("a word for a number of threads", [*SYNTHETIC, PHASE], None, {"OMP_NUM_THREADS": "many"}, 64,
      ("OMP_NUM_THREADS",)),

@@ -54,7 +54,7 @@ def test_no_damaged_checkpoint_is_accepted_or_misdiagnosed(table, tmp_path):
 
 
 def test_negative_control_without_checksums_damage_is_accepted(table, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_verify", lambda path: None)
+    monkeypatch.setattr(checkpoint, "verify", lambda path: None)
     campaign.attack_checkpoints(60, table, str(tmp_path))
     assert any("accepted" in problem for problem in problems(table))
 

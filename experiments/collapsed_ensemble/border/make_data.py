@@ -13,15 +13,23 @@ from typing import Dict, List
 
 from PIL import Image
 
+from resnet_cpu.cluster import guard
+from resnet_cpu.errors import DataError
+
 SIZE = 32
 HELD_OUT = 50  # training images of each class
 
 
-def main() -> None:
+def main(argv: List[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("raw", type=pathlib.Path, help="tiny-imagenet-200, as unpacked")
     parser.add_argument("out", type=pathlib.Path, help="a folder to write to")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    for name in ("train", "val/val_annotations.txt"):
+        if not (arguments.raw / name).exists():
+            raise DataError(f"{arguments.raw}: has no {name}; name the unpacked folder tiny-imagenet-200")
+    if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
+        raise DataError(f"{arguments.out}: exists already and is not empty; name a new folder")
     classes = sorted(path.name for path in (arguments.raw / "train").iterdir())[::2]
     validation = of_validation(arguments.raw / "val")
     for number, name in enumerate(classes):
@@ -56,4 +64,4 @@ def shrink(images: List[pathlib.Path], folder: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guard.run(main)

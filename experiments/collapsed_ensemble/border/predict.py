@@ -10,9 +10,11 @@ How: `resnet_cpu.report.border_prediction.predict`.
 import argparse
 import math
 import os
+from typing import List
 
 from resnet_cpu import commandline
-from resnet_cpu.errors import DataError
+from resnet_cpu.cluster import guard
+from resnet_cpu.errors import DataError, FlagError
 from resnet_cpu.recipe import schedule
 from resnet_cpu.report import accuracy, border_prediction, tables
 from resnet_cpu.resolve import resolve_recipe
@@ -29,28 +31,28 @@ def doublings(arm: str) -> float:
     return sum(-math.log2(share) for share in shares.values()) / len(shares)
 
 
-def main() -> None:
+def main(argv: List[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("setting", help="SET-IMAGES, such as tiny-10000")
     parser.add_argument("arms", nargs="*", help=f"ensembles to predict (default: {', '.join(ENSEMBLES)})")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     setting, arms = arguments.setting, arguments.arms or ENSEMBLES
+    unknown = [arm for arm in arms if arm not in ENSEMBLES]
+    if unknown:
+        raise FlagError(f"{unknown[0]}: not an ensemble of this study; name some of {', '.join(ENSEMBLES)}")
     predicted, decays = border_prediction.read()
     twice = sorted({row["arm"] for row in predicted if row["setting"] == setting} & set(arms))
     if twice:
-        parser.error(
-            f"{border_prediction.PREDICTIONS} has predictions of {', '.join(twice)} in {setting}; none is made twice"
+        raise DataError(
+            f"{border_prediction.PREDICTIONS}: has predictions of {', '.join(twice)} in {setting}; none is made twice"
         )
-    runs, pilot = tables.read_results(accuracy.RUNS), tables.read_csv(border_prediction.PILOT)
+    runs, pilot = accuracy.read_runs(), border_prediction.read_pilot()
     behind = {arm: doublings(arm) for arm in ENSEMBLES}
-    try:
-        rows = [border_prediction.predict(setting, arm, behind, runs, pilot, decays) for arm in arms]
-    except DataError as error:
-        parser.error(str(error))
+    rows = [border_prediction.predict(setting, arm, behind, runs, pilot, decays) for arm in arms]
     for row in rows:
         print(f"{setting}/{row['arm']}: G {row['G']}, D {row['D']}, ensemble - one model {row['difference']} points")
     tables.write_csv(border_prediction.PREDICTIONS, [*predicted, *rows], border_prediction.PREDICTED)
 
 
 if __name__ == "__main__":
-    main()
+    guard.run(main)

@@ -1,0 +1,77 @@
+"""Check what the ranks of a job must have in common: flags, code and packages, and with LARS the number of threads."""
+
+import hashlib
+import socket
+import sys
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from resnet_cpu.cluster import seats
+from resnet_cpu.cluster.control import World
+from resnet_cpu.cluster.machine import spans
+from resnet_cpu.errors import FlagError
+from resnet_cpu.run import provenance
+from resnet_cpu.settings import Settings
+
+_MAX_SHOWN = 4  # groups of ranks in a message
+
+
+def check_same_everywhere(settings: Settings, world: World) -> None:
+    """Raise FlagError that names the first rank which was started with other flags, code or packages than rank 0."""
+    # Each host may have its data elsewhere, as in $TMPDIR; `opening.open_data` compares what lies there.
+    flags = [line for line in settings.resolved_flags.splitlines() if not line.startswith("--data_dir=")]
+    facts = {
+        "flags": hashlib.sha256("\n".join(flags).encode()).hexdigest()[:12],
+        "Python": sys.version.split()[0],
+        "code": provenance.code_digest(),
+        **provenance.versions(),
+    }
+    rows = world.gather({"host": socket.gethostname(), **facts})
+    for rank, row in enumerate(rows):
+        for key in facts:
+            if row[key] != rows[0][key]:
+                raise FlagError(
+                    f"rank {rank} on {row['host']} runs with other {key} ({row[key]}) than rank 0 on "
+                    f"{rows[0]['host']} ({rows[0][key]}); start all ranks from the same environment",
+                    collective=True,
+                )
+
+
+def _threads_of(place: Mapping[str, Any]) -> Tuple[int, Optional[int]]:
+    """Return the threads of TensorFlow and of OpenMP on a rank; None where OMP_NUM_THREADS is not a number."""
+    openmp = place["environment"].get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list: by level of nesting
+    return int(place["environment"]["TF_NUM_INTRAOP_THREADS"]), int(openmp) if openmp.isdigit() else None
+
+
+def check_threads(settings: Settings, places: Sequence[Mapping[str, Any]]) -> None:
+    """Raise FlagError if ranks would compute other norms of the same weights.
+
+    The order in which a norm is summed depends on the number of threads. With LARS the norms decide the update, so
+    ranks with other numbers of threads would drift apart.
+    """
+    groups: Dict[Tuple[str, Tuple[int, Optional[int]]], List[int]] = {}
+    for rank, place in enumerate(places):
+        groups.setdefault((place["host"], _threads_of(place)), []).append(rank)
+    different = {threads for _, threads in groups}
+    if settings.recipe.optimizer != "lars" or len(different) == 1:
+        return
+    texts = []
+    for (host, (threads, openmp)), ranks in groups.items():
+        kernels = f" (OMP_NUM_THREADS={openmp})" if openmp not in (None, threads) else ""
+        texts.append(f"rank{'s' * (len(ranks) > 1)} {spans(ranks)} on {host}: {threads}{kernels}")
+    more = f" and {len(texts) - _MAX_SHOWN} more groups" if len(texts) > _MAX_SHOWN else ""
+    raise FlagError(
+        f"--optimizer=lars: needs the same number of threads on all ranks, since the norms of the layers depend on it "
+        f"in their last bits; found {'; '.join(texts[:_MAX_SHOWN])}{more}. Give all ranks the same number: "
+        f"--threads={min(threads for threads, _ in different)}"
+    )
+
+
+def print_places(places: Sequence[Mapping[str, Any]]) -> None:
+    """Print on standard error where every rank sits, and warnings."""
+    rows = []
+    for place in places:
+        threads, openmp = _threads_of(place)
+        row = {"host": place["host"], "cpus": place["cores"], "cores": place["own_cores"], "threads": threads}
+        rows.append({**row, **({} if openmp is None else {"omp": openmp}), "host_cpus": place["host_cores"]})
+    for line in [*seats.describe(rows), *(f"warning: {problem}" for problem in seats.warnings(rows))]:
+        print(line, file=sys.stderr, flush=True)
