@@ -184,14 +184,16 @@ cifar_rate() { # RULE FLAGFILE KEY RATE BATCH: print the line of a run of the se
 }
 
 # Time to accuracy with growing images on Tiny-ImageNet, as `prepare tiny_imagenet` writes it; without the data it is left out.
-# The two runs of SEED start together, and the next two when both have ended, so that each seed has the same neighbours.
-image_size() { # SEED
+# The two runs of SEED start together, and the next two when both have ended, so that each seed has the same neighbours; then
+# those of a constant size with fewer steps.
+image_size() { # SEED ARM...
   local seed=$1 arm
+  shift
   if ! [[ -e data/tiny_imagenet/manifest.json ]]; then
     echo "image_size: left out, because data/tiny_imagenet does not hold the data (see experiments/image_size/base.flags)" >&2
     return
   fi
-  for arm in constant growing; do
+  for arm in "$@"; do
     echo "image_size/$arm/seed-$seed --flagfile=experiments/image_size/$arm.flags --seed=$seed"
   done
 }
@@ -301,5 +303,6 @@ lines=$(list; border_search; border; cifar)
 all <<<"$lines" || failed=1
 combine || failed=1
 average | all || failed=1
-for seed in $seeds; do image_size "$seed" | all || failed=1; done
+for seed in $seeds; do image_size "$seed" constant growing | all || failed=1; done
+for seed in $seeds; do image_size "$seed" constant_short; done | all || failed=1
 exit "$failed"
