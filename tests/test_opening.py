@@ -71,7 +71,7 @@ def test_a_run_is_not_continued_on_other_data_of_the_same_size(tiny_data, tmp_pa
     assert train(str(data), tmp_path / "run", "--max_steps=4")["steps"] == 4  # a copy elsewhere is the same
     shutil.rmtree(data)
     write_tiny_data(str(data), seed=1)
-    with pytest.raises(CheckpointError, match="belongs to another data set: --data_dir holds other images"):
+    with pytest.raises(CheckpointError, match="belongs to another data set: --data_dir holds other training images"):
         train(str(data), tmp_path / "run")
 
 
