@@ -17,7 +17,7 @@ DECAYS = ("poly", "step", "cosine", "constant")
 AUGMENTATIONS = ("full", "light", "none")
 MOST_STEPS = 99_999_999  # of a run: the names of checkpoints have eight digits
 LEAST_IMAGE, LARGEST_IMAGE = 8, 4096  # pixels of a side
-# Larger numbers are mistakes; products of those below are finite.
+# Larger numbers are mistakes. Powers of gamma stay finite.
 _MOST, _MOST_BOUNDARIES = 10**6, 100
 _HUGE = 1e38  # about the largest float32
 

@@ -22,7 +22,7 @@ _TITLES = {
     "cycles": f"{_FASHION}, 18.1 epochs of 20,000 images",
     "border": "ResNet-50 at 1/8 width on 100 classes of Tiny-ImageNet, at most 998,400 images in all for each side\n"
     "hollow diamonds: predicted before the ensembles had finished",
-    "image_size": "ResNet-50 at 1/8 width, Tiny-ImageNet, 499,200 images for each side",
+    "image_size": "ResNet-50 at 1/8 width, Tiny-ImageNet, at most 499,200 images for each side",
 }
 _VARIANTS = {"tuned": "weight decay tuned", "wide": "twice the width", "cifar": "CIFAR-10"}  # of the border experiment
 _LADDERS = {
@@ -294,15 +294,15 @@ def _cycles(axes: Any, arms: Mapping[str, Sequence[Row]]) -> None:
 
 def _image_size(axes: Any, arms: Mapping[str, Sequence[Row]]) -> None:
     """Draw top-1 over the time of a whole run, with constant and with growing images, a line for each seed."""
+    names: List[Tuple[float, str, str]] = []
     for number, (arm, rows) in enumerate(sorted(arms.items())):
         ends = []
         for run in _by_run(rows):
             minutes = [float(row["wall_seconds"]) / 60 for row in run]
             axes.plot(minutes, _percent(run), "o-", color=f"C{number}", markersize=3, linewidth=1)
-            ends.append((minutes[-1], _percent(run)[-1]))
-        label = _SIZES.get(arm, arm)
-        axes.annotate(label, max(ends), (8, 0), textcoords="offset points", color=f"C{number}", va="center")
-    axes.margins(x=0.18)
+            ends.append(_percent(run)[-1])
+        names.append((interval(ends).mean, _SIZES.get(arm, arm), f"C{number}"))
     axes.set_xlabel("minutes since the start of a run, with evaluations")
     axes.set_ylabel("top-1, %; a line for each seed")
     axes.grid(alpha=0.3)
+    _name(axes, names)

@@ -231,7 +231,8 @@ def _read_beginning(settings: Settings, run_dir: str, signature: Dict[str, Any])
     saved = checkpoint.steps(run_dir)
     # The flags of a run that never finished a step do not bind later attempts: they may have been the mistake.
     begun = bool(saved) or os.path.exists(os.path.join(run_dir, "metrics.jsonl"))
-    if settings.run.resume == "never" and (begun or result is not None):
+    failed = os.path.exists(os.path.join(run_dir, NOT_FINITE))
+    if settings.run.resume == "never" and (begun or failed or result is not None):
         raise RunFolderError(f"--run_dir={run_dir}: holds a run already; choose another, or resume it: --resume=auto")
     init_from = _init_from(settings, record if begun else None)
     expected = {**signature, "init_from": init_from and init_from["sha256"]}
