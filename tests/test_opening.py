@@ -110,6 +110,8 @@ def test_a_loss_that_is_not_finite_is_recorded_until_the_run_is_started_again(ti
         train(tiny_data, tmp_path / "run", *flags)
     found = json.loads(record.read_text())
     assert found["message"] == str(caught.value) and f"in step {found['steps'] - 1} " in found["message"]
+    with pytest.raises(RunFolderError, match="holds a run already"):
+        train(tiny_data, tmp_path / "run", *flags, "--resume=never")
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train", lambda *arguments: pytest.fail(f"started with {record.exists()}"))
         with pytest.raises(pytest.fail.Exception, match="started with False"):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from resnet_cpu.report import accuracy_plots, run_plots, scaling_plots, tables
+from resnet_cpu.report import accuracy_plots, plotting, run_plots, scaling_plots, tables
 from resnet_cpu.scaling import steptimes
 
 EVALUATIONS = [{"epoch": 1.0, "top1": 0.5, "loss": 1.0}, {"epoch": 2.0, "top1": 0.75, "loss": 0.5}]
@@ -93,6 +93,17 @@ def test_plots_of_all_experiments_ignore_other_runs_and_tables(tmp_path):
             *("ensemble", "cycles", "scaling", "image_size"),
         )
     }
+
+
+def test_a_seed_whose_loss_was_not_finite_is_a_cross():
+    rules = {"linear": {64: [row("ladder/linear-64/seed-0", steps="100")]}}
+    for failed in ({"linear": {256: [row("ladder/linear-256/seed-0", "not_finite", top1="")]}}, {}):
+        figure, axes = plotting.pyplot().subplots()
+        accuracy_plots._ladder(axes, rules, failed, {})
+        crosses = [list(line.get_xydata()[0]) for line in axes.lines if line.get_marker() == "x"]
+        assert crosses == ([[256, 0]] if failed else [])
+        assert ("loss not finite" in axes.get_ylabel()) == bool(failed)
+        plotting.pyplot().close(figure)
 
 
 def test_the_plot_of_the_border_takes_rows_with_and_without_interval_and_prediction(tmp_path):
