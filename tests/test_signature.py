@@ -39,6 +39,9 @@ def test_another_content_of_the_data_is_another_run_unless_one_of_them_recorded_
         signature.check("runs/mine", recorded, now)
     with pytest.raises(CheckpointError, match=r"runs/mine belongs to another data set: .* \(data.content: 0a rec"):
         signature.check("runs/mine", one, other)
+    flags = {**other, "recipe": {**other["recipe"], "seed": 7}}
+    with pytest.raises(CheckpointError, match="belongs to another run: .*use the same flags and data set"):
+        signature.check("runs/mine", one, flags)
 
 
 @pytest.mark.parametrize("name", [flag.name for flag in of_a_run() if flag.group in ("recipe", "data", "model")])

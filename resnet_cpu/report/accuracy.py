@@ -155,10 +155,10 @@ def _row(name: str, what: str, scores: Mapping, result: Mapping, record: Mapping
 
 
 def recipe_digest(recorded: Mapping[str, Any]) -> str:
-    """Return a digest of a run's signature: equal for runs of one recipe, model and data, whatever the seed."""
+    """Return a digest of a run's signature: equal for runs of one recipe, model and kind of data, whatever the seed."""
     shared = signature.normalised(recorded)
     shared["recipe"].pop("seed", None)
-    shared["data"].pop("content", None)  # older runs did not record it
+    shared["data"].pop("content", None)  # so that runs that did not record it can share a table
     shared.pop("init_from", None)
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
 

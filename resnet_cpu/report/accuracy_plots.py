@@ -135,7 +135,7 @@ def _ladder(
         names.append((means[-1], _RULES.get(rule, rule), colour))
         for size in sizes:
             axes.plot([size] * len(rungs[size]), _percent(rungs[size]), "o", color=colour, markersize=4)
-            steps.setdefault(size, rungs[size][0].get("steps", ""))
+            steps[size] = steps.get(size) or rungs[size][0].get("steps", "")
         for size in sorted(gone):
             axes.plot(
                 [size * 1.05**place for place in range(len(gone[size]))], [0] * len(gone[size]), "x", color=colour

@@ -161,7 +161,8 @@ def check(path: str, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> Non
             f"order ({'; '.join(found)}); choose another --run_dir, or the data set that this run began with"
         )
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    data = " and data set" if any(text.startswith("data.content:") for text in found) else ""
     raise CheckpointError(
         f"{path} belongs to another run: {'; '.join(found[:_SHOWN])}{more}; choose another --run_dir or use the "
-        "same flags"
+        f"same flags{data}"
     )
