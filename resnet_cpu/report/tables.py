@@ -96,14 +96,11 @@ def read_csv(path: str, columns: Sequence[str] = (), texts: Optional[Container[s
 def _checked(path: str, line: int, row: Row, texts: Optional[Container[str]]) -> Row:
     if None in row or None in row.values():
         raise DataError(f"{path}: line {line}: not as many cells as columns; restore it from the repository")
-    for name, value in row.items():
-        if (
-            texts is not None
-            and name not in texts
-            and value
-            and not (value.isdigit() if name in _WHOLE else _is_finite(value))
-        ):
-            kind = "a whole number" if name in _WHOLE else "a number"
+    numbers = [] if texts is None else [name for name in row if name not in texts and row[name]]
+    for name in numbers:
+        value, whole = row[name], name in _WHOLE
+        if not (value.isdigit() if whole else _is_finite(value)):
+            kind = "a whole number" if whole else "a number"
             raise DataError(f"{path}: line {line}: {name} is {value!r}, not {kind}; correct it")
     return row
 
