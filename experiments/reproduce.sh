@@ -142,7 +142,7 @@ border_settings() {
 tiny-10000 half,one,one_collapse,late_36,late_100,published,third
 tiny-45000 half,one,one_collapse,late_36,late_100,published,third
 tiny-20000 half,one,one_collapse,late_36,late_100,published
-tiny-5000 half,one,one_collapse,late_36,late_100,published
+tiny-5000 half,one,one_collapse,late_36,late_100,published,third
 tuned-5000 half,one,one_collapse,late_36,late_100,published
 wide-10000 half,one,one_collapse,late_36,late_100 --width=0.25
 cifar-5000 half,one,one_collapse,late_36,late_100 --data_dir=data/cifar10 --num_classes=10
