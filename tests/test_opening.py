@@ -75,6 +75,22 @@ def test_a_run_is_not_continued_on_other_data_of_the_same_size(tiny_data, tmp_pa
         train(str(data), tmp_path / "run")
 
 
+def test_a_run_that_continues_with_other_evaluation_images_warns(tiny_data, tmp_path, capfd):
+    train(tiny_data, tmp_path / "run", "--max_steps=3")
+    data, other = tmp_path / "data", tmp_path / "other"
+    shutil.copytree(tiny_data, data)
+    train(str(data), tmp_path / "run", "--max_steps=4")
+    assert "other evaluation images" not in capfd.readouterr().err  # negative control
+    write_tiny_data(str(other), seed=1)
+    for path in other.glob("validation-*"):
+        shutil.copy(path, data)
+    manifest, replaced = (json.loads((folder / "manifest.json").read_text()) for folder in (data, other))
+    manifest["splits"]["validation"] = replaced["splits"]["validation"]
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    train(str(data), tmp_path / "run", "--max_steps=5")
+    assert f"began with other evaluation images than {data} has now" in capfd.readouterr().err
+
+
 def test_a_run_without_a_member_that_it_has_passed_is_not_continued(tiny_data, tmp_path):
     phases = ["--phase=main:steps=3,lr=0.05", "--phase=tail:steps=2,lr=0.02,branch=1,member=1"]
     phases += ["--phase=cycle:steps=3,lr=0.04", "--phase=collapse:steps=2,lr=0.01,branch=1,member=1"]

@@ -38,6 +38,7 @@ class _Beginning(NamedTuple):
     earlier_attempts: Sequence[Dict[str, Any]] = ()
     seconds_before: float = 0.0
     seconds_to_top1: Mapping[str, float] = {}
+    evaluated_on: Optional[str] = None  # `Split.content` of the evaluation images of the attempt before
 
 
 def open_job(settings: Settings, world: World, environment: Environment) -> Job:
@@ -71,7 +72,10 @@ def open_job(settings: Settings, world: World, environment: Environment) -> Job:
         agreement.print_places(places)
         if data is not None and settings.data.eval_split == folders.AUTO and not data.validation.examples:
             print(f"WARNING: {folders.without_evaluation(settings.data.data_dir, data)}", file=sys.stderr, flush=True)
-        _record(folder, settings, world, begin, places, {"signature": signature, "classes": names})
+        evaluated_on = None if data is None else data.validation.content
+        _report_other_evaluation(settings, begin, evaluated_on)
+        about = {"signature": signature, "classes": names, "evaluated_on": evaluated_on}
+        _record(folder, settings, world, begin, places, about)
     return Job(
         settings=settings,
         world=world,
@@ -262,6 +266,7 @@ def _read_beginning(settings: Settings, run_dir: str, signature: Dict[str, Any])
         init_from=init_from,
         attempt=(record or {}).get("attempt", 0) + 1,
         earlier_attempts=[*record.get("earlier_attempts", []), _summary_of(record)] if record else [],
+        evaluated_on=record.get("evaluated_on") if record and begun else None,
         **_earlier_times(run_dir if begun else None, manifest),
     )
 
@@ -290,6 +295,17 @@ def _report_lost(run_dir: str, resume_from: Optional[str]) -> None:
         print(
             f"WARNING: --run_dir={run_dir}: has trained {rows[-1]['step'] + 1} steps, but has no checkpoint; training "
             "starts again",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _report_other_evaluation(settings: Settings, begin: _Beginning, now: Optional[str]) -> None:
+    """Warn of a run that is continued with other evaluation images: its weights are the same, its scores are not."""
+    if begin.evaluated_on not in (None, now):
+        print(
+            f"WARNING: --run_dir={settings.run.run_dir}: began with other evaluation images than "
+            f"{settings.data.data_dir} has now; scores from before and after cannot be compared",
             file=sys.stderr,
             flush=True,
         )
