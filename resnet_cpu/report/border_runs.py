@@ -25,7 +25,7 @@ ENSEMBLES = {
     "late_36": "late, restarts at 36 %",
     "late_100": "late, restarts at 100 %",
     "published": "as published",
-    "independent": "three networks of a third",
+    "independent": "three independent networks",
 }
 
 
