@@ -22,7 +22,7 @@ _TITLES = {
     "cycles": f"{_FASHION}, 18.1 epochs of 20,000 images",
     "border": "ResNet-50 at 1/8 width on 100 classes of Tiny-ImageNet, at most 998,400 images in all for each side\n"
     "hollow diamonds: predicted before the ensembles had finished",
-    "image_size": "ResNet-50 at 1/8 width, Tiny-ImageNet, at most 499,200 images for each side",
+    "image_size": "ResNet-50 at 1/8 width, Tiny-ImageNet, 5 epochs of 100,000 images unless said otherwise",
 }
 _VARIANTS = {"tuned": "weight decay tuned", "wide": "twice the width", "cifar": "CIFAR-10"}  # of the border experiment
 _LADDERS = {
@@ -35,6 +35,7 @@ _SIZES = {
     "constant": "constant size",
     "constant_short": "constant size,\n70 % of the steps",
     "growing": "growing size",
+    "growing_long": "growing size,\n7 epochs",
 }
 _CHANCE = 10.0  # %, of both data sets of the ladders
 _PUBLISHED_LADDER = "haiku_"  # ids in published.csv
