@@ -78,7 +78,7 @@ list() {
 # `prepare folder` from CIFAR-10 as train/CLASS/... and test/CLASS/...; without them these runs are left out. Other ensembles
 # wait for border/predict.py.
 border() {
-  local seed setting arms flags arm number data decay phases
+  local first seed setting arms flags arm number data decay phases
   while read -r setting arms flags; do
     data=data/half_tiny_imagenet
     if [[ $flags == *--data_dir=* ]]; then
@@ -89,10 +89,11 @@ border() {
       echo "border/$setting: left out, because $data does not hold the data (see $0)" >&2
       continue
     fi
-    for seed in $seeds; do
+    for first in $seeds; do
+      seed=$(seed_of "$setting" "$first")
       for arm in ${arms//,/ }; do
         decay=$(awk -F, -v where="$setting,$arm" '$1 "," $2 == where { print $3 }' "$border/decays.csv")
-        if [[ -z $decay && $setting == tuned-* ]]; then
+        if [[ -z $decay && $setting =~ ^(tuned|again)- ]]; then
           echo "border/$setting/$arm/seed-$seed: left out, because $border/decays.csv has no weight decay for it" >&2
           continue
         fi
@@ -135,8 +136,12 @@ with_decay() { # FLAGFILE DECAY DIVISOR: print the phases of FLAGFILE with DECAY
   }' "$1"
 }
 
-# One setting a line: its name with the number of training images, its arms, and the flags that make it. In `tuned` settings, each
-# arm has the weight decay of border/decays.csv, the best of its search.
+seed_of() { # SETTING SEED: print the seed of a run; `again` settings repeat `tuned` ones with seeds of their own
+  if [[ $1 == again-* ]]; then echo $(($2 + 3)); else echo "$2"; fi
+}
+
+# One setting a line: its name with the number of training images, its arms, and the flags that make it. In `tuned` and `again`
+# settings, each arm has the weight decay of border/decays.csv.
 border_settings() {
   cat <<'SETTINGS'
 tiny-10000 half,one,one_collapse,late_36,late_100,published,third
@@ -144,6 +149,7 @@ tiny-45000 half,one,one_collapse,late_36,late_100,published,third
 tiny-20000 half,one,one_collapse,late_36,late_100,published
 tiny-5000 half,one,one_collapse,late_36,late_100,published,third
 tuned-5000 half,one,one_collapse,late_36,late_100,published
+again-5000 half,one,late_36
 wide-10000 half,one,one_collapse,late_36,late_100 --width=0.25
 cifar-5000 half,one,one_collapse,late_36,late_100 --data_dir=data/cifar10 --num_classes=10
 cifar-50000 half,one,one_collapse,late_36,late_100 --data_dir=data/cifar10 --num_classes=10
@@ -219,18 +225,19 @@ combine() {
 
 # The batch-norm statistics of averaged weights are not the averaged statistics: compute them in a hundred steps at LR 0.
 average() {
-  local seed table setting arms flags arm status=0
+  local seed table setting arms flags arm own status=0
   for seed in $seeds; do
     for table in ensemble ensemble_full; do
       average_members "$table/cycles/seed-$seed" "$table/average/seed-$seed" --flagfile="$ensemble/${table/ensemble/small}.flags" \
         --seed="$seed" || status=1
     done
     while read -r setting arms flags; do
+      own=$(seed_of "$setting" "$seed")
       for arm in ${arms//,/ }; do
         if [[ $arm == late_* || $arm == published ]]; then
           # shellcheck disable=SC2086  # a list of flags
-          average_members "border/$setting/$arm/seed-$seed" "border/$setting/average_$arm/seed-$seed" \
-            --flagfile="$border/base.flags" --train_examples="${setting#*-}" --seed="$seed" $flags || status=1
+          average_members "border/$setting/$arm/seed-$own" "border/$setting/average_$arm/seed-$own" \
+            --flagfile="$border/base.flags" --train_examples="${setting#*-}" --seed="$own" $flags || status=1
         fi
       done
     done < <(border_settings)

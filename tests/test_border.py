@@ -222,6 +222,18 @@ def test_an_arm_whose_tuned_weight_decay_is_its_own_is_the_same_run():
     assert {row["setting"] for row in border.tables(runs, [], decays)["border"].rows} == {"tiny"}
 
 
+def test_a_repetition_with_other_seeds_is_predicted_to_find_the_same():
+    runs = runs_of(setting="tuned-10000")
+    (found,) = border.tables(runs, [])["border"].rows
+    row = border_prediction.predict("again-10000", "late_36", DOUBLINGS, runs, PILOT)
+    assert [row[key] for key in ("G", "D", "difference")] == [found[key] for key in ("G", "D", "difference")]
+    # D is made of what the table of singles shows: the slope, the loss of the cycles, and the lead of the best.
+    parts = float(row["slope"]) * DOUBLINGS["late_36"] + float(row["cycles"]) + float(row["single"])
+    assert parts == pytest.approx(float(row["D"]), abs=1e-4)
+    with pytest.raises(DataError, match="again-5000 repeats tuned-5000: needs finished runs of half, one and late_36"):
+        border_prediction.predict("again-5000", "late_36", DOUBLINGS, runs, PILOT)
+
+
 def test_what_cannot_be_predicted_is_refused():
     with pytest.raises(DataError, match="has been run; predict it before"):
         border_prediction.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(), PILOT)

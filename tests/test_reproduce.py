@@ -86,7 +86,9 @@ def with_data(reproduce, tmp_path):
         (place / "data" / name).mkdir(parents=True)
         (place / "data" / name / "manifest.json").touch()
     decays = place / "experiments" / "collapsed_ensemble" / "border" / "decays.csv"
-    decays.write_text("setting,arm,decay\ntuned-5000,half,4e-3\ntuned-5000,one,2e-3\nwide-10000,half,1e-3\n")
+    decays.write_text(
+        "setting,arm,decay\ntuned-5000,half,4e-3\nagain-5000,half,4e-3\ntuned-5000,one,2e-3\nwide-10000,half,1e-3\n"
+    )
     return functools.partial(reproduce, script=place / "experiments" / "reproduce.sh")
 
 
@@ -175,6 +177,8 @@ def test_settings_with_a_weight_decay_of_their_own(with_data):
     printed, (tuned,) = with_data(ONLY="border/tuned-5000/half", SEEDS="0")
     assert "--train_examples=5000 --seed=0 --phase=main:steps=3900,lr=0.2,warmup_steps=390,wd=0.004,member=1 " in tuned
     assert "border/tuned-5000/one_collapse/seed-0: left out, because" in printed and "no weight decay for it" in printed
+    _, calls = with_data(ONLY="border/again-5000/half", SEEDS="0 1")  # the repetition has seeds of its own
+    assert call_of(calls, "again-5000/half/seed-3 ").count("--seed=3 --phase=main:steps=3900") == 1 and len(calls) == 2
     assert with_data(ONLY="border/tuned-5000/one/", SEEDS="0")[1] == []  # its own weight decay: a run of tiny-5000
     (wide,) = with_data(ONLY="border/wide-10000/half", SEEDS="0")[1]
     assert "--width=0.25 --phase=main:steps=3900,lr=0.2,warmup_steps=390,wd=0.001,member=1 " in wide

@@ -24,7 +24,12 @@ _TITLES = {
     "hollow diamonds: predicted before the ensembles had finished",
     "image_size": "ResNet-50 at 1/8 width, Tiny-ImageNet, 5 epochs of 100,000 images unless said otherwise",
 }
-_VARIANTS = {"tuned": "weight decay tuned", "wide": "twice the width", "cifar": "CIFAR-10"}  # of the border experiment
+_VARIANTS = {
+    "tuned": "weight decay tuned",
+    "again": "the same, seeds 3 to 5",
+    "wide": "twice the width",
+    "cifar": "CIFAR-10",
+}  # of the border experiment
 _LADDERS = {
     "ladder": "Fashion-MNIST,\n3 epochs",
     "ladder_cifar": "CIFAR-10,\n10 epochs",

@@ -20,6 +20,7 @@ PREDICTED = (
 _LIKE = {"late_100": "late_36", "published": "late_36"}
 # Settings with the same data and network, in the order in which they replace each other; the pilot is one of them.
 _SAME = {"tiny": ("tiny",), "tuned": ("tiny", "tuned")}
+_REPEATED = {"again": "tuned"}  # settings with other seeds, and which setting they repeat
 
 
 class _Measured(NamedTuple):
@@ -56,7 +57,8 @@ def predict(
     cycles come from the pilot, on half of Tiny-ImageNet, and from what has been run with other numbers of images,
     linear over the logarithm of the number, also with other weight decays; for other data and widths, from the pilot
     only while nothing of theirs has been run.
-    `doublings` has those of every arm.
+    `doublings` has those of every arm. For a setting that repeats another one with other seeds, all figures are those
+    that were found there.
 
     Raises DataError if the single models of the setting, or all figures of other settings, are missing, and if the arm
     has been run; FlagError if `setting` is none.
@@ -68,6 +70,8 @@ def predict(
         raise FlagError(f"{setting!r}: not a setting; write it as tiny-10000, SET-IMAGES") from None
     if place in arms:
         raise DataError(f"border/{setting}/{arm} has been run; predict it before")
+    if place.setting in _REPEATED:
+        return _as_found(setting, place._replace(setting=_REPEATED[place.setting]), arms, doublings[arm])
     gain = border_runs.slope(arms, place)
     means = border_runs.means_of_singles(arms, place)
     if gain is None or len(means) < len(border_runs.SINGLES):
@@ -92,6 +96,23 @@ def predict(
     D = gain.mean * doublings[arm] + lost + ahead
     source = f"G: {of_G}; cycles: {of_lost}"
     figures = (means["half"], means["one"], gain.mean, doublings[arm], lost, ahead, G, D, G - D)
+    return _row(setting, arm, figures, source)
+
+
+def _as_found(setting: str, place: border_runs.Place, arms: border_runs.Arms, doublings: float) -> Row:
+    """Return the prediction that an ensemble of `setting` does what that of `place` did."""
+    name, single = border_runs.name_of(*place[:2]), border_runs.best_single(arms, place)
+    gain, means = border_runs.slope(arms, place), border_runs.means_of_singles(arms, place)
+    pairs = border_runs.pairs_of(place, single, arms) if single else None
+    if not gain or pairs is None or not pairs.seeds:
+        raise DataError(f"border/{setting} repeats {name}: needs finished runs of half, one and {place.arm} there")
+    ahead = max(means.values()) - means["one"]
+    lost = pairs.D - gain.mean * doublings - ahead
+    figures = (means["half"], means["one"], gain.mean, doublings, lost, ahead, pairs.G, pairs.D, pairs.G - pairs.D)
+    return _row(setting, place.arm, figures, f"all: as found in {name}")
+
+
+def _row(setting: str, arm: str, figures: Sequence[float], source: str) -> Row:
     return {key: cell(value) for key, value in zip(PREDICTED, (setting, arm, *figures, source))}
 
 
