@@ -18,7 +18,7 @@ OWN_DECAY = "2e-3"  # of all flagfiles of the study
 SETTINGS = {
     "tiny": "Tiny-ImageNet, 100 classes",
     "tuned": "Tiny-ImageNet, 100 classes, weight decay tuned for each side",
-    "again": "Tiny-ImageNet, 100 classes, weight decay tuned for each side, seeds 3 to 5",
+    "again": "Tiny-ImageNet, 100 classes, tuned weight decay (whole budget: 8e-3), seeds 3 to 5",
     "wide": "Tiny-ImageNet, 100 classes, twice the width",
     "cifar": "CIFAR-10",
 }
