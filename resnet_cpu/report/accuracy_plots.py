@@ -264,6 +264,7 @@ def _border(axes: Any, rows: Sequence[Row]) -> None:
     axes.xaxis.set_minor_locator(pyplot().NullLocator())
     smallest, largest = (limit(_images(row) for row in rows) for limit in (min, max))
     axes.set_xlim(smallest / 1.4, largest * 1.25)
+    axes.margins(y=0.12)  # for the texts above and below the intervals
     _name(axes, names)
     for height, text in ((0.98, "the ensemble is better"), (0.02, "one model is better")):
         axes.text(0.01, height, text, transform=axes.transAxes, color="grey", va="top" if height > 0.5 else "bottom")
