@@ -173,3 +173,9 @@ def test_negative_control_wrong_commands_are_found():
 def test_negative_control_dead_links_are_found():
     text = "[a](README.md) [b](docs/none.md) [c](#here) [d](#there) [e](https://x.org/none)\n# Here\n"
     assert dead_links(ROOT, text) == ["docs/none.md", "#there"]
+
+
+def test_the_line_that_the_readme_adds_to_tables_csv_has_a_cell_for_each_column():
+    (line,) = re.findall(r"^echo '(.*)' >>experiments/tables\.csv$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    columns = (ROOT / "experiments" / "tables.csv").read_text().splitlines()[0]
+    assert line.count(",") == columns.count(",")

@@ -24,12 +24,13 @@ _TITLES = {
     "hollow diamonds: predicted before the ensembles had finished",
     "image_size": "ResNet-50 at 1/8 width, Tiny-ImageNet, 5 epochs of 100,000 images unless said otherwise",
 }
-_VARIANTS = {
+_VARIANTS = {  # of the border experiment
     "tuned": "weight decay tuned",
     "again": "the same, seeds 3 to 5",
     "wide": "twice the width",
     "cifar": "CIFAR-10",
-}  # of the border experiment
+}
+_STYLES = {"tiny": "o-", "tuned": "s--", "again": "P--", "wide": "^:", "cifar": "v-."}
 _LADDERS = {
     "ladder": "Fashion-MNIST,\n3 epochs",
     "ladder_cifar": "CIFAR-10,\n10 epochs",
@@ -244,7 +245,6 @@ def _border(axes: Any, rows: Sequence[Row]) -> None:
     axes.axhline(0, color="black", linewidth=1)
     arms = list(dict.fromkeys((row["setting"], row["arm"]) for row in rows))
     colours = {arm: f"C{number}" for number, arm in enumerate(sorted({arm for _, arm in arms}))}
-    styles = dict(zip(dict.fromkeys(setting for setting, _ in arms), ("o-", "s--", "^:", "v-.")))
     names: List[Tuple[float, str, str]] = []  # height, text and colour
     for number, (setting, arm) in enumerate(arms):
         line = sorted((row for row in rows if (row["setting"], row["arm"]) == (setting, arm)), key=_images)
@@ -252,7 +252,7 @@ def _border(axes: Any, rows: Sequence[Row]) -> None:
         sizes, values = [beside * _images(row) for row in line], [float(row["difference"]) for row in line]
         colour = colours[arm]
         _with_intervals(
-            axes, sizes, [border_runs.difference_of(row) for row in line], colour, styles.get(setting, "o-")
+            axes, sizes, [border_runs.difference_of(row) for row in line], colour, _STYLES.get(setting, "x-")
         )
         predicted = [(size, float(row["predicted"])) for size, row in zip(sizes, line) if row["predicted"]]
         axes.plot(*zip(*predicted) if predicted else ([], []), "D", color=colour, markerfacecolor="none")

@@ -91,8 +91,9 @@ def means_of_singles(arms: Arms, place: Place) -> Dict[str, float]:
 
 
 def best_single(arms: Arms, place: Place, among: Sequence[str] = SINGLES) -> Optional[str]:
-    """Return the single model with the best mean in the setting of `place`; None if none of them was run."""
-    means = {arm: mean for arm, mean in means_of_singles(arms, place).items() if arm in among}
+    """Return the single model with the best mean that has a seed in common with the ensemble at `place`, or None."""
+    comparable = [arm for arm in among if pairs_of(place, arm, arms).seeds]
+    means = {arm: mean for arm, mean in means_of_singles(arms, place).items() if arm in comparable}
     return max(means, key=lambda arm: means[arm]) if means else None
 
 
