@@ -2,7 +2,8 @@
 # Copy a prepared data set to this node's disk and verify every record of the copy. launch/stage.sbatch runs it once per node.
 #
 #   launch/stage.sh FROM TO DATASET
-# A verified copy is kept, and used again as long as its files have the names and sizes of those in FROM.
+# A verified copy is kept, and used again as long as its files have the names and sizes of those in FROM. Words in RANK_PREFIX
+# (launch/env.sh) come before the command that verifies, as before those of the ranks.
 set -euo pipefail
 
 fail() { printf 'stage %s: %s\n' "$(hostname -s)" "$2" >&2; exit "$1"; }
@@ -11,7 +12,8 @@ from=$1 to=$2 dataset=$3
 [[ -d $from && $to == /* ]] || fail 64 "$from to $to: FROM must be an existing folder and TO an absolute path"
 [[ -n $dataset ]] || fail 64 "DATASET is empty"
 
-listing() { (cd -- "$1" && find -L . -type f ! -name .checked -printf '%s %p\n' | LC_ALL=C sort); }
+# Indexes are left out: where FROM has none, verifying writes them beside the copy.
+listing() { (cd -- "$1" && find -L . -type f ! -name .checked ! -name '*.index.npy' -printf '%s %p\n' | LC_ALL=C sort); }
 
 umask 077
 mkdir -p -- "${to%/*}"
@@ -25,16 +27,17 @@ if [[ -e $to/.checked && $(<"$to/.checked") == "$wanted" && $(listing "$to") == 
   exit 0
 fi
 
+rm -rf -- "$to" # before the check: what is left of another copy makes room for this one
 needed=$(($(du -skL -- "$from" | cut -f 1) + 1024))
 free=$(df --output=avail -k -- "${to%/*}" | tail -n 1)
 ((free > needed)) || fail 74 "${to%/*}: $((free / 1024)) MiB free, $((needed / 1024)) MiB needed; set LOCAL_DISK in launch/env.sh"
-rm -rf -- "$to"
 mkdir -- "$to"
 started=$SECONDS
 cp -RL -- "$from/." "$to/" || fail 74 "could not copy $from to $to"
 copied=$((SECONDS - started))
 code=0
-python -m resnet_cpu.prepare verify --data_dir="$to" --dataset="$dataset" >&2 || code=$?
+read -ra prefix <<<"${RANK_PREFIX:-}"
+${prefix[@]+"${prefix[@]}"} python -m resnet_cpu.prepare verify --data_dir="$to" --dataset="$dataset" >&2 || code=$?
 ((code == 0)) || fail "$code" "$to could not be verified; the error above gives the reason"
 printf '%s\n' "$wanted" >"$to/.checked"
 printf 'stage %s: %s MiB in %s s, checked in %s s: %s\n' "$(hostname -s)" "$((needed / 1024))" "$copied" "$((SECONDS - started - copied))" "$to" >&2

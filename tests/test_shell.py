@@ -233,6 +233,29 @@ def test_staging_copies_once_and_repairs_an_incomplete_copy(stage, tmp_path, tin
 
 
 @pytest.mark.training  # verify decodes the images
+def test_a_copy_of_a_set_without_indexes_is_used_again(stage, tmp_path, tiny_data):
+    """As TF-slim and TFDS write them; `verify` writes indexes into the copy."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny_data, source, ignore=shutil.ignore_patterns("*.index.npy"))
+    assert "checked in" in stage(str(source)).stderr
+    assert list((tmp_path / "disk" / "data").glob("*.index.npy")) and not list(source.glob("*.index.npy"))
+    assert "is already there" in stage(str(source)).stderr
+
+
+def test_a_rejected_copy_makes_room_for_the_next(stage, tmp_path):
+    """`df` reports room only when the old copy has gone."""
+    copy, tools = tmp_path / "disk" / "data", tmp_path / "tools"
+    copy.mkdir(parents=True)
+    tools.mkdir()
+    (tools / "df").write_text(f"#!/usr/bin/env bash\n[[ -e {copy} ]] && echo 0 || echo 99999999\n")
+    (tools / "python").write_text('#!/usr/bin/env bash\necho "started by $PREFIX" >&2\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    done = stage(PATH=f"{tools}:{OUTSIDE['PATH']}", RANK_PREFIX="env PREFIX=image")
+    assert done.returncode == 0 and "started by image" in done.stderr, done.stderr
+
+
+@pytest.mark.training  # verify decodes the images
 def test_staging_reports_what_is_wrong(stage, tmp_path):
     assert stage(str(tmp_path / "nowhere")).returncode == 64
     assert stage(dataset="").returncode == 64
