@@ -7,7 +7,7 @@ endif
 PYTHON_ENV := $(VENV)/bin/python
 RANKS ?= 2
 DATA := data/fashion_mnist
-RAW := $(if $(RAW_DIR),--raw_dir=$(RAW_DIR),)
+RAW := $(if $(RAW_DIR),--raw_dir='$(RAW_DIR)',)
 
 .PHONY: help train test labs check sessions smoke setup lint format docs reproduce tables wheelhouse lock clean
 
@@ -40,8 +40,8 @@ smoke: setup
 	@PATH="$(abspath $(VENV))/bin:$$PATH" launch/local.sh $(RANKS) python -m resnet_cpu.train --flagfile=experiments/smoke.flags
 
 reproduce: setup $(DATA)/manifest.json
-	@PATH="$(abspath $(VENV))/bin:$$PATH" experiments/reproduce.sh
-	@$(PYTHON_ENV) -m resnet_cpu.tables --runs=$(or $(RUNS),runs/reproduce) >/dev/null
+	@status=0; PATH="$(abspath $(VENV))/bin:$$PATH" experiments/reproduce.sh || status=$$?; \
+	  $(PYTHON_ENV) -m resnet_cpu.tables --runs='$(or $(RUNS),runs/reproduce)' >/dev/null && exit $$status
 
 tables: setup
 	@$(PYTHON_ENV) -m resnet_cpu.tables >/dev/null

@@ -10,7 +10,15 @@ shopt -s inherit_errexit
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs=${RUNS:-runs/reproduce}
 seeds=${SEEDS:-0 1 2}
-jobs=${JOBS:-$(nproc)}
+# The cores that this process may use; of the threads of a core, the first come before the others.
+allowed=$(sed -n 's/^Cpus_allowed_list:[[:space:]]*//p' /proc/self/status)
+cores=$(lscpu --parse=CPU,CORE,SOCKET | awk -F, -v allowed="$allowed" '
+  BEGIN { split(allowed, parts, ","); for (i in parts) { split(parts[i], ends, "-"); if (ends[2] == "") ends[2] = ends[1]
+          for (cpu = ends[1] + 0; cpu <= ends[2]; cpu++) usable[cpu] = 1 } }
+  !/^#/ && $1 in usable { print seen[$2 "," $3]++, $1 }' | sort -n -k 1,1 -k 2,2 | cut -d ' ' -f 2 | tr '\n' ' ') || true
+cores=${cores:-$(seq -s ' ' 0 $(($(nproc) - 1)))} # without lscpu
+read -ra core_list <<<"$cores"
+jobs=${JOBS:-${#core_list[@]}}
 only=${ONLY:-}  # how the names of the runs begin, or their ends after a slash: border/tiny-5000/half, tiny-5000/half, scaling, ...
 ensemble=experiments/collapsed_ensemble
 ladder=experiments/lr_scaling
@@ -36,12 +44,12 @@ scaling() {
   local repetition kind ranks folder status=0
   for repetition in 0 1 2; do
     for kind in weak strong; do
-      for ((ranks = 1; ranks <= $(nproc); ranks *= 2)); do
+      for ((ranks = 1; ranks <= ${#core_list[@]}; ranks *= 2)); do
         folder=scaling/$kind/rep-$repetition/ranks-$ranks
-        if ! [[ /$folder =~ /($only) ]] || [[ -e $runs/$folder/scaling.json ]]; then continue; fi
+        if ! [[ /$folder =~ /($only) ]] || finished "$runs/$folder"; then continue; fi
         if [[ -n ${MISSING:-} ]] && grep -q "^$folder," experiments/results/scaling_runs.csv; then continue; fi
         mkdir -p "$runs/$folder"
-        if taskset -c "0-$((ranks - 1))" launch/local.sh "$ranks" python -m resnet_cpu.train \
+        if taskset -c "$(IFS=,; echo "${core_list[*]:0:ranks}")" launch/local.sh "$ranks" python -m resnet_cpu.train \
           --flagfile="experiments/scaling/small_$kind.flags" --run_dir="$runs/$folder" --threads=1 --data_threads=1 \
           >"$runs/$folder/out" 2>>"$runs/$folder/log"; then
           echo "$(date +%T) done   $folder"
@@ -249,9 +257,11 @@ average() {
 average_members() {
   local members=$runs/$1 name=$2 mean=$runs/$2.npz line
   shift 2
-  line="$name $* --init_from=$mean --phase=statistics:steps=100,lr=0,augment=light"
+  line="$name $* --init_from=$(printf %q "$mean") --phase=statistics:steps=100,lr=0,augment=light"
+  # Members that were trained again have another mean; a run that started from the old one is of no use.
+  if [[ -e $mean && $members/result.json -nt $mean && /$name =~ /($only) ]]; then rm -rf -- "$mean" "${runs:?}/$name"; fi
   if ! finished "$members" || [[ -z $(echo "$line" | chosen) ]]; then return; fi
-  if ! [[ $mean -nt $members/result.json ]]; then
+  if ! [[ -e $mean ]]; then
     mkdir -p "$(dirname "$mean")"
     if ! python -m resnet_cpu.evaluate --ensemble --run_dir="$members" --export="$mean" >/dev/null 2>>"$members/log"; then
       echo "$(date +%T) ended with an error: $mean (see $members/log)" >&2
@@ -268,8 +278,9 @@ one() {
   local number=$1 total=$2 folder=$3
   shift 3
   mkdir -p "$runs/$folder"
-  local core=$((SLOT % $(nproc))) status=0
-  taskset -c "$core" python -m resnet_cpu.train "$@" --run_dir="$runs/$folder" --threads=1 --data_threads=1 \
+  local list status=0
+  read -ra list <<<"$cores"
+  taskset -c "${list[SLOT % ${#list[@]}]}" python -m resnet_cpu.train "$@" --run_dir="$runs/$folder" --threads=1 --data_threads=1 \
     >"$runs/$folder/out" 2>>"$runs/$folder/log" || status=$?
   local count="$number of $total" left=$((($(date +%s) - began) * (total - number) / number / 60))
   if ((number < total)); then count+=", about $left min left"; fi
@@ -283,7 +294,7 @@ one() {
   fi
 }
 export -f one
-export runs
+export runs cores
 
 # Finished runs are left out, so that they do not count in the time left, and those whose loss was not finite, which would end in
 # the same way again; with MISSING, those of the table as well. Three independent networks count as finished there when their
@@ -303,7 +314,7 @@ wanted() {
 }
 chosen() { { grep -E "^([^ ]*/)?($only)" || true; } | wanted; }
 numbered() { awk '{ lines[NR] = $0 } END { for (i = 1; i <= NR; i++) print i, NR, lines[i] }'; }
-all() { began=$(date +%s) && export began && chosen | numbered | xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
+all() { began=$(date +%s) && export began && chosen | numbered | xargs -r -d '\n' -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one {}'; }
 failed=0 # whether a training, a combination or an average ended with an error
 scaling || failed=1
 lines=$(list; border_search; border; cifar)

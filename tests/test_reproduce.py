@@ -10,7 +10,11 @@ from conftest import OUTSIDE, ROOT
 
 STAND_IN = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
+taskset -cp $$ >>"$CALLS.cores"
 if [[ $* == *evaluate*seed-1* ]]; then exit 74; fi
+export=$(sed -n 's/.*--export=//p' <<<"$*")
+if [[ -n $export && -e $export ]]; then exit 64; fi
+if [[ -n $export ]]; then touch "$export"; fi
 if [[ $* == *train*lars-5/* ]]; then exit 75; fi
 if [[ $* == *train*linear-0.8/* ]]; then exit 77; fi
 """
@@ -56,6 +60,25 @@ def test_averaged_weights_of_finished_ensembles_of_the_border_experiment(reprodu
     assert reproduce.status == 1
 
 
+def test_the_folder_of_the_runs_may_have_a_blank_in_its_name(reproduce, tmp_path):
+    runs = tmp_path / "my runs"
+    finish(runs / "border" / "wide-10000" / "late_36" / "seed-0")
+    _, calls = reproduce(ONLY="border/wide-10000/average", RUNS=str(runs))
+    assert f"--init_from={runs}/border/wide-10000/average_late_36/seed-0.npz --phase=" in calls[1]
+    assert (runs / "border" / "wide-10000" / "average_late_36" / "seed-0" / "out").exists()
+
+
+def test_runs_are_bound_to_cores_that_the_script_may_use(with_data, tmp_path):
+    mine = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {max(mine)})
+        with_data(ONLY="search_cifar/lars")
+    finally:
+        os.sched_setaffinity(0, mine)
+    used = (tmp_path / "calls.cores").read_text().splitlines()
+    assert len(used) == 3 and all(line.endswith(f": {max(mine)}") for line in used)
+
+
 def test_only_and_missing_also_choose_the_averages(reproduce):
     finish(reproduce.runs / "border" / "wide-10000" / "late_36" / "seed-0")
     assert reproduce(ONLY="border/tiny-10000/average")[1] == []
@@ -71,8 +94,9 @@ def test_a_mean_is_made_again_when_its_members_were_trained_again(reproduce):
     mean.parent.mkdir(parents=True)
     mean.touch()
     os.utime(mean, (1, 1))
-    assert any("evaluate" in call for call in reproduce(ONLY="border/tiny-5000/average")[1])
-    mean.touch()
+    finish(mean.with_suffix(""))  # the run that started from the old mean
+    calls = reproduce(ONLY="border/tiny-5000/average")[1]
+    assert "evaluate" in calls[0] and "average_published/seed-0 " in f"{calls[1]} " and reproduce.status == 0
     os.utime(run / "result.json", (1, 1))
     assert not any("evaluate" in call for call in reproduce(ONLY="border/tiny-5000/average")[1])
 
