@@ -40,7 +40,8 @@ def _score_ensemble(asked: Settings, argv: List[str]) -> Tuple[int, Dict[str, An
         placement.apply(missing[0].settings.system.threads, world.cores)
         from resnet_cpu.training import members
 
-        members.make_missing_predictions([(*one, selection.open_data_of(one, world)) for one in missing], world)
+        data = selection.open_data_of(missing, world)
+        members.make_missing_predictions([(*member, one) for member, one in zip(missing, data)], world)
     paths = {name: member.path for name, member in chosen.items()}
     return world.rank, world.on_rank0(lambda: ensemble.evaluate(paths, asked.evaluate.export))
 

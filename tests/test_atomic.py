@@ -17,6 +17,14 @@ def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_file_that_was_not_written_to_its_end_is_removed(tmp_path):
+    (tmp_path / f"file.tmp{os.getpid()}").symlink_to(tmp_path / "victim")  # as another user might put there
+    with pytest.raises(KeyboardInterrupt), atomic.open_atomically(str(tmp_path / "file")) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failure_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeypatch, call):
     path = str(tmp_path / "file")

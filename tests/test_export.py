@@ -48,7 +48,7 @@ def test_arrays_are_those_of_the_checkpoint(run_dir, run_command, tmp_path):
 
 
 def test_a_saved_model_scores_raw_pixels_as_evaluate_does(run_dir, tiny_data, tmp_path, capsys):
-    evaluate.main([f"--run_dir={run_dir}", f"--export={tmp_path}/model"])
+    evaluate.main([f"--run_dir={run_dir}", f"--export={tmp_path}/model/"])  # as a shell completes it
     scores = json.loads(last_line(capsys.readouterr().out))
     split = folders.open_data(tiny_data, "digits").validation
     examples = [tf.train.Example.FromString(record) for record in split.read(np.arange(split.examples))]

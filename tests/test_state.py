@@ -97,9 +97,15 @@ def test_weights_that_changed_before_the_first_step_are_refused(tiny_data, sourc
         checkpoint.write_weights(exported, {name: array + 1 for name, array in arrays.items()})
         return original(opened)
 
-    monkeypatch.setattr(runs.loop, "run", change_then_run)
-    with pytest.raises(CheckpointError, match="has changed since this run started with it"):
-        runs.train(ALONE, tiny_data, str(tmp_path / "run"), *SHORT, f"--init_from={exported}")
+    def remove_then_run(opened):
+        pathlib.Path(exported).unlink()
+        return original(opened)
+
+    for instead in (change_then_run, remove_then_run):
+        monkeypatch.setattr(runs.loop, "run", instead)
+        with pytest.raises(CheckpointError, match="was changed or removed after this run began"):
+            runs.train(ALONE, tiny_data, str(tmp_path / "run"), *SHORT, f"--init_from={exported}")
+    checkpoint.write_weights(exported, arrays)
     monkeypatch.undo()  # no step was done, so the same folder may be used with the new file
     assert runs.train(ALONE, tiny_data, str(tmp_path / "run"), *SHORT, f"--init_from={exported}")["complete"]
 

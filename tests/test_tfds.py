@@ -259,3 +259,13 @@ def test_sets_in_a_folder_are_listed(tmp_path):
     write_set(tmp_path)
     assert tfds.sets_in(str(tmp_path)) == ["small"] and tfds.sets_in(str(tmp_path / "small")) == []
     assert "--dataset=tfds:small reads the set small of TFDS" in refusal(tmp_path, "imagenet")
+
+
+@pytest.mark.training  # verify loads TensorFlow
+def test_verify_names_the_splits_that_it_leaves_out(tmp_path, capfd):
+    from resnet_cpu.data import verification
+
+    write_set(tmp_path, counts={"train": [3], "validation": [2], "test": [1]})
+    with pytest.raises(DataError, match="5 problems"):  # each record is one byte
+        verification.verify(str(tmp_path), "tfds:small", 1)
+    assert "not verified, because they are not used by default: test" in capfd.readouterr().err

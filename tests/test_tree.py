@@ -127,18 +127,27 @@ def test_an_ensemble_is_scored_from_saved_predictions(tree, run_command):
 def test_members_without_predictions_are_evaluated_again(tree, tmp_path, run_command):
     copy = tmp_path / "copy"
     shutil.copytree(tree, copy)
-    (copy / "members" / "tail" / "predictions" / "predictions.npz").write_bytes(b"damaged")
+    for member in ("tail", "collapse"):  # of one data set, which is opened once
+        (copy / "members" / member / "predictions" / "predictions.npz").write_bytes(b"damaged")
     more = [f"--members={copy},{tree}/members/collapse", f"--export={tmp_path}/mean.npz"]
     process = run_command("evaluate", "--ensemble", *more)
     assert process.returncode == 0, process.stderr
     scores = json.loads(last_line(process.stdout))
     assert list(scores["members"]) == ["copy/tail", "copy/collapse", "run/collapse"]
     kept = json.loads((tree / "result.json").read_text())["members"]
-    assert scores["members"]["copy/tail"] == pytest.approx(kept["tail"], rel=1e-6)
+    for member in ("tail", "collapse"):
+        assert scores["members"][f"copy/{member}"] == pytest.approx(kept[member], rel=1e-6)
     with np.load(tmp_path / "mean.npz") as mean:
         tail = checkpoint.load(str(tree / "members" / "tail"), "weights")["logits/kernel:0"].astype(np.float64)
         last = checkpoint.load(str(tree / "members" / "collapse"), "weights")["logits/kernel:0"]
         np.testing.assert_allclose(mean["logits/kernel:0"], (tail + 2 * last) / 3, rtol=1e-5, atol=1e-7)
+
+
+def test_predictions_are_not_a_checkpoint(tree):
+    from resnet_cpu import evaluate
+
+    with pytest.raises(CheckpointError, match="holds no weights; name a checkpoint or a member"):
+        evaluate.main([f"--run_dir={tree}", f"--checkpoint={tree}/members/tail/predictions"])
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from resnet_cpu import faults
 from resnet_cpu.data import array_records, kinds
 from resnet_cpu.data.datasets import MANIFEST
 from resnet_cpu.errors import DataError, OutputError
-from resnet_cpu.run.atomic import naming, write_atomically
+from resnet_cpu.run.atomic import naming, open_atomically, write_atomically
 
 FORMAT_VERSION = 1  # of the manifest; one without the key has this version as well
 UNFINISHED = ".prepare"  # folder beside the shards while they are prepared
@@ -145,17 +145,14 @@ def write_split(folder: str, split: str, examples: Iterator[bytes], count: int, 
 
 def write_shard(path: str, payloads: Iterable[bytes]) -> Dict[str, Any]:
     """Write a shard atomically, then its index; return its row of the manifest: name, examples, bytes, sha256."""
-    temporary, digest = f"{path}.tmp{os.getpid()}", hashlib.sha256()
-    with naming(path), open(temporary, "wb") as file:
+    digest = hashlib.sha256()
+    with open_atomically(path) as file:
         for payload in _named(payloads):
             header, footer = frame_around(payload)
             for part in (header, payload, footer):
                 file.write(part)
                 digest.update(part)
-        file.flush()
-        os.fsync(file.fileno())
-    faults.point("prepare:shard")
-    os.replace(temporary, path)
+        faults.point("prepare:shard")
     faults.point("prepare:index")
     size = os.path.getsize(path)
     return {"name": os.path.basename(path), "examples": write_index(path), "bytes": size, "sha256": digest.hexdigest()}

@@ -48,9 +48,11 @@ class _Set(NamedTuple):
 
 
 def verify(folder: str, dataset: str, threads: int) -> Dict[str, int]:
-    """Read, parse and decode every record of every split in `threads` threads; return the examples of each split.
+    """Read, parse and decode every record in `threads` threads; return the examples of each split.
 
-    Prints a line on standard error for each bad record. Raises DataError at the end if there was one.
+    These are all splits of a set that `prepare` wrote. Of others they are those that training and evaluation use by
+    default, since the test images of ImageNet have no labels; a note names the rest. Prints a line on standard error
+    for each bad record. Raises DataError at the end if there was one.
     """
     own = os.path.exists(os.path.join(folder, shards.MANIFEST))
     if not own:
@@ -58,6 +60,9 @@ def verify(folder: str, dataset: str, threads: int) -> Dict[str, int]:
             f"note: no {shards.MANIFEST}: SHA-256 and sizes of the shards are not compared", file=sys.stderr, flush=True
         )
     description = shards.read_manifest(folder) if own else folders.describe(folder, dataset)
+    if description.get("others"):
+        names = ", ".join(description["others"])
+        print(f"note: not verified, because they are not used by default: {names}", file=sys.stderr, flush=True)
     folders.make_indexes(description, folder)
     about = _Set(
         description.get("folder", folder),

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from typing import Iterator, Union
+from typing import BinaryIO, Iterator, Union
 
 
 @contextlib.contextmanager
@@ -16,21 +16,28 @@ def naming(path: str) -> Iterator[None]:
         raise
 
 
-def write_atomically(path: str, content: Union[bytes, memoryview]) -> None:
-    """Write `content` to a temporary file beside `path`, flush it to the disk and rename it; raise OSError on failure.
+@contextlib.contextmanager
+def open_atomically(path: str) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path` to write to, and at the end flush it to the disk and rename it.
 
-    Afterwards the file at `path` is absent, old or complete, also after a power loss.
+    Afterwards the file at `path` is absent, old or complete, also after a power loss. Raises OSError on failure.
     """
     temporary = f"{path}.tmp{os.getpid()}"
     try:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)  # of a killed process with the same number; or a link that another user put there
         with naming(path), open(temporary, "xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
+
+
+def write_atomically(path: str, content: Union[bytes, memoryview]) -> None:
+    """Write `content` to the file at `path`, see `open_atomically`."""
+    with open_atomically(path) as file:
+        file.write(content)

@@ -18,7 +18,8 @@ def write(model: tf.keras.Model, view: preprocess.View, path: str) -> None:
     size, size, 3], RGB 0..255, normalises them as in training and returns `logits`, float32 [batch, classes].
     Raises OutputError if the file system refuses.
     """
-    temporary = f"{path}.tmp{os.getpid()}"
+    folder = os.path.abspath(path)  # without a slash at its end
+    temporary = f"{folder}.tmp{os.getpid()}"
     try:
         if path.endswith(".npz"):
             checkpoint.write_weights(path, {variable.name: variable.numpy() for variable in model.variables})
@@ -26,7 +27,7 @@ def write(model: tf.keras.Model, view: preprocess.View, path: str) -> None:
             module = tf.Module()
             module.model = model
             tf.saved_model.save(module, temporary, signatures=_serving(model, view))
-            os.rename(temporary, path)
+            os.rename(temporary, folder)
     except (OSError, tf.errors.OpError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OutputError(f"--export={path}: not written ({error}); check the free space") from None

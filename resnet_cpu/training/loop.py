@@ -1,5 +1,6 @@
 """The training loop: phases in their order, one step at a time."""
 
+import os
 import sys
 import time
 from typing import Any, Dict
@@ -225,9 +226,9 @@ def _initialise_from(job: Job, state: State) -> None:
     """Take the weights of --init_from; write a line per array to init_from.txt and print a summary."""
     assert job.init_from is not None and job.folder is not None
     path, file = job.init_from["path"], job.init_from["file"]
-    if checkpoint.digest(file) != job.init_from["sha256"]:
+    if not os.path.isfile(file) or checkpoint.digest(file) != job.init_from["sha256"]:
         raise CheckpointError(
-            f"--init_from={path}: {file} has changed since this run started with it; choose another --run_dir"
+            f"--init_from={path}: {file} was changed or removed after this run began; choose another --run_dir"
         )
     taken, initial, lines = take_over(state.model, file)
     job.folder.write_text("init_from.txt", "\n".join(lines) + "\n")

@@ -54,6 +54,8 @@ def find_checkpoint(settings: Settings, world: World, path: Optional[str]) -> Tu
     def find() -> List[Any]:
         if path:
             found = (os.path.abspath(path), checkpoint.read_manifest(path))
+            if "weights.npz" not in found[1]["files"]:
+                raise CheckpointError(f"--checkpoint={path}: holds no weights; name a checkpoint or a member")
         else:
             newest = checkpoint.newest(settings.run.run_dir or "")
             if newest is None:
@@ -144,16 +146,30 @@ def members_without_predictions(members: Mapping[str, Member], asked: Settings, 
     return [member for member in members.values() if member.path in missing]
 
 
-def open_data_of(member: Member, world: World) -> ShardedData:
-    """Return the evaluation data of a member, with the pixel mean and deviation that it was trained with."""
-    data = _open_data(member.settings, world)
+def open_data_of(members: Sequence[Member], world: World) -> List[ShardedData]:
+    """Return the evaluation data of each member, with the pixel mean and deviation that it was trained with.
+
+    A data set that several members share is opened once: the shards of ImageNet alone take most of the open files that
+    a process may have.
+    """
+    opened: Dict[Tuple[Any, ...], ShardedData] = {}
+    return [_open_data_of(member, world, opened) for member in members]
+
+
+def _open_data_of(member: Member, world: World, opened: Dict[Tuple[Any, ...], ShardedData]) -> ShardedData:
+    settings = member.settings
+    of_data = (settings.data.dataset, settings.data.data_dir, settings.data.eval_split)
+    key = (*of_data, settings.data.normalization, settings.model.num_classes)  # the last two are checked on opening
+    if key not in opened:
+        opened[key] = _open_data(settings, world)
+    data = opened[key]
 
     def find() -> Dict[str, Any]:
         signature = _signature_of(member.path)
         check_classes(ensemble.run_of(member.path), member.path, signature, data)
         return signature
 
-    return with_pixels_of(world.on_rank0(find), member.settings, data)
+    return with_pixels_of(world.on_rank0(find), settings, data)
 
 
 def _open_data(settings: Settings, world: World) -> ShardedData:
