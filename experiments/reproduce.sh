@@ -120,8 +120,9 @@ border() {
 }
 
 # The search of the weight decay, with a seed of its own and half of the budget: the same effort for one model and each ensemble.
+# And one with all of the budget: for one model, and for one of three independent networks.
 border_search() {
-  local images arm decay
+  local images arm decay decays
   if ! [[ -e data/half_tiny_imagenet/manifest.json ]]; then return; fi # border says so
   for images in 5000 10000; do
     for arm in half late_36 late_100 published; do
@@ -130,6 +131,15 @@ border_search() {
           with_decay "$border/$arm.flags" "$decay" "$([[ $arm == half ]] && echo 1 || echo 2)"
         )"
       done
+    done
+  done
+  for arm in one third; do
+    decays="4e-3 8e-3 16e-3"
+    if [[ $arm == third ]]; then decays="2e-3 4e-3 8e-3"; fi
+    for decay in $decays; do
+      echo "search_border/whole-5000/$arm-$decay/seed-9 --flagfile=$border/$arm.flags --train_examples=5000 --seed=9 $(
+        with_decay "$border/$arm.flags" "$decay" 1
+      )"
     done
   done
 }

@@ -133,7 +133,7 @@ def test_the_search_of_rates_changes_nothing_else(with_data):
 
 def test_the_search_of_the_weight_decay_has_half_of_the_budget_for_each_side(with_data):
     _, calls = with_data(ONLY="search_border/")
-    assert len(calls) == 24
+    assert len(calls) == 30
     one = call_of(calls, "search_border/tiny-10000/half-1e-3/")
     assert "--phase=main:steps=3900,lr=0.2,warmup_steps=390,wd=0.001,member=1 " in one
     late = call_of(calls, "search_border/tiny-10000/late_36-4e-3/")
