@@ -17,8 +17,8 @@ SINGLES = ("half", *WHOLE)
 OWN_DECAY = "2e-3"  # of all flagfiles of the study
 SETTINGS = {
     "tiny": "Tiny-ImageNet, 100 classes",
-    "tuned": "Tiny-ImageNet, 100 classes, weight decay tuned for each side",
-    "again": "Tiny-ImageNet, 100 classes, tuned weight decay (whole budget: 8e-3), seeds 3 to 5",
+    "tuned": "Tiny-ImageNet, 100 classes, weight decay tuned with half of the budget",
+    "again": "Tiny-ImageNet, 100 classes, the same with 8e-3 for the whole budget, seeds 3 to 5",
     "wide": "Tiny-ImageNet, 100 classes, twice the width",
     "cifar": "CIFAR-10",
 }
