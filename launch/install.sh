@@ -105,13 +105,13 @@ if ((${#missing[@]})) && [[ $without_compiler == no ]]; then
   [[ $may_install == yes ]] || fail "missing system packages (Debian names): ${missing[*]}; they cannot be installed here without apt-get and root or sudo. Ask for them, or load your site's MPI module and set RAW_DIR to the folder of the Fashion-MNIST files"
   say "system packages: ${missing[*]}"
   export DEBIAN_FRONTEND=noninteractive
-  "${sudo[@]}" apt-get install -y -q --no-install-recommends "${missing[@]}" >/dev/null 2>&1 || {
-    "${sudo[@]}" apt-get update -q >/dev/null
-    "${sudo[@]}" apt-get install -y -q --no-install-recommends "${missing[@]}" >/dev/null
+  ${sudo[@]+"${sudo[@]}"} apt-get install -y -q --no-install-recommends "${missing[@]}" >/dev/null 2>&1 || {
+    ${sudo[@]+"${sudo[@]}"} apt-get update -q >/dev/null
+    ${sudo[@]+"${sudo[@]}"} apt-get install -y -q --no-install-recommends "${missing[@]}" >/dev/null
   }
 fi
 
-mpi_version=$(mpirun --version 2>&1 | head -n 1)
+mpi_version=$(mpirun --version 2>&1 | sed -n 1p) # reads to the end: an MPI that is cut off would end this script
 compiler=$(g++ --version 2>/dev/null | head -n 1) || true
 # The name that the documentation uses. It stays what it is, so that queued jobs keep their environment.
 link() {
@@ -137,7 +137,7 @@ clear=()
 if [[ -f $VENV/pyvenv.cfg ]] && [[ $("$VENV/bin/python" --version 2>&1) != "$("$python" --version 2>&1)" ]]; then
   clear=(--clear)
 fi
-"$python" -m venv "${clear[@]}" "$VENV"
+"$python" -m venv ${clear[@]+"${clear[@]}"} "$VENV"
 in_venv=$(cd "$VENV/bin" && pwd)/python
 pip() { "$in_venv" -m pip --disable-pip-version-check "$@" >&2; }
 say "the pinned packages of $lock (TensorFlow alone is 500 MB)"

@@ -21,11 +21,11 @@ from resnet_cpu import flagfiles, settings
 from resnet_cpu.command_settings import SOURCES
 from resnet_cpu.data.datasets import DATASETS, facts_of
 from resnet_cpu.errors import CheckpointError, FlagError
+from resnet_cpu.run import files
 from resnet_cpu.settings import GROUPS, Settings
 
 _COMMENT = "a comment must be on a line of its own that starts with #"
 _AFTER_FLAGS = {"launch": " -- COMMAND [ARGUMENT ...]"}
-_RECORDED = "resolved.flags"
 
 
 #: Flags of earlier versions -> what to do instead.
@@ -255,12 +255,12 @@ def recorded_flags(run_dir: str) -> List[str]:
 
     Raises CheckpointError if the run does not exist.
     """
-    path = os.path.join(run_dir, _RECORDED)
+    path = os.path.join(run_dir, files.FLAGS)
     try:
         with open(path, encoding="utf-8") as file:
             lines = [line.rstrip("\n") for line in file if line.startswith("--")]
     except (OSError, UnicodeDecodeError):
-        raise CheckpointError(f"{run_dir}: {_RECORDED} is missing or unreadable; name the folder of a run") from None
+        raise CheckpointError(f"{run_dir}: {files.FLAGS} is missing or unreadable; name the folder of a run") from None
     kept = []
     area: Optional[str] = None
     for line in lines:

@@ -103,7 +103,7 @@ def read_index(path: str) -> np.ndarray:
         if starts.ndim != 1 or starts.dtype != np.int64 or not len(starts):
             raise ValueError(f"{starts.dtype} {starts.shape}")
     except FileNotFoundError:
-        return scan(path)  # the folder is read-only, else `folders.make_indexes` has written one
+        return scan(path)  # the folder is read-only, or on another host than that of rank 0, which writes indexes
     except OSError:
         raise
     except Exception as error:  # NumPy's parser of a damaged header raises errors of many types

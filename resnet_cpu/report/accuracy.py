@@ -28,8 +28,8 @@ from resnet_cpu.report.tables import (
     read_results,
     run_folders,
 )
-from resnet_cpu.run import signature
-from resnet_cpu.run.folder import NOT_FINITE, read_json, read_record, read_rows
+from resnet_cpu.run import files, signature
+from resnet_cpu.run.folder import read_json, read_record, read_rows
 
 RUNS, CURVES = "runs.csv", "curves.csv"
 FAILED = "not_finite"  # under `what`: a run that ended because its loss was not a finite number, without scores
@@ -70,10 +70,10 @@ def collect(folder: str) -> Tuple[List[Row], List[Row]]:
     runs: List[Row] = []
     curves: List[Row] = []
     for name, path in run_folders(folder):
-        result, record = read_json(os.path.join(path, "result.json")), read_record(path)
+        result, record = read_json(os.path.join(path, files.RESULT)), read_record(path)
         if result and result.get("experiment") == "scaling":
             continue
-        failure = None if result and result.get("complete") else read_json(os.path.join(path, NOT_FINITE))
+        failure = None if result and result.get("complete") else read_json(os.path.join(path, files.NOT_FINITE))
         if failure and record:
             if failure.get("experiment") != "scaling":
                 runs.append(_row(name, FAILED, {}, failure, record))
@@ -84,7 +84,7 @@ def collect(folder: str) -> Tuple[List[Row], List[Row]]:
                 why = "its run.json is missing or damaged; train it again in another folder"
             print(f"tables: {printable(path)}: skipped, because {why}", file=sys.stderr)
             continue
-        evaluations = read_rows(os.path.join(path, "eval.jsonl"))
+        evaluations = read_rows(os.path.join(path, files.EVALUATIONS))
         runs += [_row(name, what, scores, result, record) for what, scores in _scores(result, evaluations)]
         for row in evaluations:
             curves.append({key: cell(value) for key, value in {"run": name, **row}.items() if key in CURVE_COLUMNS})
@@ -101,8 +101,8 @@ def _of_several_runs(folder: str) -> Iterator[Row]:
         if ENSEMBLE not in names:
             continue
         scores = read_json(os.path.join(path, ENSEMBLE))
-        below = [os.path.join(path, name) for name in folders if os.path.exists(os.path.join(path, name, "run.json"))]
-        results = [found for found in (read_json(os.path.join(run, "result.json")) for run in below) if found]
+        below = [os.path.join(path, name) for name in folders if os.path.exists(os.path.join(path, name, files.RECORD))]
+        results = [found for found in (read_json(os.path.join(run, files.RESULT)) for run in below) if found]
         records = [found for found in map(read_record, below) if found]
         finished = [result for result in results if result.get("complete")]
         if not scores or not below or len(finished) < len(below) or len(records) < len(below):

@@ -20,6 +20,7 @@ from resnet_cpu.report.tables import (
     read_results,
     run_folders,
 )
+from resnet_cpu.run import files
 from resnet_cpu.run.folder import read_json, read_record
 from resnet_cpu.scaling import ladders
 from resnet_cpu.scaling.ladders import LadderRun, Rung
@@ -68,7 +69,7 @@ def collect(folder: str) -> List[Row]:
     """Return the row of scaling_runs.csv of every run of --experiment=scaling below `folder` that has a result."""
     rows = []
     for name, path in run_folders(folder):
-        result, timing = (read_json(os.path.join(path, file)) for file in ("result.json", "scaling.json"))
+        result, timing = (read_json(os.path.join(path, file)) for file in (files.RESULT, "scaling.json"))
         record = read_record(path)
         if not result or not record or result.get("experiment") != "scaling" or not timing:
             continue
@@ -86,7 +87,7 @@ def collect(folder: str) -> List[Row]:
             **{f"{part}_s": timing["split_s"][part] for part in PARTS},
             "timed_steps": timing["timed_steps"],
             "block_s": "/".join(map(cell, timing["block_s"])),
-            "flags": _digest_of_flags(os.path.join(path, "resolved.flags")),
+            "flags": _digest_of_flags(os.path.join(path, files.FLAGS)),
             "cpu": "; ".join(sorted({row["cpu"] for row in record["per_rank"]})),
             "tensorflow": record["versions"]["tensorflow"],
             "code": record["code"],

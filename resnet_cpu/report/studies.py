@@ -15,11 +15,12 @@ from resnet_cpu.report import (
     scaling_plots,
 )
 from resnet_cpu.report import tables as report
+from resnet_cpu.run import files
 
 
 def collect(folder: str) -> None:
     """Add the finished runs below `folder` to the CSV files of experiments/results; without any, raise DataError."""
-    if os.path.exists(os.path.join(folder, "run.json")):
+    if os.path.exists(os.path.join(folder, files.RECORD)):
         raise DataError(f"--runs={folder}: is itself a run; name the folder above it, so that the run has a name")
     (runs, curves), scaling_runs = accuracy.collect(folder), efficiency.collect(folder)
     if not runs and not scaling_runs:

@@ -17,6 +17,7 @@ import sys
 from typing import Any, Container, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from resnet_cpu.errors import DataError
+from resnet_cpu.run import files
 from resnet_cpu.run.atomic import write_atomically
 from resnet_cpu.text import count
 
@@ -61,7 +62,7 @@ def run_folders(folder: str) -> Iterator[Tuple[str, str]]:
     """Yield (name, path) of every run folder below `folder`, sorted; the name is the path relative to `folder`."""
     for path, folders, names in os.walk(folder):
         folders.sort()
-        if "run.json" in names:
+        if files.RECORD in names:
             folders.clear()
             yield os.path.relpath(path, folder), path
 

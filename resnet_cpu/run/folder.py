@@ -12,11 +12,9 @@ from typing import IO, Any, Dict, Iterator, List, Mapping, Optional
 import numpy as np
 
 from resnet_cpu.errors import RunFolderError
-from resnet_cpu.run import lock
+from resnet_cpu.run import files, lock
 from resnet_cpu.run.atomic import naming, write_atomically
 from resnet_cpu.run.rights import others_may_write, refused
-
-NOT_FINITE = "not_finite.json"  # of a run whose loss or weights were not finite numbers
 
 
 class RunFolder:
@@ -118,7 +116,7 @@ def read_json(path: str) -> Optional[Dict[str, Any]]:
 
 def read_record(run_dir: str) -> Optional[Dict[str, Any]]:
     """Return run.json of a run folder, or None if it is missing or damaged: a record has a signature."""
-    record = read_json(os.path.join(run_dir, "run.json"))
+    record = read_json(os.path.join(run_dir, files.RECORD))
     return record if record is not None and isinstance(record.get("signature"), dict) else None
 
 

@@ -4,7 +4,7 @@ import os
 from typing import Any, Dict, List, Optional
 
 from resnet_cpu.errors import CheckpointError, FlagError
-from resnet_cpu.run import signature
+from resnet_cpu.run import files, signature
 from resnet_cpu.run.folder import read_json, read_record
 from resnet_cpu.settings import Model
 
@@ -31,7 +31,7 @@ def result(run_dir: str, model: Model, pixels: List[int]) -> Dict[str, Any]:
 
     Raises CheckpointError if the run folder does not say how fast it was, or if it trained another network.
     """
-    found = read_json(os.path.join(run_dir, "result.json"))
+    found = read_json(os.path.join(run_dir, files.RESULT))
     if not found or not found.get("images_per_second") or not found.get("ranks"):
         raise CheckpointError(
             f"--speed={run_dir}: no result.json with a speed in it; name the folder of a finished run"

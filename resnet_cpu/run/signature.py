@@ -23,7 +23,6 @@ def of(
     resolved: Resolved,
     train_examples: int,
     pixels: Pixels,
-    init_from: Optional[str] = None,
     classes: Optional[str] = None,
     content: Optional[str] = None,
 ) -> Dict[str, Any]:
@@ -33,7 +32,6 @@ def of(
         resolved: the recipe in steps.
         train_examples: training examples that are used.
         pixels: measured mean and deviation of the data set's pixels, if they are used to normalise images.
-        init_from: SHA-256 of the file of weights that the run started from.
         classes: SHA-256 of the data set's list of classes, None if it has none.
         content: digest of the training shards, `Split.content`, None for synthetic data.
     """
@@ -50,7 +48,7 @@ def of(
         "global_batch_size": resolved.batch.total,
         "phases": {phase.name: dataclasses.asdict(phase) for phase in resolved.phases},
         "order_of_phases": [phase.name for phase in resolved.phases],
-        "init_from": init_from,
+        "init_from": None,  # SHA-256 of the weights that the run starts from, which is known later
     }
     return normalised(found)
 

@@ -15,7 +15,7 @@ from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.model import tensors
 from resnet_cpu.model.tensors import Gradient
 from resnet_cpu.recipe.batch import Batch
-from resnet_cpu.run import past_run
+from resnet_cpu.run import files, past_run
 from resnet_cpu.run.folder import read_json, read_rows
 from resnet_cpu.settings import Settings
 from resnet_cpu.simulator import exchange, published
@@ -184,7 +184,7 @@ def _node_of_run(run_dir: str, settings: Settings) -> Node:
     step_times = os.path.join(run_dir, "step_times.npz")
     if os.path.exists(step_times):
         return _node_of_step_times(step_times, result)
-    rows = read_rows(os.path.join(run_dir, "metrics.jsonl"))
+    rows = read_rows(os.path.join(run_dir, files.METRICS))
     times = [row["step_s"] for row in rows[1:] if row.get("step_s")]
     if len(times) < 3:
         raise CheckpointError(f"--speed={run_dir}: metrics.jsonl has fewer than 4 rows; name a run that logged more")

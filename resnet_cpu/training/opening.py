@@ -19,9 +19,9 @@ from resnet_cpu.recipe import batch as batches
 from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.phases import Phase
 from resnet_cpu.resolve import Resolved, resolve_recipe
-from resnet_cpu.run import checkpoint, provenance
+from resnet_cpu.run import checkpoint, files, provenance
 from resnet_cpu.run import signature as signatures
-from resnet_cpu.run.folder import NOT_FINITE, RunFolder, Stopwatch, read_json, read_record, read_rows
+from resnet_cpu.run.folder import RunFolder, Stopwatch, read_json, read_record, read_rows
 from resnet_cpu.settings import Settings
 from resnet_cpu.training import agreement
 from resnet_cpu.training.job import Job
@@ -201,7 +201,7 @@ def _hold_folder(
     def hold() -> Dict[str, Any]:
         nonlocal folder
         # A complete result is final. Without a lock, the folder of a finished run may be read-only.
-        if (read_json(os.path.join(run_dir, "result.json")) or {}).get("complete"):
+        if (read_json(os.path.join(run_dir, files.RESULT)) or {}).get("complete"):
             begin = _read_beginning(settings, run_dir, signature)
             if begin.finished is not None:
                 return begin._asdict()
@@ -216,7 +216,7 @@ def _hold_folder(
                 _report_lost(run_dir, begin.resume_from)
                 folder = held
                 # How an earlier attempt ended must not outlive the end of this one.
-                for name in ("result.json", NOT_FINITE):
+                for name in (files.RESULT, files.NOT_FINITE):
                     if os.path.exists(held.file(name)):
                         os.remove(held.file(name))
         finally:
@@ -231,11 +231,11 @@ def _hold_folder(
 def _read_beginning(settings: Settings, run_dir: str, signature: Dict[str, Any]) -> _Beginning:
     """Return where an attempt in `run_dir` begins; raise the errors of a folder that does not fit the settings."""
     record = read_record(run_dir)
-    result = read_json(os.path.join(run_dir, "result.json"))
+    result = read_json(os.path.join(run_dir, files.RESULT))
     saved = checkpoint.steps(run_dir)
     # The flags of a run that never finished a step do not bind later attempts: they may have been the mistake.
-    begun = bool(saved) or os.path.exists(os.path.join(run_dir, "metrics.jsonl"))
-    failed = os.path.exists(os.path.join(run_dir, NOT_FINITE))
+    begun = bool(saved) or os.path.exists(os.path.join(run_dir, files.METRICS))
+    failed = os.path.exists(os.path.join(run_dir, files.NOT_FINITE))
     if settings.run.resume == "never" and (begun or failed or result is not None):
         raise RunFolderError(f"--run_dir={run_dir}: holds a run already; choose another, or resume it: --resume=auto")
     init_from = _init_from(settings, record if begun else None)
@@ -290,7 +290,7 @@ def _check_kept(run_dir: str, resume_from: Optional[str], phases: Sequence[Phase
 
 def _report_lost(run_dir: str, resume_from: Optional[str]) -> None:
     """Warn of a run that starts again although it has trained before: without a checkpoint its steps are lost."""
-    rows = read_rows(os.path.join(run_dir, "metrics.jsonl"))
+    rows = read_rows(os.path.join(run_dir, files.METRICS))
     if resume_from is None and rows:
         print(
             f"WARNING: --run_dir={run_dir}: has trained {rows[-1]['step'] + 1} steps, but has no checkpoint; training "
@@ -325,7 +325,7 @@ def _init_from(settings: Settings, record: Optional[Dict[str, Any]]) -> Optional
 
 def _was_evaluated(run_dir: str, manifest: Mapping[str, Any]) -> bool:
     """Return whether eval.jsonl has a row of the attempt that saved the checkpoint, or of a later one, at its step."""
-    rows = read_rows(os.path.join(run_dir, "eval.jsonl"))
+    rows = read_rows(os.path.join(run_dir, files.EVALUATIONS))
     step, attempt = manifest.get("step", 0), manifest.get("attempt", 0)  # version 0.1 evaluated first, then saved
     return any(row["step"] == step - 1 and row["attempt"] >= attempt for row in rows)
 
@@ -361,7 +361,7 @@ def _record(
     places: List[Dict[str, Any]],
     data: Mapping[str, Any],
 ) -> None:
-    folder.write_text("resolved.flags", settings.resolved_flags)
+    folder.write_text(files.FLAGS, settings.resolved_flags)
     record = {
         **provenance.of_job(),
         "attempt": begin.attempt,
@@ -372,4 +372,4 @@ def _record(
         "earlier_attempts": begin.earlier_attempts,
         **data,
     }
-    folder.write_json("run.json", record)
+    folder.write_json(files.RECORD, record)

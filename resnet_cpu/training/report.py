@@ -11,8 +11,8 @@ from resnet_cpu.cluster import machine, placement, precision
 from resnet_cpu.errors import RunFolderError
 from resnet_cpu.recipe.schedule import Rates, Span
 from resnet_cpu.report import plotting, profile, run_plots, tables
-from resnet_cpu.run import provenance
-from resnet_cpu.run.folder import NOT_FINITE, RunFolder, finite, read_json, read_record, read_rows
+from resnet_cpu.run import files, provenance
+from resnet_cpu.run.folder import RunFolder, finite, read_json, read_record, read_rows
 from resnet_cpu.scaling import steptimes
 from resnet_cpu.text import count, duration, shown_loss
 from resnet_cpu.training.evaluation import Score
@@ -80,7 +80,7 @@ class Report:
         self._job, self._folder, self._cores = job, folder, cores
         self._progress = Progress(job.last_step, job.epoch(job.last_step), cores)
         self._profiler = profile.Recorder(job.run_dir, job.settings.run.profile_steps)
-        self._evaluations = {row["step"]: row for row in read_rows(folder.file("eval.jsonl"))}
+        self._evaluations = {row["step"]: row for row in read_rows(folder.file(files.EVALUATIONS))}
         self._seconds_to_top1 = dict(job.seconds_to_top1)
         self._window = _Window()
         self._timed_steps, self._timed_s = 0, 0.0
@@ -180,7 +180,7 @@ class Report:
             "step_s": window.step_s / window.steps if window.steps else None,
             "attempt": job.attempt,
         }
-        self._folder.append("metrics.jsonl", row)
+        self._folder.append(files.METRICS, row)
         self._scalars(step, {"loss": outcome.loss, "lr": rates.lr})
         self._progress.show(row, self._timed_s / max(self._timed_steps, 1))
 
@@ -204,7 +204,7 @@ class Report:
             "attempt": job.attempt,
         }
         self._evaluations[row["step"]] = row
-        self._folder.append("eval.jsonl", row)
+        self._folder.append(files.EVALUATIONS, row)
         self._scalars(step, {"evaluation/top1": score.top1, "evaluation/loss": score.loss})
         self._write_clock()
         self.say(
@@ -221,7 +221,7 @@ class Report:
         """Add facts to run.json, unless it was damaged or removed meanwhile: a part of a record would pass for one."""
         record = read_record(self._folder.path)
         if record is not None:
-            self._folder.write_json("run.json", {**record, **facts})
+            self._folder.write_json(files.RECORD, {**record, **facts})
 
     def saved(self, ranks: List[Dict[str, Any]]) -> None:
         """Record each rank's peak memory, GiB, and the bad records that it has skipped, when a checkpoint is saved."""
@@ -242,7 +242,7 @@ class Report:
         job, score = self._job, self._evaluations.get(step - 1, {})
         rate = self._timed_steps * job.batch.total / self._timed_s if self._timed_steps else None
         if rate is None:  # this attempt only finished the run: the speed of the steps that earlier ones logged
-            rows = read_rows(self._folder.file("metrics.jsonl"))
+            rows = read_rows(self._folder.file(files.METRICS))
             speeds = [row["images_per_second"] for row in rows if row["images_per_second"]]
             rate = len(speeds) / sum(1 / speed for speed in speeds) if speeds else None
         result = finite(
@@ -259,16 +259,16 @@ class Report:
                 **additions,
             }
         )
-        self._folder.write_json("result.json", result)
+        self._folder.write_json(files.RESULT, result)
         return result
 
     def not_finite(self, message: str) -> None:
         """Record a run that ended because its loss or weights were not finite, in its last step."""
         facts = {"message": message, "experiment": self._job.settings.run.experiment, "cores": self._cores}
         try:
-            self._folder.write_json(NOT_FINITE, {**facts, **self._extent(self._step + 1)})
+            self._folder.write_json(files.NOT_FINITE, {**facts, **self._extent(self._step + 1)})
         except (OSError, RunFolderError) as error:  # must not replace the error that all ranks end with
-            print(f"WARNING: {NOT_FINITE} could not be written ({error})", file=sys.stderr, flush=True)
+            print(f"WARNING: {files.NOT_FINITE} could not be written ({error})", file=sys.stderr, flush=True)
 
     def _extent(self, steps: int) -> Dict[str, Any]:
         job = self._job
@@ -383,7 +383,7 @@ def open_report(job: Job) -> AnyReport:
 
 
 def _draw(job: Job, folder: RunFolder, result: Mapping[str, Any]) -> None:
-    metrics, evaluations = read_rows(folder.file("metrics.jsonl")), read_rows(folder.file("eval.jsonl"))
+    metrics, evaluations = read_rows(folder.file(files.METRICS)), read_rows(folder.file(files.EVALUATIONS))
     title = f"{job.settings.model.model} on {job.settings.data.dataset}, {job.world.size} ranks"
     run_plots.draw_curves(metrics, evaluations, folder.file("plots", "curves.png"), title)
     if "lr_scaling" in result and evaluations:

@@ -10,7 +10,7 @@ from resnet_cpu.cluster.control import World
 from resnet_cpu.data import classes
 from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.errors import CheckpointError, DataError, FlagError
-from resnet_cpu.run import checkpoint
+from resnet_cpu.run import checkpoint, files
 from resnet_cpu.run import signature as signatures
 from resnet_cpu.run.folder import read_json
 from resnet_cpu.settings import Settings
@@ -87,7 +87,7 @@ def check_classes(run_dir: str, path: str, signature: Mapping[str, Any], data: S
     trained = signature["data"].get("classes")
     if trained is None or data.classes is None or trained == classes.digest(data.classes):
         return
-    names = (read_json(os.path.join(run_dir, "run.json")) or {}).get("classes")
+    names = (read_json(os.path.join(run_dir, files.RECORD)) or {}).get("classes")
     raise DataError(
         f"{path} was trained on other classes: {classes.first_difference(names, data.classes)}; evaluate on a data set "
         "with the same classes in the same order"
