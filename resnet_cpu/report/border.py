@@ -27,7 +27,9 @@ def tables(runs: Iterable[Row], predictions: Sequence[Row], decays: Sequence[Row
     and `border_members`.
     """
     arms = border_runs.by_place(runs, decays)
-    found = (_figures(place, arms, predictions) for place in sorted(arms) if place.arm in border_runs.ENSEMBLES)
+    found = (
+        _figures(place, arms, predictions) for place in border_runs.in_order(arms) if place.arm in border_runs.ENSEMBLES
+    )
     rows = [row for row in found if row]
     parts = {**border_prediction.tables(predictions, rows), **border_members.tables(arms)} if arms else {}
     if not rows:

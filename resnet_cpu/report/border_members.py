@@ -49,7 +49,7 @@ def _singles(arms: border_runs.Arms) -> Dict[str, Table]:
     names += ("slope", "slope_low", "slope_high")
     rows: List[Row] = []
     written: Dict[str, List[str]] = {arm: [] for arm in (*border_runs.SINGLES, "slope")}
-    for where in sorted({place._replace(arm="one") for place in arms}):
+    for where in border_runs.in_order({place._replace(arm="one") for place in arms}):
         slope = border_runs.slope(arms, where)
         if not slope:
             continue
@@ -80,7 +80,7 @@ def _singles(arms: border_runs.Arms) -> Dict[str, Table]:
 def _members(arms: border_runs.Arms) -> Dict[str, Table]:
     """Return the table of every arm by itself; {} without runs."""
     labels = {**_LABELS, **border_runs.ENSEMBLES}
-    rows = [_figures(place, arms) for place in sorted(arms) if place.arm in labels]
+    rows = [_figures(place, arms) for place in border_runs.in_order(arms) if place.arm in labels]
     if not rows:
         return {}
     note = (
