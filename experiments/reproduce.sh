@@ -10,13 +10,12 @@ shopt -s inherit_errexit
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs=${RUNS:-runs/reproduce}
 seeds=${SEEDS:-0 1 2}
-# The cores that this process may use; of the threads of a core, the first come before the others.
-allowed=$(sed -n 's/^Cpus_allowed_list:[[:space:]]*//p' /proc/self/status)
-cores=$(lscpu --parse=CPU,CORE,SOCKET | awk -F, -v allowed="$allowed" '
-  BEGIN { split(allowed, parts, ","); for (i in parts) { split(parts[i], ends, "-"); if (ends[2] == "") ends[2] = ends[1]
-          for (cpu = ends[1] + 0; cpu <= ends[2]; cpu++) usable[cpu] = 1 } }
-  !/^#/ && $1 in usable { print seen[$2 "," $3]++, $1 }' | sort -n -k 1,1 -k 2,2 | cut -d ' ' -f 2 | tr '\n' ' ') || true
-cores=${cores:-$(seq -s ' ' 0 $(($(nproc) - 1)))} # without lscpu
+# The cores that this process may use; of the threads of a core, the first come before the others (without lscpu: any order).
+cores=$({ lscpu --parse=CPU,CORE,SOCKET 2>/dev/null || seq 0 9999; } |
+  awk -F, -v allowed="$(sed -n 's/^Cpus_allowed_list:[[:space:]]*//p' /proc/self/status)" '
+    BEGIN { split(allowed, parts, ","); for (i in parts) { split(parts[i], ends, "-"); if (ends[2] == "") ends[2] = ends[1]
+            for (cpu = ends[1] + 0; cpu <= ends[2]; cpu++) usable[cpu] = 1 } }
+    !/^#/ && $1 in usable { print (NF > 1 ? seen[$2 "," $3]++ : 0), $1 }' | sort -n -k 1,1 -k 2,2 | cut -d ' ' -f 2 | tr '\n' ' ')
 read -ra core_list <<<"$cores"
 jobs=${JOBS:-${#core_list[@]}}
 only=${ONLY:-}  # how the names of the runs begin, or their ends after a slash: border/tiny-5000/half, tiny-5000/half, scaling, ...
@@ -154,7 +153,7 @@ with_decay() { # FLAGFILE DECAY DIVISOR: print the phases of FLAGFILE with DECAY
   }' "$1"
 }
 
-seed_of() { # SETTING SEED: print the seed of a run; `again` settings repeat `tuned` ones with seeds of their own
+seed_of() { # SETTING SEED: print the seed of a run; `again` settings repeat `tuned` ones with seeds that are 3 larger
   if [[ $1 == again-* ]]; then echo $(($2 + 3)); else echo "$2"; fi
 }
 
@@ -222,13 +221,16 @@ image_size() { # SEED ARM...
   done
 }
 
+# in_table RUN: whether MISSING is given and the table holds the run.
+in_table() { [[ -n ${MISSING:-} ]] && grep -q "^$1," experiments/results/runs.csv; }
 finished() { grep -qs '"complete": true' "$1/result.json"; }
 
 # Independent networks are combined when all three are finished.
 combine() {
   local folder status=0
   for folder in "$runs"/border/*/independent/seed-*; do
-    if [[ -e $folder/ensemble.json ]] || ! { finished "$folder/0" && finished "$folder/1" && finished "$folder/2"; }; then
+    if [[ $folder/ensemble.json -nt $folder/0/result.json && $folder/ensemble.json -nt $folder/1/result.json &&
+      $folder/ensemble.json -nt $folder/2/result.json ]] || ! { finished "$folder/0" && finished "$folder/1" && finished "$folder/2"; }; then
       continue
     fi
     if python -m resnet_cpu.evaluate --ensemble --members="$folder/0,$folder/1,$folder/2" >"$folder/ensemble.part" 2>>"$folder/log"; then
@@ -269,7 +271,9 @@ average_members() {
   shift 2
   line="$name $* --init_from=$(printf %q "$mean") --phase=statistics:steps=100,lr=0,augment=light"
   # Members that were trained again have another mean; a run that started from the old one is of no use.
-  if [[ -e $mean && $members/result.json -nt $mean && /$name =~ /($only) ]]; then rm -rf -- "$mean" "${runs:?}/$name"; fi
+  if [[ -e $mean && $members/result.json -nt $mean && /$name =~ /($only) ]] && ! in_table "$name"; then
+    rm -rf -- "$mean" "${runs:?}/$name"
+  fi
   if ! finished "$members" || [[ -z $(echo "$line" | chosen) ]]; then return; fi
   if ! [[ -e $mean ]]; then
     mkdir -p "$(dirname "$mean")"
@@ -319,7 +323,7 @@ wanted() {
       continue
     fi
     if [[ $name == */independent/* ]]; then name=${name%/*}; fi
-    if [[ -z ${MISSING:-} ]] || ! grep -q "^$name," experiments/results/runs.csv; then echo "$line"; fi
+    if ! in_table "$name"; then echo "$line"; fi
   done
 }
 chosen() { { grep -E "^([^ ]*/)?($only)" || true; } | wanted; }

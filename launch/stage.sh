@@ -12,8 +12,13 @@ from=$1 to=$2 dataset=$3
 [[ -d $from && $to == /* ]] || fail 64 "$from to $to: FROM must be an existing folder and TO an absolute path"
 [[ -n $dataset ]] || fail 64 "DATASET is empty"
 
-# Indexes are left out: where FROM has none, verifying writes them beside the copy.
-listing() { (cd -- "$1" && find -L . -type f ! -name .checked ! -name '*.index.npy' -printf '%s %p\n' | LC_ALL=C sort); }
+listing() { (cd -- "$1" && find -L . -type f ! -name .checked -printf '%s %p\n' | LC_ALL=C sort); }
+# complete: whether the copy has all files of FROM and no others but indexes, which verifying writes where FROM has none.
+complete() {
+  [[ -e $to/.checked && $(<"$to/.checked") == "$wanted" ]] || return 1
+  [[ -z $(comm -23 <(echo "$wanted") <(listing "$to")) ]] || return 1
+  ! comm -13 <(echo "$wanted") <(listing "$to") | grep -v '\.index\.npy$' >/dev/null
+}
 
 umask 077
 mkdir -p -- "${to%/*}"
@@ -22,7 +27,7 @@ mkdir -p -- "${to%/*}"
 exec 9>"$to.lock"
 flock 9 # a batch system may start two of these on one node
 wanted=$(listing "$from")
-if [[ -e $to/.checked && $(<"$to/.checked") == "$wanted" && $(listing "$to") == "$wanted" ]]; then
+if complete; then
   printf 'stage %s: %s is already there\n' "$(hostname -s)" "$to" >&2
   exit 0
 fi

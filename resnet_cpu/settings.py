@@ -229,7 +229,9 @@ class Run:
     )
     max_steps: Optional[int] = setting(None, "Stop after this step; run again without the flag to continue.", low=1)
     eval_every_epochs: float = setting(
-        1.0, "Epochs between evaluations (0: only at the end, and at the end of members and other results).", low=0.0
+        1.0,
+        "Epochs between evaluations (0: only at the end of the run and of phases that are members or have no successor).",
+        low=0.0,
     )
     eval_batch_size: Optional[int] = setting(
         None, "Images per rank and evaluation batch (default: --batch_size; evaluate: 32).", low=1, high=MOST_PER_RANK

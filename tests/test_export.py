@@ -47,8 +47,9 @@ def test_arrays_are_those_of_the_checkpoint(run_dir, run_command, tmp_path):
             evaluate.main([f"--run_dir={run_dir}", f"--export={place}"])
 
 
-def test_a_saved_model_scores_raw_pixels_as_evaluate_does(run_dir, tiny_data, tmp_path, capsys):
-    evaluate.main([f"--run_dir={run_dir}", f"--export={tmp_path}/model/"])  # as a shell completes it
+@pytest.mark.parametrize("name", ["model", "model/"])  # a shell completes the second
+def test_a_saved_model_scores_raw_pixels_as_evaluate_does(run_dir, tiny_data, tmp_path, capsys, name):
+    evaluate.main([f"--run_dir={run_dir}", f"--export={tmp_path}/{name}"])
     scores = json.loads(last_line(capsys.readouterr().out))
     split = folders.open_data(tiny_data, "digits").validation
     examples = [tf.train.Example.FromString(record) for record in split.read(np.arange(split.examples))]

@@ -80,7 +80,7 @@ def test_a_run_that_continues_with_other_evaluation_images_warns(tiny_data, tmp_
     data, other = tmp_path / "data", tmp_path / "other"
     shutil.copytree(tiny_data, data)
     train(str(data), tmp_path / "run", "--max_steps=4")
-    assert "other evaluation images" not in capfd.readouterr().err  # negative control
+    assert "evaluated on other images" not in capfd.readouterr().err  # negative control
     write_tiny_data(str(other), seed=1)
     for path in other.glob("validation-*"):
         shutil.copy(path, data)
@@ -88,7 +88,7 @@ def test_a_run_that_continues_with_other_evaluation_images_warns(tiny_data, tmp_
     manifest["splits"]["validation"] = replaced["splits"]["validation"]
     (data / "manifest.json").write_text(json.dumps(manifest))
     train(str(data), tmp_path / "run", "--max_steps=5")
-    assert f"began with other evaluation images than {data} has now" in capfd.readouterr().err
+    assert f"evaluated on other images than those of {data} now" in capfd.readouterr().err
 
 
 def test_a_run_without_a_member_that_it_has_passed_is_not_continued(tiny_data, tmp_path):

@@ -68,8 +68,13 @@ def test_the_folder_of_the_runs_may_have_a_blank_in_its_name(reproduce, tmp_path
     assert (runs / "border" / "wide-10000" / "average_late_36" / "seed-0" / "out").exists()
 
 
-def test_runs_are_bound_to_cores_that_the_script_may_use(with_data, tmp_path):
+@pytest.mark.skipif(max(os.sched_getaffinity(0)) == 0, reason="has one core, the first of the machine")
+@pytest.mark.parametrize("with_lscpu", [True, False])
+def test_runs_are_bound_to_cores_that_the_script_may_use(with_data, tmp_path, with_lscpu):
     mine = os.sched_getaffinity(0)
+    if not with_lscpu:
+        (tmp_path / "bin" / "lscpu").write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / "bin" / "lscpu").chmod(0o755)
     try:
         os.sched_setaffinity(0, {max(mine)})
         with_data(ONLY="search_cifar/lars")

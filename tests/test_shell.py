@@ -230,6 +230,8 @@ def test_staging_copies_once_and_repairs_an_incomplete_copy(stage, tmp_path, tin
     assert "is already there" in stage().stderr
     (copy / "train-00000-of-00003").unlink()
     assert "checked in" in stage().stderr and (copy / "train-00000-of-00003").exists()
+    os.truncate(copy / "train-00000-of-00003.index.npy", 100)
+    assert "checked in" in stage().stderr and "is already there" in stage().stderr
 
 
 @pytest.mark.training  # verify decodes the images

@@ -26,7 +26,7 @@ _TITLES = {
 }
 _VARIANTS = {  # of the border experiment
     "tuned": "weight decay tuned",
-    "again": "the same, seeds 3 to 5",
+    "again": "repeated, 8e-3 for one model",
     "wide": "twice the width",
     "cifar": "CIFAR-10",
 }

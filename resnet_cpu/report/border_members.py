@@ -72,7 +72,8 @@ def _singles(arms: border_runs.Arms) -> Dict[str, Table]:
     ]
     note = (
         "Top-1 in %, mean ± standard deviation over n seeds. Points per doubling: all of the budget minus half of it "
-        "for equal seeds, with the 95 % interval of the mean (Student's t)."
+        "for equal seeds, with the 95 % interval of the mean (Student's t); in the repetition, these two "
+        "have different weight decays."
     )
     return {"border_singles": Table(columns, note, rows, names)}
 

@@ -194,7 +194,8 @@ def tables(predictions: Sequence[Row], found: Sequence[Mapping[str, Any]]) -> Di
         columns.append((f"{title}, found", [_outcome(row, key) for row in rows]))
     note = (
         "In points, over the seeds of the row. Predicted: from the single models with as many images, before the "
-        "ensembles had finished. Doublings behind: log2 of the whole budget over what a member has seen, on average."
+        "ensembles had finished; for the repetition, what was found before. Doublings behind: "
+        "log2 of the whole budget over what a member has seen, on average."
     )
     names = (
         *("setting", "images", "arm", "doublings", "G_predicted", "G", "D_predicted", "D"),

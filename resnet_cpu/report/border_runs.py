@@ -18,7 +18,7 @@ OWN_DECAY = "2e-3"  # of all flagfiles of the study
 SETTINGS = {
     "tiny": "Tiny-ImageNet, 100 classes",
     "tuned": "Tiny-ImageNet, 100 classes, weight decay tuned with half of the budget",
-    "again": "Tiny-ImageNet, 100 classes, repeated with seeds 3 to 5, and 8e-3 for one model",
+    "again": "Tiny-ImageNet, 100 classes, repeated with seeds 3 to 5, and 8e-3 for one model of the whole budget",
     "wide": "Tiny-ImageNet, 100 classes, twice the width",
     "cifar": "CIFAR-10",
 }
@@ -64,7 +64,7 @@ def by_place(runs: Iterable[Row], decays: Iterable[Row] = ()) -> Arms:
     for row in decays:
         setting, images = parts_of(row["setting"])
         own, tuned = Place("tiny", images, row["arm"]), Place(setting, images, row["arm"])
-        if row["decay"] == OWN_DECAY and own in found:
+        if setting == "tuned" and row["decay"] == OWN_DECAY and own in found:
             found.setdefault(tuned, found[own])
     return found
 
@@ -89,12 +89,12 @@ def members_of(rows: Dict[str, Row]) -> float:
     return statistics.mean(float(row["top1"]) for what, row in rows.items() if what.startswith("member:"))
 
 
-def means_of_singles(arms: Arms, place: Place) -> Dict[str, float]:
-    """Return the mean top-1, in percent, of each arm of SINGLES that was run in the setting of `place`.
+def means_of_singles(arms: Arms, place: Place, among: Sequence[str] = SINGLES) -> Dict[str, float]:
+    """Return the mean top-1, in percent, of each arm of `among` that was run in the setting of `place`.
 
     Means are those of the seeds that all of these have, if there are any.
     """
-    scores = {arm: scores_of(arms, place._replace(arm=arm), "ensemble", "top1") for arm in SINGLES}
+    scores = {arm: scores_of(arms, place._replace(arm=arm), "ensemble", "top1") for arm in among}
     found = {arm: by_seed for arm, by_seed in scores.items() if by_seed}
     shared = set.intersection(*map(set, found.values())) if found else set()
     return {arm: 100 * statistics.mean(by_seed[seed] for seed in (shared or by_seed)) for arm, by_seed in found.items()}
@@ -103,7 +103,7 @@ def means_of_singles(arms: Arms, place: Place) -> Dict[str, float]:
 def best_single(arms: Arms, place: Place, among: Sequence[str] = SINGLES) -> Optional[str]:
     """Return the single model with the best mean that has a seed in common with the ensemble at `place`, or None."""
     comparable = [arm for arm in among if pairs_of(place, arm, arms).seeds]
-    means = {arm: mean for arm, mean in means_of_singles(arms, place).items() if arm in comparable}
+    means = means_of_singles(arms, place, comparable)
     return max(means, key=lambda arm: means[arm]) if means else None
 
 

@@ -1,4 +1,4 @@
-"""Names of the files in a run folder that more than one module reads or writes (docs/run_folder.md)."""
+"""Names of files in a run folder that several modules read or write; docs/run_folder.md describes all of them."""
 
 RECORD = "run.json"
 FLAGS = "resolved.flags"

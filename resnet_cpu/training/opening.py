@@ -304,8 +304,8 @@ def _report_other_evaluation(settings: Settings, begin: _Beginning, now: Optiona
     """Warn of a run that is continued with other evaluation images: its weights are the same, its scores are not."""
     if begin.evaluated_on not in (None, now):
         print(
-            f"WARNING: --run_dir={settings.run.run_dir}: began with other evaluation images than "
-            f"{settings.data.data_dir} has now; scores from before and after cannot be compared",
+            f"WARNING: --run_dir={settings.run.run_dir}: its last attempt was evaluated on other images than those of "
+            f"{settings.data.data_dir} now; scores from before and after cannot be compared",
             file=sys.stderr,
             flush=True,
         )
@@ -345,9 +345,10 @@ def _earlier_times(run_dir: Optional[str], manifest: Mapping[str, Any]) -> Dict[
 
 
 def _summary_of(record: Dict[str, Any]) -> Dict[str, Any]:
-    """Return the part of an attempt's run.json that decides whether its bits can be compared with another attempt's."""
+    """Return the part of an attempt's run.json that decides whether it can be compared with another attempt."""
     return {
         **{key: record[key] for key in ("attempt", "ranks", "versions", "code")},
+        "evaluated_on": record.get("evaluated_on"),
         "cpus": sorted({row["cpu"] for row in record["per_rank"]}),
         "environment": record["per_rank"][0]["environment"],
     }
