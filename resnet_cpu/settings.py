@@ -230,7 +230,7 @@ class Run:
     max_steps: Optional[int] = setting(None, "Stop after this step; run again without the flag to continue.", low=1)
     eval_every_epochs: float = setting(
         1.0,
-        "Epochs between evaluations (0: only at the end of the run and of phases that are members or have no successor).",
+        "Epochs between evaluations (0: only at the end of the run, of members, and of phases without a successor).",
         low=0.0,
     )
     eval_batch_size: Optional[int] = setting(
