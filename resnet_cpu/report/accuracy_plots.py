@@ -104,11 +104,18 @@ def _percent(rows: Iterable[Row]) -> List[float]:
 def _name(axes: Any, names: Sequence[Tuple[float, str, str]]) -> None:
     """Write (text at a height of the data, text, colour) right of the axes, without overlap."""
     bottom, top = axes.get_ylim()
+    names = sorted(names)
+    halves = [(1 + text.count("\n")) * (top - bottom) / 38 for _, text, _ in names]
+    places: List[float] = []
     used = -float("inf")
-    for height, text, colour in sorted(names):
-        half = (1 + text.count("\n")) * (top - bottom) / 38
-        place = max(height, used + half)
-        used = place + half
+    for (height, _, _), half in zip(names, halves):  # upwards, past those below
+        places.append(max(height, used + half))
+        used = places[-1] + half
+    free = top
+    for number in reversed(range(len(names))):  # and down again if they do not fit below the title
+        places[number] = min(places[number], free - halves[number])
+        free = places[number] - halves[number]
+    for (_, text, colour), place in zip(names, places):
         axes.annotate(text, (1.01, place), xycoords=axes.get_yaxis_transform(), color=colour, va="center")
 
 
