@@ -200,6 +200,7 @@ def _ladder_steps(axes: Any, ladders: Mapping[str, Mapping[int, Sequence[Row]]])
     axes.set_xlim(limits)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_locator(pyplot().NullLocator())
+    axes.margins(x=0.1)  # for the number beside the last point
     axes.set_xlabel("steps of the whole training")
     axes.set_ylabel("top-1 minus that of the smallest batch, points\n(95 % interval)")
     axes.grid(alpha=0.3)
