@@ -16,8 +16,8 @@ listing() { (cd -- "$1" && find -L . -type f ! -name .checked -printf '%s %p\n' 
 # complete: whether the copy has all files of FROM and no others but indexes, which verifying writes where FROM has none.
 complete() {
   [[ -e $to/.checked && $(<"$to/.checked") == "$wanted" ]] || return 1
-  [[ -z $(comm -23 <(echo "$wanted") <(listing "$to")) ]] || return 1
-  ! comm -13 <(echo "$wanted") <(listing "$to") | grep -v '\.index\.npy$' >/dev/null
+  [[ -z $(LC_ALL=C comm -23 <(echo "$wanted") <(listing "$to")) ]] || return 1
+  ! LC_ALL=C comm -13 <(echo "$wanted") <(listing "$to") | grep -v '\.index\.npy$' >/dev/null
 }
 
 umask 077
