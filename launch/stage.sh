@@ -15,9 +15,11 @@ from=$1 to=$2 dataset=$3
 listing() { (cd -- "$1" && find -L . -type f ! -name .checked -printf '%s %p\n' | LC_ALL=C sort); }
 # complete: whether the copy has all files of FROM and no others but indexes, which verifying writes where FROM has none.
 complete() {
+  local found
   [[ -e $to/.checked && $(<"$to/.checked") == "$wanted" ]] || return 1
-  [[ -z $(LC_ALL=C comm -23 <(echo "$wanted") <(listing "$to")) ]] || return 1
-  ! LC_ALL=C comm -13 <(echo "$wanted") <(listing "$to") | grep -v '\.index\.npy$' >/dev/null
+  found=$(listing "$to")
+  [[ -z $(LC_ALL=C comm -23 <(echo "$wanted") <(echo "$found")) ]] || return 1
+  ! LC_ALL=C comm -13 <(echo "$wanted") <(echo "$found") | grep -v '\.index\.npy$' >/dev/null
 }
 
 umask 077
