@@ -207,8 +207,8 @@ cifar_rate() { # RULE FLAGFILE KEY RATE BATCH: print the line of a run of the se
 }
 
 # Time to accuracy with growing images on Tiny-ImageNet, as `prepare tiny_imagenet` writes it; without the data it is left out.
-# The two runs of SEED start together, and the next two when both have ended, so that each seed has the same neighbours; then
-# those with another number of steps, one after the other as cores become free.
+# The two runs of SEED start together, and the next two when both have ended, so that each seed has the same neighbours; in the
+# last ones, `constant` is run again beside growing images for 7 epochs, since their times are compared.
 image_size() { # SEED ARM...
   local seed=$1 arm
   shift
@@ -217,7 +217,7 @@ image_size() { # SEED ARM...
     return
   fi
   for arm in "$@"; do
-    echo "image_size/$arm/seed-$seed --flagfile=experiments/image_size/$arm.flags --seed=$seed"
+    echo "image_size/$arm/seed-$seed --flagfile=experiments/image_size/${arm%_again}.flags --seed=$seed"
   done
 }
 
@@ -225,14 +225,20 @@ image_size() { # SEED ARM...
 in_table() { [[ -n ${MISSING:-} ]] && grep -q "^$1," experiments/results/runs.csv; }
 finished() { grep -qs '"complete": true' "$1/result.json"; }
 
-# Independent networks are combined when all three are finished.
+# to_combine FOLDER: whether three independent networks are finished, and at least one of them after they were combined.
+to_combine() {
+  local member new=1
+  for member in 0 1 2; do
+    finished "$1/$member" || return 1
+    [[ $1/ensemble.json -nt $1/$member/result.json ]] || new=0
+  done
+  return "$new"
+}
+
 combine() {
   local folder status=0
   for folder in "$runs"/border/*/independent/seed-*; do
-    if [[ $folder/ensemble.json -nt $folder/0/result.json && $folder/ensemble.json -nt $folder/1/result.json &&
-      $folder/ensemble.json -nt $folder/2/result.json ]] || ! { finished "$folder/0" && finished "$folder/1" && finished "$folder/2"; }; then
-      continue
-    fi
+    to_combine "$folder" || continue
     if python -m resnet_cpu.evaluate --ensemble --members="$folder/0,$folder/1,$folder/2" >"$folder/ensemble.part" 2>>"$folder/log"; then
       mv "$folder/ensemble.part" "$folder/ensemble.json"
     else
@@ -336,5 +342,6 @@ all <<<"$lines" || failed=1
 combine || failed=1
 average | all || failed=1
 for seed in $seeds; do image_size "$seed" constant growing | all || failed=1; done
-for seed in $seeds; do image_size "$seed" constant_short growing_long; done | all || failed=1
+for seed in $seeds; do image_size "$seed" constant_short; done | all || failed=1
+for seed in $seeds; do image_size "$seed" constant_again growing_long | all || failed=1; done
 exit "$failed"

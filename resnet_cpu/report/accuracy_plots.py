@@ -39,6 +39,7 @@ _LADDERS = {
 _RULES = {"linear": "linear rule, warm-up", "unscaled": "no scaling, no warm-up", "lars": "LARS, warm-up"}
 _SIZES = {
     "constant": "constant size",
+    "constant_again": "constant size,\nrun again",
     "constant_short": "constant size,\n70 % of the steps",
     "growing": "growing size",
     "growing_long": "growing size,\n7 epochs",
