@@ -19,9 +19,10 @@ from absl import flags
 
 from resnet_cpu import flagfiles, settings
 from resnet_cpu.command_settings import SOURCES
-from resnet_cpu.data.datasets import DATASETS, facts_of
+from resnet_cpu.data.datasets import DATASETS, facts_of, normalization_of
 from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.run import files
+from resnet_cpu.run.folder import read_json
 from resnet_cpu.settings import GROUPS, Settings
 
 _COMMENT = "a comment must be on a line of its own that starts with #"
@@ -123,7 +124,8 @@ def parse(argv: Sequence[str], command: str = "train", recorded: Optional[str] =
     """Return the settings of a command line without the program's name.
 
     `--help` prints the flags of `command` and exits 0. With `recorded`, the folder of a run, the flags that this run
-    recorded come first. Raises FlagError with a one-line remedy for anything that is not as it should be.
+    recorded come first; its images keep their size, crop and normalisation if the command line names another data set.
+    Raises FlagError with a one-line remedy for anything that is not as it should be.
     """
     if any(argument in ("-h", "--help", "--helpfull", "-help", "-helpfull") for argument in argv):
         print(help_text(command))
@@ -132,7 +134,8 @@ def parse(argv: Sequence[str], command: str = "train", recorded: Optional[str] =
     values = _define(every)
     words = flagfiles.inserted(argv)
     if recorded:
-        words = [*recorded_flags(recorded), *words, f"--run_dir={recorded}"]
+        own = recorded_flags(recorded)
+        words = [*own, *_view_of(recorded, own, words), *words, f"--run_dir={recorded}"]
     rest = _parse(values, words)
     positional = ["source"] if command == "prepare" else []
     if len(rest) > len(positional):
@@ -272,6 +275,31 @@ def recorded_flags(run_dir: str) -> List[str]:
     if area is not None:  # version 0.1 had the name in --crop alone
         kept = [f"{line}:{area}" if line.startswith("--crop=") else line for line in kept]
     return kept
+
+
+def _view_of(run_dir: str, own: Sequence[str], words: Sequence[str]) -> List[str]:
+    """Return flags that fix what the data set of a run decided for it, if `words` name another set; [] if they do not.
+
+    A network has to see the images of another set as it saw those that it was trained on.
+
+    Args:
+        own: the flags that the run in `run_dir` recorded.
+    """
+    recorded, now = _define(all_flags()), _define(all_flags())
+    _parse(recorded, own)
+    _parse(now, [*own, *words])
+    dataset = recorded["dataset"].value
+    if now["dataset"].value == dataset:
+        return []
+    facts = facts_of(dataset, recorded["data_dir"].value)
+    found = {name: getattr(facts, name) for name in ("image_size", "eval_crop", "num_classes")}
+    signature = (read_json(os.path.join(run_dir, files.RECORD)) or {}).get("signature", {})
+    measured = signature.get("data", {}).get("pixels") is not None
+    found["normalization"] = normalization_of("auto", dataset, measured)
+    chosen = {name: recorded[name].value for name in found}
+    return [
+        f"--{name}={value}" for name, value in found.items() if value is not None and chosen[name] in (None, "auto")
+    ]
 
 
 def help_text(command: str) -> str:

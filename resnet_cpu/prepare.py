@@ -7,11 +7,9 @@ from typing import Dict, List
 from resnet_cpu import commandline
 from resnet_cpu.cluster import guard, machine, placement
 from resnet_cpu.command_settings import SOURCES
-from resnet_cpu.data.sources.unused_flags import refuse_unused_flags
+from resnet_cpu.data.sources.unused_flags import OF_IMAGE_FILES, refuse_unused_flags
 from resnet_cpu.errors import FlagError
 from resnet_cpu.settings import Settings
-
-OF_IMAGE_FILES = ("imagenet", "folder", "tiny_imagenet")
 
 
 def main(argv: List[str]) -> None:
@@ -22,6 +20,7 @@ def main(argv: List[str]) -> None:
         example = "python -m resnet_cpu.prepare digits --data_dir=data/digits"
         raise FlagError(f"{source or 'SOURCE'}: name what to prepare, one of {', '.join(SOURCES)}, as in {example}")
     data_dir = commandline.required(settings.data.data_dir, "data_dir", "name the folder of the shards")
+    refuse_unused_flags(source, settings)
     cores = machine.physical_cores(os.sched_getaffinity(0))
     counts = (_of_image_files if source in OF_IMAGE_FILES else _with_tensorflow)(source, settings, data_dir, cores)
     print(json.dumps(counts), flush=True)
@@ -35,7 +34,6 @@ def _of_image_files(source: str, settings: Settings, data_dir: str, cores: int) 
 
 
 def _with_tensorflow(source: str, settings: Settings, data_dir: str, cores: int) -> Dict[str, int]:
-    refuse_unused_flags(source, settings)
     placement.apply(settings.system.threads, cores)
     from resnet_cpu.data import verification
     from resnet_cpu.data.sources import digits, fashion_mnist

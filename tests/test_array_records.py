@@ -100,3 +100,13 @@ def test_without_the_package_the_remedy_is_named(tmp_path, monkeypatch):
     write_set(tmp_path, fileFormat="array_record")
     monkeypatch.setattr(array_records, "available", lambda: False)
     assert "prepare it with file_format=tfrecord, or install the package array_record" in refusal(tmp_path)
+
+
+@pytest.mark.training
+def test_such_files_are_verified(prepared):
+    """The records here are not examples. That must be said, not that the shards are damaged."""
+    from resnet_cpu.data import verification
+
+    with pytest.raises(DataError, match="record 0: not a standard example") as refused:
+        verification.verify(str(prepared[0]), "tfds:small", 2)
+    assert "7 problems" in str(refused.value)

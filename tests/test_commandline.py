@@ -1,11 +1,13 @@
 """The command line: what is refused and how, and that a recorded flagfile gives the same settings again."""
 
 import dataclasses
+import json
 
 import pytest
 from conftest import ROOT
 
 from resnet_cpu import commandline, settings
+from resnet_cpu.data import datasets
 from resnet_cpu.errors import CheckpointError, FlagError
 
 PHASE = "--phase=main:steps=1,lr=1"
@@ -385,3 +387,39 @@ def test_flags_over_a_recorded_run_need_not_be_whole(tmp_path):
     assert commandline.parse(["verify", *more], "prepare").data.dataset == "tfds:dogs"
     with pytest.raises(FlagError, match="num_classes"):  # negative control
         commandline.parse(more, "train")
+
+
+def recorded_run(folder, flags, pixels=None):
+    folder.mkdir()
+    (folder / "resolved.flags").write_text("\n".join(flags) + "\n")
+    (folder / "run.json").write_text(json.dumps({"signature": {"data": {"pixels": pixels}}}))
+    return str(folder)
+
+
+PIXELS = {"mean": [1, 2, 3], "std": [1, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    "flags, pixels, asked, view",
+    [
+        (["--dataset=imagenet"], None, ["--dataset=tfds:imagenet_v2"], ("authors", 224, 0.875, 1000)),
+        (["--dataset=tiny_imagenet"], PIXELS, ["--dataset=imagenet"], ("dataset", 64, 1.0, 200)),
+        (["--dataset=tiny_imagenet"], None, ["--dataset=imagenet"], ("tf", 64, 1.0, 200)),
+        (["--dataset=imagenet", "--image_size=96"], None, ["--dataset=folder"], ("authors", 96, 0.875, 1000)),
+        (["--dataset=imagenet"], None, ["--dataset=folder", "--eval_crop=1"], ("authors", 224, 1.0, 1000)),
+        (["--dataset=imagenet"], None, ["--data_dir=elsewhere"], ("auto", 224, 0.875, 1000)),
+    ],
+)
+def test_another_data_set_is_seen_as_the_one_of_training(tmp_path, flags, pixels, asked, view):
+    run_dir = recorded_run(tmp_path / "run", flags, pixels)
+    found = commandline.parse(asked, "evaluate", recorded=run_dir)
+    data = found.data
+    assert (data.normalization, data.image_size, data.eval_crop, found.model.num_classes) == view
+
+
+def test_a_part_of_imagenet_has_its_own_number_of_examples(tmp_path):
+    splits = {"train": [{"examples": 700}], "validation": [{"examples": 50}]}
+    (tmp_path / "manifest.json").write_text(json.dumps({"num_classes": 100, "splits": splits}))
+    facts = datasets.facts_of("imagenet", str(tmp_path))
+    assert (facts.train_examples, facts.validation_examples, facts.num_classes) == (700, 50, 1000)
+    assert datasets.facts_of("imagenet").train_examples == 1_281_167

@@ -153,3 +153,23 @@ def test_what_is_not_a_member_is_named_with_the_cause(tmp_path):
     (run / "members" / "tail" / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError, match="tail/manifest.json: damaged"):
         ensemble.members_of([f"{run}/members/tail"])
+
+
+def member(folder, name, content):
+    """Write a member with predictions of images whose shards have the digest `content`."""
+    path = str(folder / name)
+    info = {"step": 1, "signature": {}, "phase": name}
+    checkpoint.save(path, {"weights": {"w": np.ones(2, np.float32)}}, info)
+    ensemble.save(path, some(len(name)), commandline.parse(runs.TINY_FLAGS), content)
+    return path
+
+
+def test_predictions_of_other_images_do_not_count(tmp_path):
+    """As when the evaluation shards were replaced between two attempts, with the same number of images and labels."""
+    path, config = member(tmp_path, "one", "before"), commandline.parse(runs.TINY_FLAGS)
+    assert ensemble.has_predictions(path, config) and ensemble.has_predictions(path, config, content="before")
+    assert not ensemble.has_predictions(path, config, content="after")
+    paths = {"one": path, "other": member(tmp_path, "other", "after")}
+    with pytest.raises(CheckpointError, match="member other cannot be combined: .* other images than one; remove"):
+        ensemble.evaluate(paths, None)
+    assert "top1" in ensemble.evaluate({**paths, "other": member(tmp_path, "other", "before")}, None)

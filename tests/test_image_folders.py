@@ -1,5 +1,7 @@
 """Trees of image files, and the layout of Tiny-ImageNet."""
 
+import os
+
 import pytest
 from raw_images import encoded, folders
 
@@ -52,7 +54,7 @@ def test_what_does_not_fit_is_named(tmp_path):
     (root / "train" / "fox" / "0.jpg").write_bytes(b"")
     with pytest.raises(DataError) as refused:
         find_folder(str(root), None, False)
-    assert "1 files are empty or too large" in str(refused.value)
+    assert "1 files are empty, too large or missing" in str(refused.value)
     assert "1 classes have no images for train: fox" in str(refused.value)
     assert len(find_folder(str(root), None, True).classes) == 4
     with pytest.raises(DataError, match="contains no folder train; it must have train/CLASS"):
@@ -62,6 +64,56 @@ def test_what_does_not_fit_is_named(tmp_path):
     (root / "flat" / "train").mkdir(parents=True)
     with pytest.raises(DataError, match="contains none of validation, val, valid, test"):
         find_folder(str(root / "flat"), None, False)
+
+
+def test_linked_folders_are_followed_and_hidden_ones_left_out(tmp_path):
+    root = folders(tmp_path / "raw")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "far.jpg").write_bytes(encoded())
+    (root / "train" / "cat" / "part").symlink_to(tmp_path / "disk")
+    (root / "train" / "cat" / ".ipynb_checkpoints").mkdir()
+    (root / "train" / "cat" / ".ipynb_checkpoints" / "0.jpg").write_bytes(encoded())
+    found = names(find_folder(str(root), None, False))["train"]
+    assert len(found) == 19 and "cat/part/far.jpg" in found
+    (root / "train" / "cat" / "up").symlink_to(root / "train")
+    with pytest.raises(DataError, match="cat/up: a link to a folder that contains it"):
+        find_folder(str(root), None, False)
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    root = folders(tmp_path)
+    (root / "train" / "cat" / "more").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError):
+        find_folder(str(root), None, False)
+
+
+def test_links_to_missing_files_and_other_formats_are_unusable(tmp_path, capsys):
+    root = folders(tmp_path)
+    (root / "train" / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (root / "train" / "cat" / "0.webp").write_bytes(b"RIFF")
+    (root / "train" / "cat" / "more.jfif").write_bytes(encoded())
+    with pytest.raises(DataError) as refused:
+        find_folder(str(root), None, False)
+    assert "gone.jpg (a link to a file that is missing)" in str(refused.value)
+    assert "1 images are of a format that is not read, convert them to JPEG: " in str(refused.value)
+    found = names(find_folder(str(root), None, True))["train"]
+    assert len(found) == 19 and "cat/more.jfif" in found
+
+
+def test_folders_named_like_splits_are_not_classes(tmp_path):
+    root = folders(tmp_path)
+    (root / "train").rename(root / "Train")
+    (root / "validation").rename(root / "Test")
+    with pytest.raises(DataError, match=r"named like splits, not like classes \(Test, Train\)"):
+        find_folder(str(root), 0.1, False)
 
 
 def tiny_imagenet(root):

@@ -65,6 +65,8 @@ def test_an_unknown_source_is_refused_with_those_that_exist(run, tmp_path):
         (["fashion_mnist", "--short_side=64"], "--short_side"),
         (["fashion_mnist", "--seed=4"], "--seed"),
         (["verify", "--allow_incomplete"], "--allow_incomplete"),
+        (["imagenet", "--raw_dir=somewhere", "--validation_share=0.1"], "--validation_share"),
+        (["folder", "--raw_dir=somewhere", "--dataset=tiny_imagenet"], "--dataset"),
     ],
 )
 def test_a_flag_that_the_source_would_ignore_is_refused(run, tmp_path, words, flag):

@@ -141,6 +141,18 @@ def test_light_on_small_images_shifts_by_at_most_an_eighth():
     assert len(corners) > 15
 
 
+@pytest.mark.parametrize("shape", [(16, 24), (28, 16)])
+def test_light_on_whole_images_keeps_their_proportions(shape):
+    """As in evaluation, it is a square of the short side; an image that is not square is not squeezed into one."""
+    encoded, row = jpeg(*shape), draws([3])[0]
+    row[-1], row[2:4] = 0.9, 0.5  # no flip and no shift
+    image = preprocess.training_image(encoded, row, "light", view()).numpy()
+    pixels = decoded(encoded)
+    squares = [pixels[y : y + 16, x : x + 16] for y in range(shape[0] - 15) for x in range(shape[1] - 15)]
+    differences = [np.abs(preprocess.normalize(tf.constant(one), view()).numpy() - image).max() for one in squares]
+    assert min(differences) <= 4 < sorted(differences)[1]  # at the border libjpeg interpolates colour
+
+
 @pytest.mark.parametrize("shape", [(64, 64), (64, 100), (101, 64)])
 def test_evaluation_uses_the_centre(shape):
     encoded = jpeg(*shape)

@@ -96,7 +96,10 @@ def test_unknown_files_labels_and_classes_are_named(tmp_path):
     (tmp_path / "imagenet_2012_validation_synset_labels.txt").write_text("n77777777\n" * 20)
     text = refusal(tmp_path)
     assert "1 files that are not training images: README" in text
-    assert f"1 training images that are empty or larger than 33,554,432 bytes: {SYNSETS[0]}_1.JPEG (0 bytes)" in text
+    assert (
+        f"1 training images that are empty, missing or larger than 33,554,432 bytes: {SYNSETS[0]}_1.JPEG (0 bytes)"
+        in text
+    )
     assert "1 validation labels without training images: n77777777" in text
     assert "10 classes that the validation labels do not name" in text
 

@@ -197,3 +197,16 @@ def test_more_shards_than_the_limit_of_open_files(tmp_path):
     assert allowed.stdout.split() == ["600"], allowed.stderr
     refused = run(300, 400)
     assert "DataError" in refused.stderr and "open files, the limit is 400" in refused.stderr
+
+
+def test_an_index_may_be_read_by_whoever_may_read_its_shard(tmp_path):
+    path = str(tmp_path / "train-00000-of-00001")
+    before = os.umask(0o077)
+    try:
+        shards.write_shard(path, iter([b"record"]))
+        assert os.stat(shards.index_path(path)).st_mode & 0o777 == 0o600
+        os.chmod(path, 0o644)
+        shards.write_index(path)
+    finally:
+        os.umask(before)
+    assert os.stat(shards.index_path(path)).st_mode & 0o777 == 0o644

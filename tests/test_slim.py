@@ -135,3 +135,11 @@ def test_imagenet_without_validation_is_only_trained_on_if_that_is_meant(tmp_pat
 def test_what_a_folder_contains_instead_is_named(tmp_path, names, part):
     message = refusal(write(tmp_path, names))
     assert part in message and "neither manifest.json, nor train-00000-of-01024" in message
+
+
+def test_shards_that_prepare_has_not_finished_are_refused(tmp_path):
+    folder = write(tmp_path, [*TRAIN, *VALIDATION])
+    os.mkdir(os.path.join(folder, shards.UNFINISHED))
+    assert "prepare was interrupted, or ended with an error; repeat its command, which continues" in refusal(folder)
+    os.rmdir(os.path.join(folder, shards.UNFINISHED))
+    assert opened(folder) == [TRAIN, VALIDATION]

@@ -133,3 +133,14 @@ def test_as_a_user_runs_it(run_command, tmp_path):
     assert process.returncode == 65 and "Traceback" not in process.stderr
     assert "bad: " in process.stderr and "1 problem, listed above" in process.stderr
     assert "Bad are 1 of 3 shards: copy them again" in process.stderr
+
+
+def test_a_shard_without_examples_is_good(tmp_path):
+    rows = [example(number) for number in range(3)]
+    folder = write(tmp_path, rows, manifest={})
+    assert verification.verify(str(folder), "imagenet", 2) == {"train": 3, "validation": 1}
+    row = shards.write_shard(str(folder / "train-00002-of-00003"), iter([]))
+    manifest = shards.read_manifest(str(folder))
+    manifest["splits"]["train"].append(row)
+    shards.write_manifest(str(folder), manifest)
+    assert verification.verify(str(folder), "imagenet", 2) == {"train": 3, "validation": 1}

@@ -176,6 +176,56 @@ def test_all_bad_images_are_listed_and_may_be_left_out(tmp_path, capsys):
     assert shards.read_manifest(str(tmp_path / "data"))["left_out"] == 2
 
 
+def spoilt(tmp_path):
+    """Return raw images of which two were reported as bad, and the folder with all shards but no manifest."""
+    raw, folder = folders(tmp_path / "raw"), tmp_path / "data"
+    (raw / "train" / "cat" / "1.png").write_bytes(b"x" * len(encoded("PNG", seed=9)))
+    (raw / "validation" / "eel" / "0.jpg").write_bytes(encoded()[:-200])
+    with pytest.raises(DataError, match="2 images cannot be used"):
+        made(raw, folder)
+    return raw, folder
+
+
+def test_bad_images_that_were_replaced_are_read_again(tmp_path, small_shards, capsys):
+    """One of the same size, one of another; the shards without a bad image are not made again."""
+    raw, folder = spoilt(tmp_path)
+    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*-of-*[0-9]")}
+    (raw / "train" / "cat" / "1.png").write_bytes(encoded("PNG", seed=9))
+    (raw / "validation" / "eel" / "0.jpg").write_bytes(encoded())
+    assert made(raw, folder) == {"train": 18, "validation": 9}
+    assert "3 of 5 shards are finished; continuing" in capsys.readouterr().err
+    assert sum(path.stat().st_mtime_ns == times[path.name] for path in folder.glob("*-of-*[0-9]")) == 3
+    assert not (folder / "bad_images.txt").exists()
+    made(raw, tmp_path / "at_once")
+    assert tree_hash(folder) == tree_hash(tmp_path / "at_once")
+
+
+def test_other_images_than_those_reported_are_refused(tmp_path, small_shards):
+    raw, folder = spoilt(tmp_path)
+    (raw / "train" / "cat" / "99.jpg").write_bytes(encoded())
+    with pytest.raises(DataError, match=r"was begun from other files or with other flags \(listing\)"):
+        made(raw, folder)
+
+
+def test_a_split_without_any_usable_image_is_refused(tmp_path):
+    raw = folders(tmp_path / "raw")
+    for path in (raw / "validation").rglob("*.*"):
+        path.write_bytes(b"<html>")
+    for _ in range(2):
+        with pytest.raises(DataError, match="no image of validation can be used, so replace them"):
+            made(raw, tmp_path / "data", leave_out_bad=True)
+    for number, path in enumerate(sorted((raw / "validation").rglob("*.*"))):
+        path.write_bytes(encoded(seed=number))
+    assert made(raw, tmp_path / "data")["validation"] == 9
+
+
+def test_a_file_that_became_shorter_is_named(tmp_path):
+    path = tmp_path / "image.jpg"
+    path.write_bytes(b"123")
+    with pytest.raises(DataError, match=r"image.jpg: only 3 of 5 bytes at 0: .*restore the file"):
+        listing.read_image(str(path), 0, 5)
+
+
 def test_a_process_that_is_killed_ends_the_command_with_the_remedy(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "_make_shard", _die)
     with pytest.raises(OutputError, match="a process that makes shards was killed, perhaps because memory ran out"):

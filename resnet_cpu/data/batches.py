@@ -14,7 +14,7 @@ import tensorflow as tf
 from resnet_cpu.cluster.control import World
 from resnet_cpu.data import classes, order, preprocess, synthetic
 from resnet_cpu.data.folders import ShardedData
-from resnet_cpu.data.images import BadImage, read_header
+from resnet_cpu.data.images import BadImage, Header, read_header
 from resnet_cpu.data.shards import Split
 from resnet_cpu.errors import DataError, OutputError
 from resnet_cpu.recipe.batch import Batch
@@ -191,9 +191,9 @@ def _checked(
             if number == retried:
                 raise OutputError(
                     f"batch {number} of {_where(split)} could not be read twice, though each of its records can be "
-                    f"({first_line(error)}); check the file system, then run again"
+                    f"({_first_line(error)}); check the file system, then run again"
                 ) from None
-            reason = f"batch {number} of {_where(split)} could not be read ({first_line(error)})"
+            reason = f"batch {number} of {_where(split)} could not be read ({_first_line(error)})"
             print(f"WARNING: {reason}; reading it again", file=sys.stderr, flush=True)
             iterator, retried = iter(batches_from(number)), number
             continue
@@ -290,29 +290,38 @@ def _find_bad_records(data: ShardedData, split: Split, ids: np.ndarray) -> Dict[
     found: Dict[int, DataError] = {}
     for example in ids.tolist():
         path, record = split.locate(example)
-        header = None
         try:
             parsed = tf.io.parse_single_example(split.read(np.array([example]))[0], _features(data))
-            encoded = parsed[data.image_key].numpy()
-            header = read_header(encoded)
-            tf.io.decode_image(encoded, channels=3, expand_animations=False)
+            check_image(parsed[data.image_key].numpy())
         except DataError as error:
             found[example] = error
         except BadImage as error:
             found[example] = DataError(f"{path}: record {record}: {error}; prepare the data set again")
         except tf.errors.OpError as error:
-            what = f"damaged {header.format}" if header else "not a standard example"
-            found[example] = DataError(
-                f"{path}: record {record}: {what} ({first_line(error)}); prepare the data set again"
-            )
+            found[example] = DataError(f"{path}: record {record}: {not_an_example(error)}; prepare the data set again")
     return found
+
+
+def check_image(encoded: bytes) -> Header:
+    """Decode an image as training does, and return its header; raise BadImage if that fails."""
+    header = read_header(encoded)
+    try:
+        tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    except tf.errors.OpError as error:
+        raise BadImage(f"damaged {header.format} ({_first_line(error)})") from None
+    return header
+
+
+def not_an_example(error: tf.errors.OpError) -> str:
+    """Return what is wrong with a record that TensorFlow could not parse."""
+    return f"not a standard example ({_first_line(error)})"
 
 
 def _where(split: Split) -> str:
     return os.path.dirname(split.paths[0])
 
 
-def first_line(error: tf.errors.OpError) -> str:
+def _first_line(error: tf.errors.OpError) -> str:
     """Return the first line of TensorFlow's message, without the name of the operation's node."""
     lines: List[str] = [line for line in (error.message or type(error).__name__).splitlines() if line.strip()]
     return re.sub(r"\{\{.*?\}\}", "", lines[0]).strip()[:200]

@@ -33,9 +33,12 @@ _TFDS = Facts(None, None, None, 224, 0.875)
 
 
 def facts_of(dataset: str, data_dir: Optional[str] = None) -> Facts:
-    """Return the facts of the data set of `--dataset`; those that differ from set to set, from the manifest, if any."""
+    """Return the facts of the data set of `--dataset`; those that differ from set to set, from the manifest, if any.
+
+    A part of a known set, such as ImageNet, has its own number of examples, but the classes of the whole.
+    """
     facts = DATASETS.get(dataset, _TFDS)
-    if facts.num_classes is not None or data_dir is None:
+    if dataset == "synthetic" or data_dir is None:
         return facts
     try:
         with open(os.path.join(data_dir, MANIFEST), encoding="utf-8") as file:
@@ -44,7 +47,10 @@ def facts_of(dataset: str, data_dir: Optional[str] = None) -> Facts:
             sum(row["examples"] for row in manifest["splits"][split]) for split in ("train", "validation")
         )
         return dataclasses.replace(
-            facts, train_examples=train, validation_examples=validation, num_classes=int(manifest["num_classes"])
+            facts,
+            train_examples=train,
+            validation_examples=validation,
+            num_classes=facts.num_classes or int(manifest["num_classes"]),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return facts  # opening the data reports what is wrong with them

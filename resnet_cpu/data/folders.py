@@ -259,6 +259,11 @@ def _slim_shards(folder: str) -> _SlimShards:
 def _describe_slim(folder: str, found: _SlimShards) -> Dict[str, Any]:
     """Describe what TF-slim's build_imagenet_data writes: labels 1..1000, with 0 reserved for an unused background."""
     splits = {name: _complete_set(folder, name, found[name]) for name in ("train", "validation") if name in found}
+    if os.path.isdir(os.path.join(folder, shards.UNFINISHED)):
+        raise DataError(
+            f"--data_dir={folder}: prepare was interrupted, or ended with an error; repeat its command, which "
+            f"continues, or remove {shards.UNFINISHED} there if these shards are of another source"
+        )
     facts = facts_of("imagenet")
     return {
         "dataset": "imagenet",

@@ -65,9 +65,9 @@ def make_view(settings: Data, data: ShardedData, image_size: int) -> View:
 def training_image(encoded: tf.Tensor, draws: tf.Tensor, augment: str, view: View) -> tf.Tensor:
     """Return a training image, float32 [size, size, 3], augmented by `draws`, float32 [DRAWS] uniform in [0, 1).
 
-    full: a window of random area and aspect, flipped with probability 1/2. light: a window of the size used in
-    evaluation at a random position, flipped with probability 1/2; where evaluation uses the whole image, the image is
-    padded by an eighth first. none: as in evaluation.
+    full: a window of random area and aspect, flipped with probability 1/2. light: a square of the size used in
+    evaluation at a random position, flipped with probability 1/2; if that is the whole short side, the square is padded
+    by an eighth and cropped at a random position. none: as in evaluation.
     """
     if augment == "none":
         return evaluation_image(encoded, view)
@@ -75,10 +75,9 @@ def training_image(encoded: tf.Tensor, draws: tf.Tensor, augment: str, view: Vie
     shape = source.shape
     if augment == "full":
         window = _area_window(shape, draws, view)
-    elif view.eval_crop < 1:
-        window = _light_window(shape, draws, view.eval_crop)
     else:
-        window = tf.concat([[0, 0], shape[:2]], 0)
+        # The numbers that shift a whole image do not choose its square as well.
+        window = _light_window(shape, draws[2:4] if view.eval_crop < 1 else draws[7:9], view.eval_crop)
     image = source.window(window)
     if augment == "light" and view.eval_crop >= 1:
         image = _shift(image, draws, view)
@@ -143,10 +142,11 @@ def _on_grid(uniform: tf.Tensor, bounds: Tuple[float, float]) -> tf.Tensor:
     return low + _GRID * tf.floor(uniform * points)
 
 
-def _light_window(shape: tf.Tensor, draws: tf.Tensor, share: float) -> tf.Tensor:
+def _light_window(shape: tf.Tensor, position: tf.Tensor, share: float) -> tf.Tensor:
+    """Return a square window of `share` of the short side, at `position`, uniform in [0, 1)."""
     sides = tf.cast(shape[:2], tf.float32)
     side = tf.round(tf.reduce_min(sides) * share)
-    corner = tf.floor(draws[2:4] * (sides - side + 1))
+    corner = tf.floor(position * (sides - side + 1))
     return tf.cast(tf.concat([corner, [side, side]], 0), tf.int32)
 
 

@@ -5,6 +5,7 @@ holds the offset of every payload, so any record takes one `pread`. The index is
 share its pages, and the memory of a rank does not grow with the data set.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -13,6 +14,7 @@ import itertools
 import json
 import os
 import resource
+import stat
 import struct
 import sys
 import time
@@ -93,6 +95,8 @@ def write_index(path: str) -> int:
     buffer = io.BytesIO()
     np.save(buffer, starts)
     write_atomically(index_path(path), buffer.getvalue())
+    with contextlib.suppress(OSError):  # whoever may read a shard may read its index, whatever the umask is
+        os.chmod(index_path(path), stat.S_IMODE(os.stat(path).st_mode))
     return len(starts) - 1
 
 
@@ -102,7 +106,7 @@ def read_index(path: str) -> np.ndarray:
         starts = np.asarray(np.load(index_path(path), mmap_mode="r", allow_pickle=False))
         if starts.ndim != 1 or starts.dtype != np.int64 or not len(starts):
             raise ValueError(f"{starts.dtype} {starts.shape}")
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         return scan(path)  # the folder is read-only, or on another host than that of rank 0, which writes indexes
     except OSError:
         raise
@@ -315,8 +319,11 @@ class Split:
 NO_SPLIT = Split((), np.zeros([1], np.int64), (), ())
 
 
-def open_split(folder: str, manifest: Dict, split: str) -> Split:
-    """Open the shards of `split` and check sizes and counts against manifest and indexes; no payload is read."""
+def open_split(folder: str, manifest: Dict, split: str, empty: bool = False) -> Split:
+    """Open the shards of `split` and check sizes and counts against manifest and indexes; no payload is read.
+
+    A split without any example is an error unless `empty`.
+    """
     rows = manifest["splits"].get(split, [])
     paths = [os.path.join(folder, row["name"]) for row in rows]
     missing = [path for path in paths if not os.path.exists(path)]
@@ -339,7 +346,7 @@ def open_split(folder: str, manifest: Dict, split: str) -> Split:
     else:
         starts = [_checked_index(path, row) for path, row in zip(paths, rows)]
         counts = [len(index) - 1 for index in starts]
-    if not sum(counts):
+    if not (empty or sum(counts)):
         raise DataError(f"{folder}: no examples in split '{split}'; prepare the data set again")
     return Split(
         tuple(paths),

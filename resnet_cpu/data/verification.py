@@ -11,15 +11,15 @@ import numpy as np
 import tensorflow as tf
 
 from resnet_cpu.data import classes, folders, shards
-from resnet_cpu.data.batches import first_line
-from resnet_cpu.data.images import BadImage, read_header
+from resnet_cpu.data.batches import check_image, not_an_example
+from resnet_cpu.data.images import BadImage
 from resnet_cpu.data.progress import Progress
 from resnet_cpu.data.shards import Split
 from resnet_cpu.errors import DataError, OutputError
+from resnet_cpu.run.atomic import sha256_of
 from resnet_cpu.text import count
 
 _CHUNK = 64  # records that are parsed at a time
-_BLOCK = 2**20  # bytes that are hashed at a time
 _NAME = "image/filename"
 
 
@@ -45,6 +45,7 @@ class _Set(NamedTuple):
     label_base: int
     num_classes: int
     classes: Optional[Sequence[str]]  # in the order of their labels, if recorded
+    layout: Dict[str, Any]  # of the description of the set: what `shards.open_split` needs besides the shards
 
 
 def verify(folder: str, dataset: str, threads: int) -> Dict[str, int]:
@@ -71,6 +72,7 @@ def verify(folder: str, dataset: str, threads: int) -> Dict[str, int]:
         int(description["label_base"]),
         int(description["num_classes"]),
         description.get("classes"),
+        {key: description[key] for key in ("file_format",) if key in description},
     )
     todo = [(split, row) for split, rows in description["splits"].items() for row in rows]
     found: Dict[str, List[_Found]] = {split: [] for split in description["splits"]}
@@ -156,12 +158,12 @@ def _check_shard(about: _Set, split: str, row: Dict[str, Any]) -> _Found:
         found.bad.append(f"{found.path}: missing")
         return found
     try:
-        opened = shards.open_split(about.folder, {"splits": {split: [row]}}, split)
+        opened = shards.open_split(about.folder, {**about.layout, "splits": {split: [row]}}, split, empty=True)
     except DataError as error:
         found.bad.append(str(error))
         return found
     try:
-        if row.get("sha256") not in (None, _sha256(found.path)):
+        if row.get("sha256") not in (None, sha256_of(found.path)):
             found.bad.append(f"{found.path}: its SHA-256 is not that of the manifest: changed or replaced")
         for first in range(0, opened.examples, _CHUNK):
             _check_records(about, opened, range(first, min(first + _CHUNK, opened.examples)), found)
@@ -171,14 +173,6 @@ def _check_shard(about: _Set, split: str, row: Dict[str, Any]) -> _Found:
         opened.close()
     found.examples = opened.examples
     return found
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _features(about: _Set) -> Dict[str, tf.io.FixedLenFeature]:
@@ -216,7 +210,7 @@ def _parsed(about: _Set, payloads: List[bytes]) -> List[Any]:
     except tf.errors.OpError as error:
         if len(payloads) > 1:
             return [one for payload in payloads for one in _parsed(about, [payload])]
-        return [f"not a standard example ({first_line(error)})"]
+        return [not_an_example(error)]
 
 
 def _check_example(about: _Set, example: Dict[str, Any], record: int, found: _Found) -> Optional[str]:
@@ -237,12 +231,9 @@ def _check_example(about: _Set, example: Dict[str, Any], record: int, found: _Fo
         found.names[record] = _hash(example[_NAME] + b"\0" + encoded)
     found.images.append(_hash(encoded))
     try:
-        header = read_header(encoded)
-        tf.io.decode_image(encoded, channels=3, expand_animations=False)
+        header = check_image(encoded)
     except BadImage as error:
         return str(error)
-    except tf.errors.OpError as error:
-        return f"damaged {header.format} ({first_line(error)})"
     if header.format != "JPEG":
         found.formats[header.format] = found.formats.get(header.format, 0) + 1
     return None

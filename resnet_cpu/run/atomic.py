@@ -1,8 +1,11 @@
-"""Files that are absent, old or complete, but never half-written."""
+"""Whole files: written so that they are absent, old or complete, never half-written; and their SHA-256."""
 
 import contextlib
+import hashlib
 import os
 from typing import BinaryIO, Iterator, Union
+
+_BLOCK = 2**20  # bytes that are hashed at a time
 
 
 @contextlib.contextmanager
@@ -41,3 +44,12 @@ def write_atomically(path: str, content: Union[bytes, memoryview]) -> None:
     """Write `content` to the file at `path`, see `open_atomically`."""
     with open_atomically(path) as file:
         file.write(content)
+
+
+def sha256_of(path: str) -> str:
+    """Return the SHA-256 of the file at `path` in hexadecimal digits; raise OSError if it cannot be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

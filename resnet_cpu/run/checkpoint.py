@@ -24,6 +24,7 @@ from resnet_cpu.run.atomic import write_atomically
 
 Arrays = Dict[str, np.ndarray]
 MANIFEST = "manifest.json"
+_WEIGHTS = "weights.npz"
 _FORMAT = 2  # of the manifest; it had neither this field nor its own SHA-256 before
 _NAME = re.compile(r"step-(\d{8})")
 _UNFINISHED = ".tmp"  # suffix of folders that are being written; no phase, and so no member, has such a name
@@ -177,6 +178,23 @@ def load(path: str, group: str) -> Arrays:
         return {key: arrays[key] for key in arrays.files}
 
 
+def holds_weights(manifest: Mapping[str, Any]) -> bool:
+    """Return whether a manifest is that of a checkpoint or member; not of a data set, nor of predictions."""
+    files = manifest.get("files")
+    return isinstance(files, dict) and _WEIGHTS in files
+
+
+def weights_digest(path: str) -> str:
+    """Return the SHA-256 of the weights of the checkpoint `path`, as its manifest has it.
+
+    Raises CheckpointError if the manifest is missing or damaged, or names no weights.
+    """
+    manifest = read_manifest(path)
+    if not holds_weights(manifest):
+        raise CheckpointError(f"{path}: holds no weights; name a checkpoint or a member")
+    return str(manifest["files"][_WEIGHTS]["sha256"])
+
+
 def find_weights(path: str) -> str:
     """Return the file of weights at `path`: an .npz file, or that of a checkpoint folder or a run's newest checkpoint.
 
@@ -187,7 +205,7 @@ def find_weights(path: str) -> str:
     if steps(path):
         found = newest(path)
         path = found[0] if found else path
-    weights = os.path.join(path, "weights.npz")
+    weights = os.path.join(path, _WEIGHTS)
     if not os.path.isfile(weights):
         raise CheckpointError(
             f"{path}: no weights found; name a run folder, a checkpoint folder, or an .npz file of --export"
@@ -199,7 +217,7 @@ def read_weights(path: str) -> Arrays:
     """Return weights and batch norm's statistics by name; for `path` see `find_weights`. Nothing is unpickled."""
     weights = find_weights(path)
     parent = os.path.dirname(weights)
-    if os.path.basename(weights) == "weights.npz" and os.path.exists(os.path.join(parent, MANIFEST)):
+    if os.path.basename(weights) == _WEIGHTS and os.path.exists(os.path.join(parent, MANIFEST)):
         return load(parent, "weights")
     try:
         with np.load(weights, allow_pickle=False) as arrays:
@@ -227,12 +245,6 @@ def check_export(path: str) -> None:
 def write_weights(path: str, arrays: Arrays) -> None:
     """Write arrays as an .npz file, atomically."""
     write_atomically(path, _npz(arrays))
-
-
-def digest(path: str) -> str:
-    """Return the SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
 
 
 def verify(path: str) -> None:

@@ -48,24 +48,29 @@ def evaluation_settings(settings: Settings) -> Dict[str, Any]:
     }
 
 
-def save(path: str, predictions: Optional[Predictions], settings: Settings) -> None:
-    """Save the predictions of the member at `path`, with the digest of the weights that made them; rank 0 only."""
+def save(path: str, predictions: Optional[Predictions], settings: Settings, content: str) -> None:
+    """Save the predictions of the member at `path`, with the digest of the weights that made them; rank 0 only.
+
+    Args:
+        content: digest of the shards with the evaluation images, `Split.content`.
+    """
     assert predictions is not None
-    manifest = checkpoint.read_manifest(path)
     info = {
-        "step": manifest["step"],
-        "weights_sha256": manifest["files"]["weights.npz"]["sha256"],
+        "step": checkpoint.read_manifest(path)["step"],
+        "weights_sha256": checkpoint.weights_digest(path),
         "evaluated": evaluation_settings(settings),
+        "content": content,
     }
     checkpoint.save(os.path.join(path, "predictions"), {"predictions": dataclasses.asdict(predictions)}, info)
 
 
-def has_predictions(path: str, settings: Settings, same_folder: bool = False) -> bool:
+def has_predictions(path: str, settings: Settings, same_folder: bool = False, content: Optional[str] = None) -> bool:
     """Return whether the member at `path` has undamaged predictions of its weights on the data of the settings.
 
-    With `same_folder`, predictions made from another --data_dir do not count.
+    With `same_folder`, predictions made from another --data_dir do not count; with `content`, neither do those of
+    other images, see `save`. Predictions of version 0.1 have no content.
     """
-    manifest = checkpoint.read_manifest(path)
+    weights = checkpoint.weights_digest(path)
     folder = os.path.join(path, "predictions")
     try:
         predictions = checkpoint.read_manifest(folder)
@@ -75,7 +80,9 @@ def has_predictions(path: str, settings: Settings, same_folder: bool = False) ->
     made_with, now = dict(predictions.get("evaluated", {})), evaluation_settings(settings)
     if not same_folder:
         made_with["data_dir"] = now["data_dir"]
-    return predictions.get("weights_sha256") == manifest["files"]["weights.npz"]["sha256"] and made_with == now
+    if content is not None and predictions.get("content", content) != content:
+        return False
+    return predictions.get("weights_sha256") == weights and made_with == now
 
 
 def load(path: str) -> Predictions:
@@ -156,6 +163,22 @@ def check_comparable(members: Mapping[str, Predictions]) -> None:
             raise CheckpointError(f"member {name} cannot be combined: it was evaluated on {difference}; leave it out")
 
 
+def _check_contents(paths: Mapping[str, str]) -> None:
+    """Raise CheckpointError for a member whose predictions are of other images than those before it."""
+    known: Dict[str, str] = {}  # content -> name of the first member
+    for name, path in paths.items():
+        folder = os.path.join(path, "predictions")
+        content = checkpoint.read_manifest(folder).get("content")
+        if content is not None and known and content not in known:
+            first = next(iter(known.values()))
+            raise CheckpointError(
+                f"member {name} cannot be combined: it was evaluated on other images than {first}; remove {folder}, "
+                "and it is evaluated again"
+            )
+        if content is not None:
+            known[content] = name
+
+
 def score(probabilities: Sequence[np.ndarray], labels: np.ndarray) -> Dict[str, float]:
     """Return top-1, top-5, cross-entropy and calibration error (ECE) of the mean of `probabilities`.
 
@@ -217,11 +240,11 @@ def _holds_weights(path: str) -> bool:
 
     Raises CheckpointError for a damaged one.
     """
-    content = read_json(os.path.join(path, checkpoint.MANIFEST))
-    files = None if content is None else content.get("files")
-    if content is not None and not (isinstance(files, dict) and "weights.npz" in files):
+    file = os.path.join(path, checkpoint.MANIFEST)
+    content = read_json(file)
+    if content is not None and not checkpoint.holds_weights(content):
         return False
-    return os.path.exists(os.path.join(path, checkpoint.MANIFEST)) and bool(checkpoint.read_manifest(path))
+    return os.path.exists(file) and bool(checkpoint.read_manifest(path))
 
 
 def members_of(named: Sequence[str]) -> Dict[str, str]:
@@ -265,6 +288,7 @@ def run_of(path: str) -> str:
 
 def evaluate(paths: Mapping[str, str], export_to: Optional[str]) -> Dict[str, Any]:
     """Return the report on the members `paths` (name -> folder); write the mean of their weights to `export_to`."""
+    _check_contents(paths)
     found = report({name: load(path) for name, path in paths.items()})
     if export_to:
         checkpoint.write_weights(export_to, average_weights(list(paths.values())))

@@ -15,6 +15,7 @@ from resnet_cpu.model.kernels import library
 from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.schedule import Rates, Span
 from resnet_cpu.run import checkpoint, provenance
+from resnet_cpu.run.atomic import sha256_of
 from resnet_cpu.run.writer import Writer
 from resnet_cpu.scaling.steptimes import StepTimes
 from resnet_cpu.training import ensemble, evaluation, members, modes
@@ -206,8 +207,8 @@ def evaluate(job: Job, state: State, evaluate_step: Any, report: AnyReport, watc
         score = evaluation.evaluate(*inputs)
     else:
         score, predictions = evaluation.predict(*inputs)
-        path = checkpoint.member_folder(job.run_dir, member)
-        job.world.on_rank0(lambda: ensemble.save(path, predictions, job.settings))
+        path, content = checkpoint.member_folder(job.run_dir, member), job.data.validation.content
+        job.world.on_rank0(lambda: ensemble.save(path, predictions, job.settings, content))
     state.check_replicas(job.world, f"after step {state.step}")
     report.evaluation(state.step, score, time.perf_counter() - started)
 
@@ -226,7 +227,7 @@ def _initialise_from(job: Job, state: State) -> None:
     """Take the weights of --init_from; write a line per array to init_from.txt and print a summary."""
     assert job.init_from is not None and job.folder is not None
     path, file = job.init_from["path"], job.init_from["file"]
-    if not os.path.isfile(file) or checkpoint.digest(file) != job.init_from["sha256"]:
+    if not os.path.isfile(file) or sha256_of(file) != job.init_from["sha256"]:
         raise CheckpointError(
             f"--init_from={path}: {file} was changed or removed after this run began; choose another --run_dir"
         )

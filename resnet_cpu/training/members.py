@@ -40,12 +40,13 @@ def scores(job: Job, step: int, beat: Callable[[], None]) -> Dict[str, Any]:
     complete = [phase.name for phase in job.phases if phase.member and ends[phase.name] <= step]
     if job.data is None or not job.evaluates or not complete:
         return {}
+    content = job.data.validation.content
     paths = dict(zip(complete, job.world.on_rank0(lambda: ensemble.find(job.run_dir, complete))))
 
     def without_predictions(beat_all: Callable[[], None]) -> List[str]:
         missing = []
         for path in paths.values():
-            if not ensemble.has_predictions(path, job.settings):
+            if not ensemble.has_predictions(path, job.settings, content=content):
                 missing.append(path)
             beat_all()
         return missing
@@ -68,7 +69,7 @@ def make_predictions(path: str, settings: Settings, world: World, data: ShardedD
     """Evaluate the member at `path` and save its predictions beside its weights."""
     step = evaluation.make_evaluate_step(evaluation.restored_model(settings, world, data, path))
     _, predictions = evaluation.predict(step, settings, world, data, DEFAULT_BATCH_PER_RANK, beat)
-    world.on_rank0(lambda: ensemble.save(path, predictions, settings))
+    world.on_rank0(lambda: ensemble.save(path, predictions, settings, data.validation.content))
 
 
 def make_missing_predictions(members: Sequence[Tuple[str, Settings, ShardedData]], world: World) -> None:

@@ -21,6 +21,7 @@ from resnet_cpu.recipe.phases import Phase
 from resnet_cpu.resolve import Resolved, resolve_recipe
 from resnet_cpu.run import checkpoint, files, provenance
 from resnet_cpu.run import signature as signatures
+from resnet_cpu.run.atomic import sha256_of
 from resnet_cpu.run.folder import RunFolder, Stopwatch, read_json, read_record, read_rows
 from resnet_cpu.settings import Settings
 from resnet_cpu.training import agreement
@@ -101,10 +102,13 @@ def open_job(settings: Settings, world: World, environment: Environment) -> Job:
 # --- data and recipe -------------------------------------------------------------------------------------------------
 
 
-def open_data(settings: Settings, world: World) -> Optional[ShardedData]:
+def open_data(settings: Settings, world: World, own_pixels: bool = True) -> Optional[ShardedData]:
     """Open the data set on every rank, first on rank 0, which reports its errors; return None for synthetic data.
 
     Each host may have its own copy. A missing or different one is an error that names the host.
+
+    Args:
+        own_pixels: whether --normalization=dataset means the pixel mean and deviation of this data set.
     """
     dataset, path, eval_split = settings.data.dataset, settings.data.data_dir, settings.data.eval_split
     if dataset == "synthetic":
@@ -122,7 +126,7 @@ def open_data(settings: Settings, world: World) -> Optional[ShardedData]:
         description = folders.describe(path, dataset, eval_split)
         folders.make_indexes(description, path)
         opened = folders.open_data(path, dataset, eval_split)
-        _check_data(settings, opened)
+        _check_data(settings, opened, own_pixels)
         for warning in folders.count_warnings(description, opened):
             print(f"WARNING: {warning}", file=sys.stderr, flush=True)
 
@@ -143,8 +147,8 @@ def open_data(settings: Settings, world: World) -> Optional[ShardedData]:
     return data
 
 
-def _check_data(settings: Settings, data: ShardedData) -> None:
-    if settings.data.normalization == "dataset" and data.pixel_mean is None:
+def _check_data(settings: Settings, data: ShardedData, own_pixels: bool) -> None:
+    if own_pixels and settings.data.normalization == "dataset" and data.pixel_mean is None:
         raise FlagError(
             "--normalization=dataset: this data set has no measured pixel mean and deviation; use authors, torch or tf"
         )
@@ -320,7 +324,7 @@ def _init_from(settings: Settings, record: Optional[Dict[str, Any]]) -> Optional
     if recorded and recorded["path"] == path:
         return recorded
     file = checkpoint.find_weights(path)
-    return {"path": path, "file": file, "sha256": checkpoint.digest(file)}
+    return {"path": path, "file": file, "sha256": sha256_of(file)}
 
 
 def _was_evaluated(run_dir: str, manifest: Mapping[str, Any]) -> bool:

@@ -54,7 +54,7 @@ def find_checkpoint(settings: Settings, world: World, path: Optional[str]) -> Tu
     def find() -> List[Any]:
         if path:
             found = (os.path.abspath(path), checkpoint.read_manifest(path))
-            if "weights.npz" not in found[1]["files"]:
+            if not checkpoint.holds_weights(found[1]):
                 raise CheckpointError(f"--checkpoint={path}: holds no weights; name a checkpoint or a member")
         else:
             newest = checkpoint.newest(settings.run.run_dir or "")
@@ -99,6 +99,11 @@ def with_pixels_of(signature: Mapping[str, Any], settings: Settings, data: Shard
     if settings.data.normalization not in ("auto", "dataset"):
         return data
     pixels = signature["data"].get("pixels")
+    if not pixels and settings.data.normalization == "dataset":
+        raise FlagError(
+            "--normalization=dataset: the network was trained without a measured pixel mean and deviation; remove "
+            "the flag"
+        )
     mean, deviation = (tuple(pixels[key]) if pixels else None for key in ("mean", "std"))
     return dataclasses.replace(data, pixel_mean=mean, pixel_std=deviation)
 
@@ -173,7 +178,7 @@ def _open_data_of(member: Member, world: World, opened: Dict[Tuple[Any, ...], Sh
 
 
 def _open_data(settings: Settings, world: World) -> ShardedData:
-    data = open_data(settings, world)
+    data = open_data(settings, world, own_pixels=False)
     assert data is not None  # settings_of refuses synthetic data
     if not data.validation.examples:
         names = [*(["train"] if data.train.examples else []), *data.others]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from typing import Any, Dict, Iterator, Optional
 
 from resnet_cpu.data import shards
@@ -9,6 +10,8 @@ from resnet_cpu.errors import DataError, RunFolderError
 from resnet_cpu.run import lock
 
 _LOCK = ".prepare.lock"
+# Shards and indexes that are being written, and nothing else that may be in the folder.
+_TEMPORARY = re.compile(r"(train|validation)-\d{5}-of-\d{5}(\.index\.npy)?\.tmp\d+")
 
 
 @contextlib.contextmanager
@@ -31,6 +34,9 @@ def preparing(folder: str, dataset: str) -> Iterator[Optional[Dict[str, Any]]]:
             raise DataError(
                 f"--data_dir={folder}: contains {manifest.get('dataset')} already; choose another folder for {dataset}"
             )
+        for name in os.listdir(folder):
+            if _TEMPORARY.fullmatch(name):  # of a process that was killed
+                os.remove(os.path.join(folder, name))
         yield manifest
     finally:
         held.release()

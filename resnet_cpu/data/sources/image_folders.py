@@ -5,11 +5,13 @@ import os
 import sys
 from typing import Iterator, List, Optional, Sequence, Tuple
 
-from resnet_cpu.data.sources.listing import MOST_BYTES, Collector, Listing, some
+from resnet_cpu.data.sources.listing import Collector, Listing, size_of, some, unusable, walk
 from resnet_cpu.errors import DataError, FlagError
 
-_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".gif", ".bmp")
+_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp")
+_OTHER_IMAGES = (".webp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm")  # cannot be read
 _VALIDATION = ("validation", "val", "valid", "test")  # in this order, if a tree has several of them
+_LIKE_SPLITS = ("train", "training", "testing", *_VALIDATION)
 _ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet
 
 
@@ -27,6 +29,12 @@ def find_folder(raw_dir: str, validation_share: Optional[float], allow_incomplet
                 "(or val, test), or give --validation_share=0.1 to split one tree of classes"
             )
         train_at, validation_at = raw_dir, None
+        classes = _classes(raw_dir)
+        if classes and all(name.lower() in _LIKE_SPLITS for name in classes):
+            raise DataError(
+                f"--raw_dir={raw_dir}: its folders are named like splits, not like classes ({some(classes)}); name "
+                "them train and validation"
+            )
     elif validation_at is not None and validation_share is not None:
         raise FlagError(f"--validation_share: {raw_dir} has {os.path.basename(validation_at)} already; remove the flag")
     elif validation_at is None and validation_share is None:
@@ -80,19 +88,23 @@ class _Tree:
         self._splits = {split: Collector(split) for split in ("train", "validation")}
         self._ignored: List[str] = []
         self._unusable: List[str] = []
+        self._other_images: List[str] = []
 
     def add_split(self, root: str, split_of) -> None:  # type: ignore[no-untyped-def]
         """Add all images below `root`, with `split_of` a function from the name CLASS/... to a split."""
         for name, path in _files(root):
             if path.lower().endswith(_SUFFIXES):
                 self.add(split_of(name), name, name.split("/")[0], path)
+            elif path.lower().endswith(_OTHER_IMAGES):
+                self._other_images.append(path)
             else:
                 self._ignored.append(path)
 
     def add(self, split: str, name: str, in_class: str, path: str) -> None:
-        size = os.path.getsize(path)
-        if not 0 < size <= MOST_BYTES:
-            self._unusable.append(f"{path} ({size:,} bytes)")
+        size = size_of(path)
+        fault = unusable(path, size)
+        if fault is not None:
+            self._unusable.append(fault)
             return
         self._splits[split].add(name, self.classes[in_class], len(self._files), 0, size)
         self._files.append(path)
@@ -106,9 +118,14 @@ class _Tree:
                 file=sys.stderr,
             )
         names = list(self.classes)
-        problems = (
-            [f"{len(self._unusable):,} files are empty or too large: {some(self._unusable)}"] if self._unusable else []
-        )
+        problems = []
+        if self._unusable:
+            problems.append(f"{len(self._unusable):,} files are empty, too large or missing: {some(self._unusable)}")
+        if self._other_images:
+            problems.append(
+                f"{len(self._other_images):,} images are of a format that is not read, convert them to JPEG: "
+                f"{some(self._other_images)}"
+            )
         for split, table in tables.items():
             if not len(table.names):
                 raise DataError(f"--raw_dir={raw_dir}: no images for {split}; images end in {', '.join(_SUFFIXES)}")
@@ -140,11 +157,10 @@ def _classes(root: str) -> List[str]:
 
 
 def _files(root: str) -> Iterator[Tuple[str, str]]:
-    """Yield (name as CLASS/..., path) of all files in the class folders below `root`."""
+    """Yield (name as CLASS/..., path) of all files in the class folders below `root`, without hidden ones."""
     for in_class in _classes(root):
-        for folder, subfolders, names in os.walk(os.path.join(root, in_class)):
-            subfolders.sort()
-            for name in sorted(names):
+        for folder, names in walk(os.path.join(root, in_class)):
+            for name in names:
                 path = os.path.join(folder, name)
                 if not name.startswith("."):
                     yield os.path.relpath(path, root).replace(os.sep, "/"), path

@@ -8,7 +8,7 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from resnet_cpu.data.datasets import DATASETS
 from resnet_cpu.data.sources import archives
-from resnet_cpu.data.sources.listing import MOST_BYTES, Collector, Listing, some
+from resnet_cpu.data.sources.listing import MOST_BYTES, Collector, Listing, size_of, some, unusable, walk
 from resnet_cpu.errors import DataError
 
 _TRAIN_IMAGE = re.compile(r"(n\d{8})_\d+\.JPEG")
@@ -110,15 +110,17 @@ def _named(images: Sequence[_Image], pattern: "re.Pattern[str]", what: str, prob
     for image in images:
         if not pattern.fullmatch(image.name):
             others.append(image.name)
-        elif not 0 < image.size <= MOST_BYTES:
-            sizes.append(f"{image.name} ({image.size:,} bytes)")
-        else:
+            continue
+        fault = unusable(image.name, image.size)
+        if fault is None:
             kept.append(image)
+        else:
+            sizes.append(fault)
     if others:
         problems.append(f"{len(others):,} files that are not {what} images: {some(others)}")
     if sizes:
         problems.append(
-            f"{len(sizes):,} {what} images that are empty or larger than {MOST_BYTES:,} bytes: {some(sizes)}"
+            f"{len(sizes):,} {what} images that are empty, missing or larger than {MOST_BYTES:,} bytes: {some(sizes)}"
         )
     return kept
 
@@ -136,14 +138,13 @@ def _locate(raw_dir: str, names: Sequence[str]) -> str:
 def _images(path: str) -> Iterator[_Image]:
     """Yield the images of an archive (of archives, one per class), or of a folder with images, classes or archives."""
     if os.path.isdir(path):
-        for folder, subfolders, names in os.walk(path, followlinks=True):
-            subfolders.sort()
-            for name in sorted(names):
+        for folder, names in walk(path):
+            for name in names:
                 file = os.path.join(folder, name)
                 if name.endswith(".tar"):
                     yield from _in_archive(file)
                 elif not name.startswith("."):
-                    yield _Image(name, file, 0, os.path.getsize(file))
+                    yield _Image(name, file, 0, size_of(file))
         return
     yield from _in_archive(path)
 
@@ -165,7 +166,7 @@ def _validation_synsets(raw_dir: str, validation_at: str, images: Sequence[str])
     """Return the synset of each of the validation `images`, from the class folders or from a file of labels."""
     by_folder = {
         name: os.path.basename(folder)
-        for folder, _, names in (os.walk(validation_at, followlinks=True) if os.path.isdir(validation_at) else ())
+        for folder, names in (walk(validation_at) if os.path.isdir(validation_at) else ())
         for name in names
         if _CLASS.fullmatch(os.path.basename(folder))
     }

@@ -7,14 +7,17 @@ import dataclasses
 import hashlib
 import json
 import os
-from typing import Dict, Iterable, List, Optional, Tuple
+import zipfile
+from typing import Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
 
 from resnet_cpu.errors import DataError
+from resnet_cpu.run.atomic import naming, open_atomically
 
 MOST_BYTES = 2**25  # of one image; the largest of ImageNet has 15 MB
 WHOLE = -1  # as a size: to the end of the file
+MISSING = -1  # as a size: there is no such file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Listing:
             for field in dataclasses.fields(Table)
         }
         facts = {**dataclasses.asdict(dataclasses.replace(self, splits={})), "splits": list(self.splits)}
-        with open(path, "wb") as file:
+        with open_atomically(path) as file:
             np.savez(file, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), **arrays)
 
 
@@ -68,6 +71,60 @@ def load(path: str) -> Listing:
             for split in facts["splits"]
         }
     return Listing(**{**facts, "classes": tuple(facts["classes"]), "files": tuple(facts["files"]), "splits": splits})
+
+
+def replaced(path: str, images: Listing) -> Optional[Dict[str, Set[int]]]:
+    """Return the rows of each split whose images have another size than in the listing that was saved at `path`.
+
+    None if the two differ in anything else, or if the saved one cannot be read.
+    """
+    try:
+        before = load(path)
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return None
+    if (before.dataset, before.classes, before.label_base) != (images.dataset, images.classes, images.label_base):
+        return None
+    found = {}
+    for split, now in images.splits.items():
+        then = before.splits.get(split)
+        if then is None or not (np.array_equal(then.names, now.names) and np.array_equal(then.labels, now.labels)):
+            return None
+        found[split] = set(np.flatnonzero(then.sizes != now.sizes).tolist())
+    return found
+
+
+def walk(root: str) -> Iterator[Tuple[str, List[str]]]:
+    """Yield (folder, sorted names of its files) of `root` and all folders below, in order; links are followed.
+
+    Hidden folders, such as .ipynb_checkpoints, are left out. Raises OSError for a folder that cannot be read, and
+    DataError for a link to a folder that contains it.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=stop):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in subfolders:
+            path = os.path.join(folder, name)
+            if os.path.islink(path) and os.path.realpath(folder).startswith(os.path.join(os.path.realpath(path), "")):
+                raise DataError(f"{path}: a link to a folder that contains it; remove the link")
+        yield folder, sorted(names)
+
+
+def size_of(path: str) -> int:
+    """Return the size of a file in bytes, MISSING for a link to a file that does not exist."""
+    try:
+        return os.path.getsize(path)
+    except FileNotFoundError:
+        return MISSING
+
+
+def unusable(name: str, size: int) -> Optional[str]:
+    """Return the name of a file with the reason why its size says that it holds no image, or None."""
+    if size == MISSING:
+        return f"{name} (a link to a file that is missing)"
+    return None if 0 < size <= MOST_BYTES else f"{name} ({size:,} bytes)"
 
 
 class Collector:
@@ -108,11 +165,14 @@ def shuffled(names: np.ndarray, seed: int, split: str) -> np.ndarray:
 
 
 def read_image(path: str, offset: int, size: int) -> bytes:
-    """Return the bytes of an image; raise OSError if the file is shorter than it was when it was listed."""
-    with open(path, "rb", buffering=0) as file:
+    """Return the bytes of an image; raise DataError if the file is shorter than it was when it was listed."""
+    with naming(path), open(path, "rb", buffering=0) as file:
         encoded = os.pread(file.fileno(), size, offset)
     if len(encoded) < size:
-        raise OSError(None, f"only {len(encoded)} of {size} bytes at {offset}; the file has changed", path)
+        raise DataError(
+            f"{path}: only {len(encoded)} of {size} bytes at {offset}: shorter than when prepare began; restore the "
+            "file and repeat the command"
+        )
     return encoded
 
 

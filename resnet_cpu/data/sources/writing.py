@@ -6,18 +6,18 @@ what is finished: the listing, and a row for each shard, written after the shard
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
 import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -35,8 +35,6 @@ IMAGES_PER_SHARD = 2048  # of sets other than ImageNet
 _SHARDS_OF_IMAGENET = {"train": 1024, "validation": 128}  # as written by TF-slim
 _WORK = shards.UNFINISHED
 _BAD_IMAGES = "bad_images.txt"
-# Shards and indexes that are being written, and nothing else that may be in the folder.
-_TEMPORARY = re.compile(r"(train|validation)-\d{5}-of-\d{5}(\.index\.npy)?\.tmp\d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +98,8 @@ def _prepare(
 ) -> Dict[str, Any]:
     """Write what is not finished, and then the manifest, which is returned."""
     work = os.path.join(folder, _WORK)
-    _begin(folder, work, made_of)
-    images.save(os.path.join(work, "listing.npz"))
     tasks = tasks_of(images, made_of["seed"])
+    _begin(images, tasks, folder, made_of)
     rows = {task.name: row for task in tasks for row in [_finished_row(folder, work, task)] if row is not None}
     left = [task for task in tasks if task.name not in rows]
     if rows:
@@ -111,7 +108,7 @@ def _prepare(
     for name, row in _made(left, folder, options, processes):
         rows[name] = row
     ordered = [rows[task.name] for task in tasks]
-    _report_bad(folder, [bad for row in ordered for bad in row["bad"]], leave_out_bad)
+    _report_bad(folder, rows, leave_out_bad)
     manifest = _manifest(images, tasks, ordered, made_of)
     shards.write_manifest(folder, manifest)
     shutil.rmtree(work, ignore_errors=True)
@@ -127,7 +124,6 @@ def _repair(
     tasks = tasks_of(images, manifest["made_of"]["seed"])
     left = [task for task in tasks if not _is_whole(folder, task, expected[task.name])]
     work = os.path.join(folder, _WORK)
-    _remove_leftovers(folder)
     shutil.rmtree(work, ignore_errors=True)
     if not left:
         print(f"prepare: {folder} is prepared already; prepare verify checks it", file=sys.stderr, flush=True)
@@ -157,28 +153,37 @@ def _is_whole(folder: str, task: Task, row: Dict[str, Any]) -> bool:
         return False
 
 
-def _begin(folder: str, work: str, made_of: Dict[str, Any]) -> None:
-    """Make the work folder, or check that an earlier one was begun with the same files and options."""
+def _begin(images: Listing, tasks: Sequence[Task], folder: str, made_of: Dict[str, Any]) -> None:
+    """Make the work folder, or check that an earlier one was begun with the same files and options.
+
+    Bad images that were reported may have been replaced meanwhile: their shards are not finished then.
+    """
+    work = os.path.join(folder, _WORK)
     os.makedirs(work, exist_ok=True)
-    begun = os.path.join(work, "made_of.json")
+    begun, listed = os.path.join(work, "made_of.json"), os.path.join(work, "listing.npz")
     if os.path.exists(begun):
         with open(begun, encoding="utf-8") as file:
             before = json.load(file)
-        if before != made_of:
-            changed = ", ".join(key for key in made_of if before.get(key) != made_of[key])
+        changed = [key for key in made_of if before.get(key) != made_of[key]]
+        replaced = None
+        if changed == ["listing"] and os.path.exists(os.path.join(folder, _BAD_IMAGES)):
+            replaced = listing.replaced(listed, images)
+        if changed and replaced is None:
             raise DataError(
-                f"--data_dir={folder}: was begun from other files or with other flags ({changed}); repeat the command "
-                "as it was, or remove the folder"
+                f"--data_dir={folder}: was begun from other files or with other flags ({', '.join(changed)}); repeat "
+                "the command as it was, or remove the folder"
             )
-    _remove_leftovers(folder)
+        for task in tasks:
+            if replaced and not replaced[task.split].isdisjoint(task.rows):
+                _forget(folder, task.name)
+    images.save(listed)
     write_atomically(begun, json.dumps(made_of).encode())
 
 
-def _remove_leftovers(folder: str) -> None:
-    """Remove what a process that was killed has not finished; the lock is held."""
-    for name in os.listdir(folder):
-        if _TEMPORARY.fullmatch(name):
-            os.remove(os.path.join(folder, name))
+def _forget(folder: str, name: str) -> None:
+    """Let a shard be made again by the next attempt."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(folder, _WORK, f"{name}.json"))
 
 
 def _finished_row(folder: str, work: str, task: Task) -> Optional[Dict[str, Any]]:
@@ -327,15 +332,28 @@ def _finished(running: Dict[Any, Task], progress: Progress) -> Iterator[Tuple[st
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
-def _report_bad(folder: str, bad: Sequence[str], leave_out: bool) -> None:
-    if not bad:
-        return
+def _report_bad(folder: str, rows: Mapping[str, Dict[str, Any]], leave_out: bool) -> None:
+    """List the images that were left out; raise DataError unless that is wanted: then their shards are unfinished."""
     path = os.path.join(folder, _BAD_IMAGES)
+    bad = [line for _, row in sorted(rows.items()) for line in row["bad"]]
+    if not bad:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)  # of an earlier attempt
+        return
     write_atomically(path, "".join(f"{line}\n" for line in bad).encode(errors="surrogateescape"))
     text = f"{len(bad):,} images cannot be used, listed in {path}: {some(bad, 3)}"
-    if not leave_out:
-        raise DataError(f"{text}; replace them, or leave them out with --allow_incomplete")
-    print(f"WARNING: {text}; they are left out", file=sys.stderr, flush=True)
+    examples: Dict[str, int] = collections.Counter()
+    for name, row in rows.items():
+        examples[name.split("-")[0]] += row["examples"]
+    empty = [split for split, number in examples.items() if not number]
+    if leave_out and not empty:
+        print(f"WARNING: {text}; they are left out", file=sys.stderr, flush=True)
+        return
+    for name, row in rows.items():
+        if row["bad"]:
+            _forget(folder, name)
+    none_left = f"no image of {' and '.join(empty)} can be used, so replace them"
+    raise DataError(f"{text}; {none_left if empty else 'replace them, or leave them out with --allow_incomplete'}")
 
 
 def _manifest(
@@ -348,15 +366,18 @@ def _manifest(
         splits[task.split].append({key: row[key] for key in kept})
         changes.update(row["changes"])
     measured = sum(row["measured"] for row in rows)
-    moments = np.sum([row["moments"] for row in rows if row["moments"]], 0) / max(measured, 1)
-    mean, square = moments[:3], moments[3:]
+    mean = deviation = None
+    if measured:
+        moments = np.sum([row["moments"] for row in rows if row["moments"]], 0) / measured
+        mean = [round(float(value), 4) for value in moments[:3]]
+        deviation = [round(float(value), 4) for value in np.sqrt(np.maximum(moments[3:] - moments[:3] ** 2, 1e-6))]
     return {
         "dataset": images.dataset,
         "source": images.source,
         "num_classes": len(images.classes),
         "label_base": images.label_base,
-        "pixel_mean": [round(float(value), 4) for value in mean],
-        "pixel_std": [round(float(value), 4) for value in np.sqrt(np.maximum(square - mean**2, 1e-6))],
+        "pixel_mean": mean,
+        "pixel_std": deviation,
         "pixel_statistics_of": measured,
         "changes": dict(sorted(changes.items())),
         "left_out": sum(len(row["bad"]) for row in rows),
