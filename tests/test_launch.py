@@ -1,5 +1,6 @@
 """Installing and launching: what is run and reported, with stand-ins for the machine and its programs."""
 
+import dataclasses
 import os
 import shlex
 import shutil
@@ -314,6 +315,39 @@ def test_oversubscribed_ranks_are_not_bound(starts, monkeypatch):
     monkeypatch.setenv("RESNET_CPU_OVERSUBSCRIBE", "yes")
     with pytest.raises(FlagError, match="RESNET_CPU_OVERSUBSCRIBE=yes: must be 1"):
         starts("--ranks=3", "--", "cat")
+
+
+@pytest.mark.parametrize("launcher, binding", [("openmpi", "--bind-to none"), ("mpich", "-bind-to none")])
+def test_ranks_stay_within_the_mask_of_this_process(starts, monkeypatch, capsys, launcher, binding):
+    """Fault: after taskset, the ranks were bound to cores that it had left out."""
+    starts(f"--mpi={launcher}", "--ranks=1", "--dry_run", "--", "cat")
+    line, report = capsys.readouterr()
+    assert "-to none" not in line and "binding: 0-1 (" in report  # negative control
+    restricted = dataclasses.replace(TWO_CORES, allowed=(1,), restricted=True)
+    monkeypatch.setattr(launching.machine, "read", lambda: restricted)
+    starts(f"--mpi={launcher}", "--ranks=1", "--dry_run", "--", "cat")
+    line, report = capsys.readouterr()
+    assert binding in line and "binding: none (this process is restricted to CPUs 1, and " in report
+    starts(f"--mpi={launcher}", "--hosts=elsewhere:1", "--dry_run", "--", "cat")
+    assert "-to none" not in capsys.readouterr().out
+    starts("--mpi=intel", "--ranks=1", "--dry_run", "--", "cat")
+    assert "I_MPI_PIN_DOMAIN 1:compact" in capsys.readouterr().out  # which obeys the mask
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_a_rank_really_stays_within_the_mask():
+    last = max(os.sched_getaffinity(0))
+    command = [sys.executable, "-m", "resnet_cpu.launch", "--ranks=1", "--", "grep", "Cpus_allowed_list"]
+    process = subprocess.run(
+        ["taskset", "-c", str(last), *command, "/proc/self/status"],
+        cwd=ROOT,
+        env=OUTSIDE,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.stdout.split()[-1:] == [str(last)], process.stderr
 
 
 def test_hosts_that_do_not_answer_or_are_full_are_named_before_the_start(starts, bare_machine, monkeypatch, tmp_path):

@@ -125,7 +125,8 @@ GOLDEN = [
     (
         "openmpi",
         FEW,
-        f"{MPIRUN} -np 3 --host n1:2,n2:2 --oversubscribe --bind-to none {AWAY} {OMPI}3 {NAMES} {TRAIN}",
+        f"{MPIRUN} -np 3 --host n1:2,n2:2 --oversubscribe --map-by ppr:2:node --bind-to none {AWAY} {OMPI}3 {NAMES} "
+        f"{TRAIN}",
     ),
 ]  # fmt: skip
 

@@ -65,8 +65,14 @@ def launch(
             f"{distribution.source}: {' and '.join(here)} are the same host; write --hosts=NAME:SLOTS for several "
             "ranks on it"
         )
-    rank_map = _rank_map(host, distribution, placed, interface, bool(here))
-    launcher = mpi if mpi != "auto" else _recognise(rank_map.in_batch_job and not rank_map.hosts)
+    launcher = mpi if mpi != "auto" else _recognise(distribution.in_batch_job and not distribution.hosts)
+    elsewhere = _elsewhere(distribution, bool(here))
+    if host.restricted and placed.bound and launcher in launchers.IGNORE_MASK and not elsewhere:
+        placed = placed.without_binding(
+            f"this process is restricted to CPUs {machine.spans(host.allowed)}, and {launchers.IGNORE_MASK[launcher]} "
+            "would bind ranks to others: they share these"
+        )
+    rank_map = _rank_map(host, distribution, placed, interface, elsewhere)
     if launcher == "ibrun":
         _check_ibrun(hosts, ranks_per_node, distribution)
     environment = _without_exported(placed.environment)
@@ -117,13 +123,18 @@ def _placement(host: Machine, distribution: Distribution, bfloat16_speed: Option
     )
 
 
-def _rank_map(
-    host: Machine, distribution: Distribution, placed: Placement, interface: Optional[str], here: bool
-) -> RankMap:
-    """Return the map of the ranks; `here`: this host is one of those of the distribution."""
-    one_host = distribution.ranks == distribution.per_host
+def _elsewhere(distribution: Distribution, here: bool) -> bool:
+    """Return whether this host gets no rank; `here`: it is one of the hosts that are listed."""
     # Slurm's nodes are not listed; the shell of salloc may run on another host.
     outside = distribution.in_batch_job and "SLURMD_NODENAME" not in os.environ
+    return not here if distribution.hosts else outside
+
+
+def _rank_map(
+    host: Machine, distribution: Distribution, placed: Placement, interface: Optional[str], elsewhere: bool
+) -> RankMap:
+    """Return the map of the ranks; `elsewhere`: this host gets none of them."""
+    one_host = distribution.ranks == distribution.per_host
     return RankMap(
         ranks=distribution.ranks,
         per_host=distribution.per_host,
@@ -131,7 +142,7 @@ def _rank_map(
         cpus_per_core=max(len(core) for core in host.cores()),
         hosts=distribution.hosts,
         in_batch_job=distribution.in_batch_job,
-        elsewhere=not here if distribution.hosts else outside,
+        elsewhere=elsewhere,
         slots_counted=one_host and allocation.in_job(os.environ),
         bound=placed.bound,
         yields=placed.yield_when_idle,

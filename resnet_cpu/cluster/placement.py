@@ -55,6 +55,11 @@ class Placement:
         """Return the choices with their reasons, one line each."""
         return [f"{name}: {value} ({reason})" for name, value, reason in self.choices]
 
+    def without_binding(self, reason: str) -> "Placement":
+        """Return this placement for ranks that the launcher does not bind, and why."""
+        choices = [c._replace(value="none", reason=reason) if c.name == "binding" else c for c in self.choices]
+        return dataclasses.replace(self, bound=False, choices=tuple(choices))
+
 
 def variables(threads: int, *, intel_openmp: Optional[bool] = None) -> Dict[str, str]:
     """Return the environment variables for a rank with `threads` compute threads.
