@@ -159,6 +159,16 @@ def test_exported_settings_of_open_mpi_are_kept():
     assert "btl_tcp_flags" not in " ".join(launchers.line("srun", BATCH, SET, mine, COMMAND))
 
 
+@pytest.mark.parametrize(
+    "name", ["RESNET_CPU_KEEP", "RESNET_CPU_KERNELS_ISA", "XLA_FLAGS", "GOMP_SPINCOUNT", "ONEDNN_MAX_CPU_ISA"]
+)
+def test_what_decides_the_arithmetic_reaches_ranks_on_other_hosts(name):
+    """Fault: RESNET_CPU_KEEP reached the ranks of this host only, so that one job computed in two precisions."""
+    for launcher, passed in (("openmpi", f"-x {name}"), ("intel", f"-genvlist {name}"), ("mpich", f"-genvlist {name}")):
+        assert passed in " ".join(launchers.line(launcher, NODES, SET, {name: "1"}, COMMAND))
+    assert name not in " ".join(launchers.line("openmpi", HERE, SET, {name: "1"}, COMMAND))  # inherited
+
+
 def test_srun_does_not_count_hyper_threads_if_the_job_excludes_them():
     threaded = dataclasses.replace(BATCH, cpus_per_core=2)
     for hint, cpus in (({}, 48), ({"SLURM_HINT": "nomultithread"}, 24)):

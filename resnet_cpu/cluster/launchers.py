@@ -16,8 +16,8 @@ from resnet_cpu.errors import FlagError
 EXPECTED_RANKS = "RESNET_CPU_RANKS"  # set for every rank: how many ranks were asked for
 # Variables of this shell that ranks on other hosts get, besides those that the placement sets.
 _PASSED = re.compile(
-    r"(PATH|LD_LIBRARY_PATH|LD_PRELOAD|PYTHONPATH|TMPDIR|(OMP|KMP|TF|ITEX|ONEDNN|DNNL|HOROVOD|MALLOC|TCMALLOC|PYTHON"
-    r"|UCX|PSM2|FI|I_MPI|MPICH|MPIR|MV2|APPTAINERENV|SINGULARITYENV)_\w+)"
+    r"(PATH|LD_LIBRARY_PATH|LD_PRELOAD|PYTHONPATH|TMPDIR|XLA_FLAGS|RESNET_CPU_(KEEP|KERNELS_ISA)|(OMP|GOMP|KMP|TF|ITEX"
+    r"|ONEDNN|DNNL|HOROVOD|MALLOC|TCMALLOC|PYTHON|UCX|PSM2|FI|I_MPI|MPICH|MPIR|MV2|APPTAINERENV|SINGULARITYENV)_\w+)"
 )
 # Launchers that bind ranks to cores which the affinity mask of this process leaves out, as after taskset (seen with
 # Open MPI 4.1.4 and MPICH 5.0.2). Intel MPI 2021.19 obeys the mask; srun binds ranks within its own step.
