@@ -275,6 +275,30 @@ def test_the_placement_is_worked_out_once(starts, monkeypatch):
     assert len(calls) == 1
 
 
+def test_the_precision_is_measured_last_and_only_for_ranks_of_this_host(starts, monkeypatch, capsys):
+    """Fault: TensorFlow was loaded for ten seconds before a misspelt command was reported, and within doctor's 20 s."""
+    measured = []
+    monkeypatch.setattr(launching.precision, "known", lambda host, extension: None)
+    monkeypatch.setattr(launching.precision, "measure", lambda host, extension: measured.append(host) or 1.5)
+    host = dataclasses.replace(TWO_CORES, instruction_sets=("avx512_bf16",))
+    monkeypatch.setattr(launching.machine, "read", lambda: host)
+    with pytest.raises(FlagError, match="no-such-command"):
+        starts("--ranks=1", "--", "no-such-command")
+    starts("--ranks=1", "--dry_run", "--", "cat")
+    starts("--hosts=elsewhere", "--dry_run", "--", "cat")
+    monkeypatch.setattr(launching.start, "check_hosts", lambda hosts, ranks, agent: None)
+    starts("--hosts=elsewhere", "--", "cat")
+    flags = dict(ranks_per_node=None, threads=0, hosts=[], mpi="auto", interface=None, dry_run=False)
+    launching.launch(["cat"], ranks=1, **flags, measure=False)
+    assert not measured and "bfloat16 may be faster: launch and doctor measure" in capsys.readouterr().err
+    starts("--ranks=1", "--", "cat")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "precision: " in line]
+    assert len(measured) == 1 and "1.5 times as fast here" in line
+    monkeypatch.setattr(launching.machine, "read", lambda: TWO_CORES)
+    starts("--ranks=1", "--", "cat")
+    assert len(measured) == 1  # a processor that cannot gain from it
+
+
 @pytest.mark.parametrize(
     "arguments, parts",
     [

@@ -38,11 +38,13 @@ def launch(
     mpi: str,
     interface: Optional[str],
     dry_run: bool,
+    measure: bool = True,
 ) -> None:
     """Report on standard error where the ranks go and why, then become the launcher; see `launch --help` for the flags.
 
-    With `dry_run`, print the launcher's command line on standard output instead. Raises FlagError for what cannot be
-    started, PeerLost for hosts that do not answer, OutputError for hosts without room in shared memory.
+    With `dry_run`, print the launcher's command line on standard output instead. With `measure`, find out first which
+    precision is faster, if this host gets ranks and that is not known. Raises FlagError for what cannot be started,
+    PeerLost for hosts that do not answer, OutputError for hosts without room in shared memory.
     """
     if not command:
         raise FlagError("no command; write it after --, as in -- python -m resnet_cpu.train --flagfile=F")
@@ -57,8 +59,9 @@ def launch(
             f"this one, so that a slot is not a rank: {best} ranks per host, as --ranks_per_node={best}"
         )
         distribution = launchers.distribute(os.environ, hosts, ranks, best, best)
-    find_out = precision.known if dry_run else precision.find_out
-    placed = _placement(host, distribution, find_out(host, placement.has_intel_openmp()))
+    intel_extension = placement.has_intel_openmp()
+    bfloat16_speed = precision.known(host, intel_extension)
+    placed = _placement(host, distribution, bfloat16_speed)
     here = start.on_this_host(distribution.hosts)
     if len(here) > 1:
         raise FlagError(
@@ -81,8 +84,10 @@ def launch(
     line = launchers.line(launcher, rank_map, environment, os.environ, command)
     if tuned and distribution.decided_by == "auto":
         _say(f"{tuned} ranks per host were the fastest on hosts of this type (--tune, {tuning.file()})")
-    texts = [*_exported(placed.environment, environment), *_warnings(rank_map, placed)]
-    for text in [*texts, *_slots(distribution, best), _hosts(distribution), *placed.explanation()]:
+    measures = measure and bfloat16_speed is None and precision.has_units(host.instruction_sets)
+    measures = measures and not (dry_run or elsewhere)
+    texts = [*_exported(placed.environment, environment), *_warnings(rank_map, placed), *_slots(distribution, best)]
+    for text in [*texts, _hosts(distribution), *placed.explanation(leave_out="precision" if measures else "")]:
         _say(text)
     if dry_run:
         print(shlex.join(line))
@@ -90,6 +95,9 @@ def launch(
     start.check_programs(command[0], next(word for word in line if word != "env" and "=" not in word))
     start.check_shared_memory(rank_map.per_host)
     start.check_hosts(rank_map.hosts, rank_map.per_host, rank_map.agent)
+    if measures:  # only now: it takes ten seconds, which a misspelt command should not cost
+        advice, reason = precision.advice(host.instruction_sets, precision.measure(host, intel_extension))
+        _say(f"precision: {advice} ({reason})")
     _say(shlex.join(line))
     if launcher == "openmpi" and rank_map.other_hosts:
         start.follow(line)

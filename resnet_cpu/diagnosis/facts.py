@@ -140,7 +140,7 @@ def shake_hands(limit: float, alone: bool) -> Handshake:
     """Start two ranks on this host with the package's launcher, or one process if `alone`; end them after `limit` s."""
     command = [sys.executable, "-m", "resnet_cpu.diagnosis.handshake"]
     if not alone:
-        command = [sys.executable, "-m", "resnet_cpu.launch", "--ranks=2", "--", *command]
+        command = [*command, "--on_two_ranks"]
     outside = {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_JOB)}
     outside["RESNET_CPU_OVERSUBSCRIBE"] = "1"  # a host may have a single core
     # Files, not pipes: one that a rank left open would never end.
