@@ -313,6 +313,24 @@ def test_the_cause_is_the_line_of_this_package_or_the_last_one():
     assert facts._cause("a\nb\n\n") == "b" and facts._cause("") == "no message"
 
 
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1"},
+        {"PBS_NODEFILE": "/x"},
+        {"LSB_JOBID": "7"},
+        {"COBALT_NODEFILE": "/x"},
+        {"SGE_TASK_ID": "1", "PE_HOSTFILE": "/x"},
+        {"OAR_JOB_ID": "7", "OAR_NODEFILE": "/x"},
+        {"OMPI_COMM_WORLD_SIZE": "2", "PMI_RANK": "0", "PMIX_RANK": "0", "RESNET_CPU_RANKS": "2"},
+    ],
+    ids=lambda job: next(iter(job)),
+)
+def test_the_two_ranks_run_outside_every_job(job):
+    """Fault: in jobs of Grid Engine, OAR and Cobalt their hosts were taken."""
+    assert facts.outside_jobs({**job, "PATH": "/bin"}) == {"PATH": "/bin"}
+
+
 def test_a_package_that_does_not_load_is_found(monkeypatch):
     monkeypatch.setitem(sys.modules, "numpy", None)
     assert "numpy" in facts.broken() and "absl" not in facts.broken()

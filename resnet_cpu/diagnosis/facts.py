@@ -20,8 +20,9 @@ import sys
 import tempfile
 import time
 from importlib import metadata
-from typing import IO, Any, Dict, Iterator, List, Optional, Set, Tuple
+from typing import IO, Any, Dict, Iterator, List, Mapping, Optional, Set, Tuple
 
+from resnet_cpu.cluster import allocation
 from resnet_cpu.cluster.environment import keras_is_separate, version
 from resnet_cpu.run.atomic import write_atomically
 from resnet_cpu.run.rights import others_may_write, refused
@@ -32,8 +33,7 @@ _FIRST = ("absl.flags", "numpy")  # modules without which no command starts
 _BLOCK = 2**20
 _READ_BYTES, _READ_S = 256 * _BLOCK, 2.0  # at most, in the test of reading
 _LARGEST_OF = 10000  # files of a data folder that are looked at
-# Variables of a batch job, or of the launcher that started this shell: the two ranks run on this host, outside it.
-_OF_A_JOB = ("SLURM_", "PBS_", "LSB_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "RESNET_CPU_RANKS")
+_OF_A_LAUNCHER = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "RESNET_CPU_RANKS")  # of one that has started this shell
 _END_S = 3.0  # time for mpirun to end its ranks
 
 
@@ -141,8 +141,7 @@ def shake_hands(limit: float, alone: bool) -> Handshake:
     command = [sys.executable, "-m", "resnet_cpu.diagnosis.handshake"]
     if not alone:
         command = [*command, "--on_two_ranks"]
-    outside = {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_JOB)}
-    outside["RESNET_CPU_OVERSUBSCRIBE"] = "1"  # a host may have a single core
+    outside = {**outside_jobs(os.environ), "RESNET_CPU_OVERSUBSCRIBE": "1"}  # a host may have a single core
     # Files, not pipes: one that a rank left open would never end.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(
@@ -163,6 +162,11 @@ def shake_hands(limit: float, alone: bool) -> Handshake:
             stage = json.loads(line)
             stages[stage.pop("stage")] = stage
     return Handshake(code, stages, _cause(errors), limit, alone)
+
+
+def outside_jobs(environ: Mapping[str, str]) -> Dict[str, str]:
+    """Return `environ` without the variables of batch jobs and launchers: the two ranks run on this host."""
+    return {name: value for name, value in allocation.without(environ).items() if not name.startswith(_OF_A_LAUNCHER)}
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
