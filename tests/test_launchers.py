@@ -203,6 +203,7 @@ def test_an_unknown_launcher_is_refused(version, part):
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4"}
 ONE_TASK = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "1"}
+UNEQUAL = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NTASKS": "8", "SLURM_TASKS_PER_NODE": "6,2"}
 LSF = {"LSB_JOBID": "7", "LSB_MCPU_HOSTS": "n1 2 n2 2"}
 
 
@@ -233,6 +234,7 @@ LSF = {"LSB_JOBID": "7", "LSB_MCPU_HOSTS": "n1 2 n2 2"}
         ({"LSB_MCPU_HOSTS": "n1 1"}, [], 2, None, (2, 2, ("n1",), False)),
         ({"LSB_MCPU_HOSTS": "n1 3 n2 2"}, [], None, 2, (4, 2, ("n1", "n2"), False)),
         (JOB, ["a:2", "b:2"], None, None, (4, 2, ("a", "b"), True)),
+        (UNEQUAL, [], None, 2, (4, 2, (), True)),
     ],
 )
 def test_ranks_are_distributed_over_hosts(environ, hosts, ranks, per_node, expected):
@@ -259,6 +261,8 @@ def test_ranks_are_distributed_over_hosts(environ, hosts, ranks, per_node, expec
         (LSF, [], None, 3, ["--ranks_per_node=3", "2 slots per host; submit with 3 slots per host"]),
         ({"LSB_MCPU_HOSTS": "n1 3 n2 2"}, [], None, None, ["n2: 2, n1: 3", "--ranks_per_node=1, up to 2", "--hosts="]),
         ({"LSB_MCPU_HOSTS": "n1 3 n2 2"}, [], 4, None, ["unequal"]),
+        (UNEQUAL, [], None, None, ["SLURM_TASKS_PER_NODE=6,2: ", "--ntasks-per-node=2", "--ranks_per_node=1, up to 2"]),
+        (UNEQUAL, [], None, 3, ["--ranks_per_node=3", "2 tasks per node"]),
         ({"LSB_MCPU_HOSTS": "n1 3 n2 2"}, [], None, 3, ["--ranks_per_node=3", "2 slots"]),
         (ONE_TASK, [], 3, 2, ["--ranks=3", "--ranks_per_node=2", "one host of the batch job"]),
         ({"SLURM_JOB_ID": "7"}, [], None, None, ["SLURM_JOB_NUM_NODES", "--hosts="]),

@@ -289,6 +289,11 @@ def _of_job(job: Allocation, ranks_per_node: Optional[int], default: int) -> Dis
             f"--ranks_per_node={ranks_per_node}: more ranks than slots: the batch job has {job.slots} "
             f"{'tasks per node' if slurm else 'slots per host'}; submit with {remedy}"
         )
+    if job.unequal and not ranks_per_node and slurm:
+        raise FlagError(
+            f"{job.unequal}: the nodes have unequal numbers of tasks, but all ranks wait for the fullest node; submit "
+            f"with --ntasks-per-node={job.slots}, without --ntasks, or give --ranks_per_node=1, up to {job.slots}"
+        )
     if job.unequal and not ranks_per_node:
         raise FlagError(
             f"{job.source}: the hosts have unequal numbers of slots ({job.unequal}), but all ranks wait for the "
