@@ -41,6 +41,7 @@ AWAY = f"--mca btl_tcp_if_exclude lo,docker0,virbr0 --mca oob_tcp_if_exclude lo,
 MV2 = "-genv MV2_ENABLE_AFFINITY 0"
 INTEL = "-genv I_MPI_PIN_DOMAIN 48:compact"
 HYDRA_INTEL = "env I_MPI_JOB_RESPECT_PROCESS_PLACEMENT=0 mpiexec.hydra"
+SRUN = "srun --mpi=pmix --export=ALL --kill-on-bad-exit=1"
 PINS = "MV2_ENABLE_AFFINITY=0 I_MPI_PIN_DOMAIN=24:compact"
 
 GOLDEN = [
@@ -106,13 +107,13 @@ GOLDEN = [
     (
         "srun",
         BATCH,
-        f"env {PARTS} {ENV}128 srun --mpi=pmix --kill-on-bad-exit=1 --nodes=64 --ntasks=128 --ntasks-per-node=2 "
+        f"env {PARTS} {ENV}128 {SRUN} --nodes=64 --ntasks=128 --ntasks-per-node=2 "
         f"--distribution=block:block --cpus-per-task=24 --cpu-bind=cores {TRAIN}",
     ),
     (
         "srun",
         FEW,
-        f"env {PARTS} {ENV}3 srun --mpi=pmix --kill-on-bad-exit=1 --nodes=2 --ntasks=3 --ntasks-per-node=2 "
+        f"env {PARTS} {ENV}3 {SRUN} --nodes=2 --ntasks=3 --ntasks-per-node=2 "
         f"--nodelist=n1,n2 --distribution=block:block --cpus-per-task=8 --overcommit --cpu-bind=none {TRAIN}",
     ),
     ("ibrun", FEW, f"env MV2_ENABLE_AFFINITY=0 I_MPI_PIN=0 {ENV}3 ibrun -n 3 -o 0 {TRAIN}"),

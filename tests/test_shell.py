@@ -59,7 +59,7 @@ def test_only_env_sh_has_site_names_and_srun_leaves_no_ranks_behind():
         text = path.read_text()
         assert not re.search(r"partition|account|module |/scratch|/usr/local", text), path
         for call in re.findall(r"^\w* ?srun (?:.*\\\n)*.*$", text, re.MULTILINE):
-            assert "--kill-on-bad-exit=1" in call, path
+            assert "--kill-on-bad-exit=1" in call and "--export=ALL" in call, path
         assert "horovodrun" not in text and "eval " not in text
 
 
@@ -104,14 +104,14 @@ def batch_job(tmp_path):
         (tools / name).write_text(f"#!{shutil.which('bash')}\n{script}\n")
         (tools / name).chmod(0o755)
 
-    def run(code: int, attempts: int = 0) -> subprocess.CompletedProcess:
+    def run(code: int, attempts: int = 0, **more: str) -> subprocess.CompletedProcess:
         if attempts:
             (tmp_path / "logs" / ".restarts-7").write_text(f"{attempts}\n")
         job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "MAX_RESTARTS": "2"}
         job.update(SLURM_SUBMIT_DIR=str(tmp_path), SLURM_RESTART_COUNT=str(attempts), CODE=str(code))
         return subprocess.run(
             ["bash", str(ROOT / "launch" / "prepare.sbatch"), "verify"],
-            env={**OUTSIDE, **job, "VENV": str(tmp_path / "venv")},
+            env={**OUTSIDE, **job, "VENV": str(tmp_path / "venv"), **more},
             capture_output=True,
             text=True,
             timeout=60,
@@ -129,6 +129,13 @@ def test_io_errors_stops_and_lost_peers_are_requeued_with_a_cap(batch_job, code)
     capped = run(code, attempts=2)
     assert capped.returncode == code and "no new checkpoint in 3 attempts in a row" in capped.stderr
     assert not requeued.exists()
+
+
+def test_ranks_of_a_job_without_the_variables_of_its_user_get_those_of_the_job(batch_job, tmp_path):
+    """Fault: after `sbatch --export=NONE`, srun started the ranks without PATH."""
+    run, _ = batch_job
+    (tmp_path / "venv" / "bin" / "python").write_text('#!/bin/sh\necho "exports ${SLURM_EXPORT_ENV-all}" >&2\n')
+    assert "exports all" in run(0, SLURM_EXPORT_ENV="NONE").stderr
 
 
 @pytest.mark.parametrize("code", [0, 1, 64, 65, 66, 70, 73, 77, 138])

@@ -203,6 +203,7 @@ def _srun(rank_map: RankMap, environment: Dict[str, str], outside: Mapping[str, 
         *_env({**{name: value for name, value in parts.items() if name not in outside}, **environment}),
         "srun",
         "--mpi=pmix",
+        "--export=ALL",  # a job submitted with --export=NONE has SLURM_EXPORT_ENV=NONE, which srun obeys
         "--kill-on-bad-exit=1",  # by default the other ranks would wait for a dead one forever
         f"--nodes={-(-rank_map.ranks // rank_map.per_host)}",  # otherwise few ranks are spread over all nodes
         f"--ntasks={rank_map.ranks}",
