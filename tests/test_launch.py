@@ -245,6 +245,23 @@ def test_a_variable_that_is_exported_and_empty_counts_as_absent(starts, monkeypa
     assert "OMP_NUM_THREADS=2" in starts("--ranks=1", "--", "cat")
 
 
+@pytest.mark.parametrize(
+    "exported, expected",
+    [
+        ("", "/lib/tc.so"),
+        ("/sw/trace.so", "/lib/tc.so:/sw/trace.so"),
+        ("/sw/trace.so:/lib/tc.so", "/sw/trace.so:/lib/tc.so"),
+        ("/lib/tc.so /sw/trace.so", "/lib/tc.so /sw/trace.so"),
+        ("/sw/lib/tc.so.4", "/lib/tc.so:/sw/lib/tc.so.4"),
+    ],
+)
+def test_preloads_of_the_user_are_kept(starts, monkeypatch, exported, expected):
+    """Fault: those of a user who preloads the allocator as well were dropped."""
+    monkeypatch.setattr(launching.placement, "allocator", lambda root: "/lib/tc.so")
+    monkeypatch.setenv("LD_PRELOAD", exported)
+    assert f"LD_PRELOAD={expected}" in starts("--ranks=1", "--", "cat")
+
+
 def test_an_exported_number_of_threads_is_reported_even_if_it_is_the_proposed_one(starts, monkeypatch, capsys):
     """Fault: it decided, and nothing reported it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")

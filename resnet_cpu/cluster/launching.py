@@ -1,6 +1,7 @@
 """Start a command as MPI ranks: decide their hosts and cores, report why, check the hosts and become the launcher."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -186,8 +187,9 @@ def _without_exported(environment: Mapping[str, str]) -> Dict[str, str]:
     """
     kept = {name: value for name, value in environment.items() if not os.environ.get(name) or name == "LD_PRELOAD"}
     exported = os.environ.get("LD_PRELOAD")
-    if exported and "LD_PRELOAD" in kept and kept["LD_PRELOAD"] not in exported:
-        kept["LD_PRELOAD"] += f":{exported}"
+    if exported and "LD_PRELOAD" in kept:
+        preloaded = kept["LD_PRELOAD"] in re.split(r"[\s:]+", exported)
+        kept["LD_PRELOAD"] = exported if preloaded else f"{kept['LD_PRELOAD']}:{exported}"
     return kept
 
 
