@@ -95,7 +95,7 @@ fi
 
 # If nothing but the compiler and its tools is missing, all but Horovod and the fused kernels is set up, for jobs of one rank.
 without_compiler=no
-if [[ $may_install == no && " ${missing[*]} " == *" g++ "* ]]; then
+if [[ $may_install == no && ${#missing[@]} -gt 0 && " ${missing[*]} " == *" g++ "* ]]; then
   without_compiler=yes
   for package in "${missing[@]}"; do
     case $package in g++ | make | cmake) ;; *) without_compiler=no ;; esac

@@ -41,6 +41,26 @@ def test_negative_control_shellcheck_finds_an_unquoted_variable():
     assert process.returncode == 1 and "SC2086" in process.stdout
 
 
+def unsafe_arrays(text: str):
+    """Yield each expansion of an array that begins empty, unless it has a default or its length was tested before."""
+    for name in re.findall(r"\b(\w+)=\(\)", text):
+        tested = text.find(f"${{#{name}[@]}}")
+        for found in re.finditer(rf'(?<!\+")\$\{{{name}\[[@*]\]\}}', text):
+            if tested < 0 or found.start() < tested:
+                yield found.group()
+
+
+def test_empty_arrays_work_in_old_shells():
+    """Fault: under `set -u` they are unbound variables before bash 4.4; Enterprise Linux 7 has 4.2."""
+    for path in shell_files():
+        assert not list(unsafe_arrays(path.read_text())), path
+
+
+def test_negative_control_an_empty_array_is_found():
+    assert list(unsafe_arrays('a=()\nrm "${a[@]}"\n((${#a[@]})) || exit')) == ["${a[@]}"]
+    assert not list(unsafe_arrays('a=()\nrm ${a[@]+"${a[@]}"}\n((${#a[@]} == 0)) || rm "${a[@]}"'))
+
+
 @pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.name)
 def test_batch_files_follow_the_conventions(path):
     text = path.read_text()
