@@ -16,6 +16,7 @@ from conftest import OUTSIDE, ROOT
 from resnet_cpu import launch
 from resnet_cpu.cluster import launching, start
 from resnet_cpu.cluster.machine import Cpu, Machine, Node
+from resnet_cpu.diagnosis import examination
 from resnet_cpu.errors import FlagError, OutputError, PeerLost
 
 NEEDED = ["bash", "dirname", "head", "sed", "cat", "sha256sum", "sort", "wc", "grep", "env"]
@@ -90,6 +91,15 @@ def test_without_a_compiler_all_but_horovod_is_installed_and_a_warning_says_so(w
     assert "warning: g++ was not found" in warning and "one rank only" in warning and "ready" in ready
     again = without_compiler[1]()
     assert (again.returncode, again.stderr) == (0, "")
+
+
+def test_an_mpirun_that_does_not_run_is_reported_in_one_line(without_compiler):
+    """Fault: the installation ended without a word."""
+    put, install = without_compiler
+    put("mpirun", "echo libpmix.so.2: cannot open >&2; exit 127")
+    process = install()
+    (line,) = process.stderr.splitlines()
+    assert process.returncode == 1 and "/mpirun does not run: libpmix.so.2: cannot open; load another" in line
 
 
 def test_what_was_built_with_a_compiler_is_complete_without_it(without_compiler, tmp_path):
@@ -348,6 +358,19 @@ def test_what_cannot_be_started_is_reported_in_one_line(starts, arguments, parts
     assert "\n" not in str(caught.value)
 
 
+def test_an_mpirun_that_hangs_or_cannot_run_is_reported(starts, bare_machine, tmp_path):
+    """Fault: a traceback."""
+    bare_machine[0]("mpirun", "while :; do :; done")
+    path = str(tmp_path / "bin" / "mpirun")
+    with pytest.raises(FlagError, match=f"{path}: does not answer to --version in 0.2 s; .* --mpi="):
+        start.version_of(path, 0.2)
+    (tmp_path / "bin" / "mpirun").write_bytes(b"\x7fELF")
+    with pytest.raises(FlagError, match=f"{path}: Exec format error; "):
+        starts("--ranks=1", "--", "cat")
+    found = examination.CHECKS["mpirun"](examination.Asked())
+    assert found.state == "problem" and "Exec format error" in found.what
+
+
 def test_oversubscribed_ranks_are_not_bound(starts, monkeypatch):
     monkeypatch.setenv("RESNET_CPU_OVERSUBSCRIBE", "1")
     line = starts("--ranks=3", "--", "cat")
@@ -396,7 +419,7 @@ def test_hosts_that_do_not_answer_or_are_full_are_named_before_the_start(starts,
     put(
         "enter",
         'case $1 in good*) eval "$2" ;; full) echo "$2" >asked; echo "tmpfs 65536 65436 100 99% /dev/shm" ;; '
-        'slow) while :; do :; done ;; *) echo "no way there" >&2; exit 9 ;; esac',
+        'slow) while :; do :; done ;; polite) printf "\\344\\n" ;; *) echo "no way there" >&2; exit 9 ;; esac',
     )
     put("df", "exit 1")  # no /dev/shm there
     monkeypatch.chdir(tmp_path)
@@ -404,6 +427,7 @@ def test_hosts_that_do_not_answer_or_are_full_are_named_before_the_start(starts,
     assert "good1:1,good2:1" in starts("--hosts=good1:1,good2:1", "--", "cat")
     put("df", "echo Filesystem; echo tmpfs 65536 0 65536 0% /dev/shm")
     assert "good1:1,good2:1" in starts("--hosts=good1:1,good2:1", "--", "cat")
+    assert "polite:1" in starts("--hosts=polite:1", "--", "cat")  # fault: a banner in Latin-1 was a traceback
     with pytest.raises(OutputError) as caught:
         starts("--hosts=good1:1,full:1", "--", "cat")
     assert "full:/dev/shm: 0 MiB free, 1 ranks need 8" in str(caught.value) and "good1" not in str(caught.value)
@@ -551,7 +575,7 @@ def tune(environment, **more):
 
 
 def test_tuning_times_numbers_of_ranks_and_later_starts_use_the_fastest(tmp_path):
-    says = '1) echo "total images/sec: 9.5" ;; *) echo broken >&2; exit 3 ;;'
+    says = r'1) printf "\344\n" >&2; echo "total images/sec: 9.5" ;; *) echo broken >&2; exit 3 ;;'
     environment = stand_in_for_mpirun(tmp_path / "bin", says)
     process = tune(environment)
     out, err = process.communicate(timeout=120)

@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
@@ -173,10 +172,8 @@ def _check_ibrun(hosts: Sequence[str], ranks_per_node: Optional[int], distributi
 
 
 def _recognise(in_batch_job: bool) -> str:
-    version = None
-    if shutil.which("mpirun"):
-        answer = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, timeout=60)
-        version = answer.stdout + answer.stderr
+    path = shutil.which("mpirun")
+    version = start.version_of(path) if path else None
     return launchers.recognise(version, in_batch_job, bool(shutil.which("ibrun")), bool(shutil.which("srun")))
 
 

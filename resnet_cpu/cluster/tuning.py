@@ -82,6 +82,7 @@ def images_per_second(ranks: int, mpi: str, benchmark_flags: Sequence[str]) -> f
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        errors="replace",  # hosts and libraries may print in another encoding
         env=allocation.without(os.environ),
     )
     try:

@@ -68,7 +68,10 @@ def _packages(asked: Asked) -> Check:
 
 
 def _mpirun(asked: Asked) -> Check:
-    path, printed = facts.mpirun()
+    try:
+        path, printed = facts.mpirun()
+    except FlagError as error:
+        return Check("mpirun", "problem", str(error))
     in_batch_job = "SLURM_JOB_ID" in os.environ
     has_srun, has_horovod = shutil.which("srun") is not None, environment.version("horovod") is not None
     return checks.mpirun(path, printed, in_batch_job, has_srun, has_horovod)

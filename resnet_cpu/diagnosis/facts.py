@@ -22,7 +22,7 @@ import time
 from importlib import metadata
 from typing import IO, Any, Dict, Iterator, List, Mapping, Optional, Set, Tuple
 
-from resnet_cpu.cluster import allocation
+from resnet_cpu.cluster import allocation, start
 from resnet_cpu.cluster.environment import keras_is_separate, version
 from resnet_cpu.run.atomic import write_atomically
 from resnet_cpu.run.rights import others_may_write, refused
@@ -34,6 +34,7 @@ _BLOCK = 2**20
 _READ_BYTES, _READ_S = 256 * _BLOCK, 2.0  # at most, in the test of reading
 _LARGEST_OF = 10000  # files of a data folder that are looked at
 _OF_A_LAUNCHER = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "RESNET_CPU_RANKS")  # of one that has started this shell
+_VERSION_S = 5.0  # for mpirun to print its version
 _END_S = 3.0  # time for mpirun to end its ranks
 
 
@@ -107,12 +108,14 @@ def broken() -> Dict[str, str]:
 
 
 def mpirun() -> Tuple[Optional[str], str]:
-    """Return the path of mpirun in PATH, None without it, and what it prints with --version."""
+    """Return the path of mpirun in PATH, None without it, and what it prints with --version.
+
+    Raises FlagError if it cannot be run.
+    """
     path = shutil.which("mpirun")
     if path is None:
         return None, ""
-    answer = subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace", timeout=5)
-    return path, answer.stdout + answer.stderr
+    return path, start.version_of(path, _VERSION_S)
 
 
 def horovod_build() -> Tuple[Optional[str], str, List[str]]:
