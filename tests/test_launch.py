@@ -542,6 +542,19 @@ def test_a_number_of_threads_that_is_none_is_refused_before_the_start(starts, mo
     assert starts("--ranks=1", "--", "cat")
 
 
+def test_shared_memory_of_a_host_without_ranks_does_not_matter(starts, monkeypatch):
+    """Fault: a full /dev/shm of a login node stopped a job on other nodes."""
+
+    def full(ranks):
+        raise OutputError("/dev/shm: 0 MiB free")
+
+    monkeypatch.setattr(start, "check_shared_memory", full)
+    monkeypatch.setattr(start, "check_hosts", lambda hosts, ranks, agent: None)
+    assert starts("--hosts=elsewhere:1", "--", "cat")
+    with pytest.raises(OutputError):  # negative control
+        starts("--ranks=1", "--", "cat")
+
+
 def test_full_shared_memory_is_reported(monkeypatch, tmp_path):
     class Full:
         f_bavail, f_frsize = 10, 4096

@@ -93,7 +93,8 @@ def launch(
         print(shlex.join(line))
         return
     start.check_programs(command[0], next(word for word in line if word != "env" and "=" not in word))
-    start.check_shared_memory(rank_map.per_host)
+    if not elsewhere:
+        start.check_shared_memory(rank_map.per_host)
     start.check_hosts(rank_map.hosts, rank_map.per_host, rank_map.agent)
     if measures:  # only now: it takes ten seconds, which a misspelt command should not cost
         advice, reason = precision.advice(host.instruction_sets, precision.measure(host, intel_extension))
