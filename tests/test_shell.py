@@ -70,8 +70,17 @@ def test_batch_files_follow_the_conventions(path):
     assert any(re.fullmatch(r"--output=logs/%x-(%j|%A_%a)\.out", word) for word in asked)
     assert ("--signal=B:USR1@300" in asked) == ("\ntrain " in text)  # what writes checkpoints gets a signal in time
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    assert lines[:3] == ["set -euo pipefail", 'cd "$SLURM_SUBMIT_DIR"', "source launch/batch.sh"]
+    assert lines[:3] == ["set -euo pipefail", 'cd "${SLURM_SUBMIT_DIR:-.}"', "source launch/batch.sh"]
     assert "SLURM_JOB_NAME" not in text and "eval" not in text.replace("evaluate", "")
+
+
+@pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.name)
+def test_a_batch_file_outside_a_job_says_how_it_is_submitted(path):
+    """Fault: SLURM_SUBMIT_DIR: unbound variable."""
+    outside = {name: value for name, value in OUTSIDE.items() if not name.startswith("SLURM")}
+    process = subprocess.run(["bash", str(path)], cwd=ROOT, env=outside, capture_output=True, text=True, timeout=60)
+    (line,) = process.stderr.splitlines()
+    assert process.returncode == 64 and "this is a batch file: sbatch launch/NAME.sbatch FLAGS" in line
 
 
 def test_only_env_sh_has_site_names_and_srun_leaves_no_ranks_behind():
