@@ -293,6 +293,7 @@ def test_reading_is_timed(tmp_path):
     (tmp_path / "small").write_bytes(b"x")
     assert facts.read_folder(str(tmp_path)).rate is None
     (tmp_path / "shard").write_bytes(bytes(2**21))
+    (tmp_path / "link").symlink_to("nowhere")  # fault: one such link, and the folder could not be read
     assert facts.read_folder(str(tmp_path)).rate > 0
     assert "no such folder" in facts.read_folder(str(tmp_path / "none")).error
     (tmp_path / "empty").mkdir()

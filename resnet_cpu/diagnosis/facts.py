@@ -287,9 +287,10 @@ def _files(path: str) -> Iterator[Tuple[int, str]]:
     count = 0
     for folder, _, names in os.walk(path, onerror=_raise):
         for name in names:
-            about = os.stat(os.path.join(folder, name))
-            if stat.S_ISREG(about.st_mode):
-                yield about.st_size, os.path.join(folder, name)
+            with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere, or a file that was removed since
+                about = os.stat(os.path.join(folder, name))
+                if stat.S_ISREG(about.st_mode):
+                    yield about.st_size, os.path.join(folder, name)
             count += 1
             if count == _LARGEST_OF:
                 return
