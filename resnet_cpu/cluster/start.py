@@ -17,7 +17,9 @@ from resnet_cpu.errors import FlagError, OutputError, PeerLost
 _ANSWER_S = 20.0  # a host that does not answer within this time counts as lost
 _VERSION_S = 60.0  # for a program to print its version; it may lie on a slow file system
 _AT_ONCE = 64  # hosts that are asked at the same time
-_LOST_HOST = (205, 255)  # exit codes of mpirun: its daemon does not answer, or the program that started it ended
+# Exit codes of mpirun that say that a host was lost: its daemon does not answer, or the program that started the daemon
+# ended. A command may also end with the second.
+_NO_ANSWER, _NOT_STARTED = 205, 255
 _SHM = "/dev/shm"
 _SHM_PER_RANK = 8 * 2**20  # bytes; Open MPI uses 4 MiB per rank there
 
@@ -173,9 +175,10 @@ def follow(line: Sequence[str]) -> NoReturn:
     for arrived in early:
         process.send_signal(arrived)
     code = process.wait()
-    if code in _LOST_HOST:
+    if code in (_NO_ANSWER, _NOT_STARTED):
+        or_command = ", or the command ended with that code" if code == _NOT_STARTED else ""
         raise PeerLost(
-            f"a host was lost, or could not be started (mpirun ended with {code}); run the same command again without "
-            "that host to continue"
+            f"a host was lost, or could not be started{or_command} (mpirun ended with {code}); run the same command "
+            "again, without the host if one was lost"
         )
     sys.exit(code if code >= 0 else 128 - code)
