@@ -18,6 +18,9 @@ forward() {
 trap 'stop=yes; say "USR1: time is nearly up; asking for a checkpoint"; forward USR1' USR1
 trap 'cancelled=yes; forward TERM' TERM
 
+# Of a job submitted with --export=NONE: srun, and mpirun through it, would start ranks without PATH and the variables of env.sh.
+unset SLURM_EXPORT_ENV
+
 set +eu # site modules do not expect these options
 # shellcheck source=launch/env.sh
 source launch/env.sh

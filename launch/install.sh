@@ -95,7 +95,7 @@ fi
 
 # If nothing but the compiler and its tools is missing, all but Horovod and the fused kernels is set up, for jobs of one rank.
 without_compiler=no
-if [[ $may_install == no && " ${missing[*]} " == *" g++ "* ]]; then
+if [[ $may_install == no && ${#missing[@]} -gt 0 && " ${missing[*]} " == *" g++ "* ]]; then
   without_compiler=yes
   for package in "${missing[@]}"; do
     case $package in g++ | make | cmake) ;; *) without_compiler=no ;; esac
@@ -111,7 +111,9 @@ if ((${#missing[@]})) && [[ $without_compiler == no ]]; then
   }
 fi
 
-mpi_version=$(mpirun --version 2>&1 | sed -n 1p) # reads to the end: an MPI that is cut off would end this script
+# sed reads to the end: an MPI that is cut off would end this script.
+mpi_version=$(mpirun --version 2>&1 | sed -n 1p) ||
+  fail "$(command -v mpirun || echo mpirun) does not run: ${mpi_version:-it printed nothing}; load another MPI module, or install openmpi-bin"
 compiler=$(g++ --version 2>/dev/null | head -n 1) || true
 # The name that the documentation uses. It stays what it is, so that queued jobs keep their environment.
 link() {

@@ -89,6 +89,28 @@ def test_slurm_exports_the_number_of_nodes_and_tasks(environ, nodes, slots):
 
 
 @pytest.mark.parametrize(
+    "listed, nodes, more, slots, unequal",
+    [
+        ("2", 1, {"SLURM_NTASKS": "2"}, 2, False),
+        ("1(x4)", 4, {"SLURM_NTASKS": "4"}, 1, False),
+        ("2,2", 2, {"SLURM_NTASKS_PER_NODE": "2"}, 2, False),
+        ("6,2", 2, {"SLURM_NTASKS": "8"}, 2, True),
+        ("6(x2)", 2, {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "6"}, 4, False),  # as Slurm 22.05 writes it
+        ("4(x2),3", 3, {"SLURM_NTASKS": "11"}, 3, True),
+        ("48(x4)", 4, {}, None, False),  # no tasks were asked for: these are processors
+        ("1", 4, {"SLURM_NTASKS": "8"}, 2, False),  # of a step on one of the four nodes
+        ("", 4, {"SLURM_NTASKS": "8"}, 2, False),
+        ("2(x", 4, {"SLURM_NTASKS": "8"}, 2, False),
+        ("1(x999999999)", 4, {"SLURM_NTASKS": "8"}, 2, False),
+    ],
+)
+def test_slurm_lists_the_tasks_of_each_node(listed, nodes, more, slots, unequal):
+    """Fault: 8 tasks on two nodes were taken for 6 each with --ntasks-per-node=6, and for 4 each if a node had 6."""
+    found = allocation.read({"SLURM_JOB_ID": "7", "SLURM_NNODES": str(nodes), "SLURM_TASKS_PER_NODE": listed, **more})
+    assert (found.slots, found.unequal) == (slots, f"SLURM_TASKS_PER_NODE={listed}" if unequal else "")
+
+
+@pytest.mark.parametrize(
     "environ",
     [{}, {"PBS_O_HOST": "x"}, {"JOB_ID": "7"}, {"SLURM_JOB_ID": "", "PBS_JOBID": "", "PBS_NODEFILE": ""}],
 )

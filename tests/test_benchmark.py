@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from conftest import OUTSIDE, ROOT, TINY_FLAGS, error_lines, last_line
 
-from resnet_cpu.bench import messages
+from resnet_cpu import commandline
+from resnet_cpu.bench import messages, steps
 from resnet_cpu.bench.steps import StepTimings
+from resnet_cpu.cluster.control import World
+from resnet_cpu.errors import FlagError
 
 pytestmark = pytest.mark.training
 
@@ -49,6 +52,15 @@ def test_bandwidths_of_messages_are_those_of_nccl_tests(tmp_path):
     assert (tmp_path / "a" / "allreduce.csv").exists() and not (tmp_path / "a" / "network.json").exists()
     assert messages.sizes(100, 5000) == [100, 1024, 4096]
     assert messages.sizes(4096)[-1] == 2**28 and len(messages.sizes(4096)) == 10
+
+
+@pytest.mark.parametrize("timed", [steps, messages], ids=["steps", "messages"])
+def test_a_batch_that_cannot_be_divided_is_one_error_of_all_ranks(timed):
+    """Fault: each rank printed it."""
+    settings = commandline.parse(["--dataset=synthetic", "--global_batch_size=13"], "benchmark")
+    with pytest.raises(FlagError, match="13") as caught:
+        timed.run(settings, World(2, 0))
+    assert caught.value.collective
 
 
 def test_one_rank_has_no_messages(run_command):

@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from resnet_cpu.cluster import environment, machine, tuning
+from resnet_cpu.cluster.machine import Cpu, Machine, Node
 from resnet_cpu.diagnosis import checks, examination, facts
 from resnet_cpu.diagnosis.examination import Asked
 from resnet_cpu.diagnosis.facts import Folder, Handshake
@@ -103,6 +105,12 @@ JUDGED = [
     (checks.threads({"OMP_NUM_THREADS": "2,1"}, "", 2), "ok", ["OMP_NUM_THREADS=2,1"]),
     (checks.threads({"TF_NUM_INTEROP_THREADS": "2"}, "", 24), "ok", []),
     (checks.threads({"OMP_NUM_THREADS": "1"}, "", 24), "warning", ["overrides the 24", "unset OMP_NUM_THREADS"]),
+    (checks.threads({"OMP_THREAD_LIMIT": "256", "OMP_NUM_THREADS": "24"}, "", 24), "ok", ["OMP_THREAD_LIMIT=256"]),
+    (
+        checks.threads({"OMP_THREAD_LIMIT": "8", "OMP_NUM_THREADS": "24"}, "", 24),
+        "warning",
+        ["OMP_THREAD_LIMIT=8 in your environment overrides the 24", "unset OMP_THREAD_LIMIT, or"],
+    ),
     (checks.threads({}, "OMP_NUM_THREADS=auto: must be a number; unset it", 24), "problem", ["OMP_NUM_THREADS=auto"]),
     (checks.memory(64 * GIB, 5.4e9), "ok", ["64.0 GiB"]),
     (checks.memory(2 * GIB, 5.4e9), "warning", ["2.0 GiB", "--batch_size"]),
@@ -285,6 +293,7 @@ def test_reading_is_timed(tmp_path):
     (tmp_path / "small").write_bytes(b"x")
     assert facts.read_folder(str(tmp_path)).rate is None
     (tmp_path / "shard").write_bytes(bytes(2**21))
+    (tmp_path / "link").symlink_to("nowhere")  # fault: one such link, and the folder could not be read
     assert facts.read_folder(str(tmp_path)).rate > 0
     assert "no such folder" in facts.read_folder(str(tmp_path / "none")).error
     (tmp_path / "empty").mkdir()
@@ -301,6 +310,19 @@ def test_a_check_that_fails_is_a_finding(monkeypatch):
     assert set(found) == set(examination.CHECKS) - {"run_dir", "data_dir"}  # which were not named
 
 
+def test_threads_are_compared_with_those_of_the_number_of_ranks_that_was_tuned(monkeypatch):
+    """Fault: OMP_NUM_THREADS=8, the threads of the ranks that launch would start, was said to override 16."""
+    cpus = tuple(Cpu(id=n, core=n, socket=0, node=0, cache=0, siblings=(n,)) for n in range(16))
+    host = Machine("", (), cpus, (Node(0, tuple(range(16)), 0),), tuple(range(16)), root="/nowhere")
+    monkeypatch.setattr(machine, "read", lambda: host)
+    for name in environment.NUMBERS_OF_THREADS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    for fastest, state in ((2, "ok"), (None, "warning")):
+        monkeypatch.setattr(tuning, "fastest", lambda host, fastest=fastest: fastest)
+        assert examination.CHECKS["threads"](Asked()).state == state
+
+
 def test_only_a_problem_gives_exit_code_1(monkeypatch, capsys):
     for state, code in (("ok", 0), ("warning", 0), ("problem", 1)):
         monkeypatch.setattr(examination, "CHECKS", {"x": lambda asked, state=state: checks.Check("x", state, "y")})
@@ -311,6 +333,24 @@ def test_only_a_problem_gives_exit_code_1(monkeypatch, capsys):
 def test_the_cause_is_the_line_of_this_package_or_the_last_one():
     assert facts._cause("launch: x\nresnet_cpu: bad flag\nmpirun: ended\n") == "resnet_cpu: bad flag"
     assert facts._cause("a\nb\n\n") == "b" and facts._cause("") == "no message"
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1"},
+        {"PBS_NODEFILE": "/x"},
+        {"LSB_JOBID": "7"},
+        {"COBALT_NODEFILE": "/x"},
+        {"SGE_TASK_ID": "1", "PE_HOSTFILE": "/x"},
+        {"OAR_JOB_ID": "7", "OAR_NODEFILE": "/x"},
+        {"OMPI_COMM_WORLD_SIZE": "2", "PMI_RANK": "0", "PMIX_RANK": "0", "RESNET_CPU_RANKS": "2"},
+    ],
+    ids=lambda job: next(iter(job)),
+)
+def test_the_two_ranks_run_outside_every_job(job):
+    """Fault: in jobs of Grid Engine, OAR and Cobalt their hosts were taken."""
+    assert facts.outside_jobs({**job, "PATH": "/bin"}) == {"PATH": "/bin"}
 
 
 def test_a_package_that_does_not_load_is_found(monkeypatch):

@@ -8,8 +8,10 @@ import sys
 import pytest
 from conftest import OUTSIDE, ROOT, TINY_FLAGS, error_lines
 
-from resnet_cpu.cluster import environment
+from resnet_cpu import commandline
+from resnet_cpu.cluster import control, environment
 from resnet_cpu.errors import FlagError
+from resnet_cpu.training import agreement
 
 #: Variables of other programs, and values that people have exported.
 OF_OTHERS = {
@@ -85,6 +87,22 @@ def test_a_variable_can_be_kept_by_its_name():
 def test_other_variables_cannot_be_kept(name):
     with pytest.raises(FlagError, match=f"RESNET_CPU_KEEP: {name} "):
         environment.settle({name: "1", environment.KEEP: name})
+
+
+def test_ranks_that_keep_other_variables_are_refused(monkeypatch):
+    """Fault: RESNET_CPU_KEEP was not passed to other hosts, and nothing compared what the ranks obey."""
+    settings = commandline.parse(["--dataset=synthetic"], "benchmark")
+    monkeypatch.setenv(environment.KEEP, "ITEX_LAYOUT_OPT,ONEDNN_MAX_CPU_ISA,OMP_PLACES")
+    monkeypatch.setenv("ITEX_LAYOUT_OPT", "1")
+    monkeypatch.setenv("OMP_PLACES", "{0}")  # ranks may be pinned each to its own cores
+    other = {"host": "n2", environment.KEEP: "unset"}
+    for rows, refused in ((lambda row: [row, row], False), (lambda row: [row, {**row, **other}], True)):
+        monkeypatch.setattr(control.World, "gather", lambda self, row, rows=rows: rows(row))
+        if refused:
+            with pytest.raises(FlagError, match=r"rank 1 on n2 .*RESNET_CPU_KEEP \(unset\).*\(ITEX_LAYOUT_OPT=1\)"):
+                agreement.check_same_everywhere(settings, control.World(2, 0))
+        else:
+            agreement.check_same_everywhere(settings, control.World(2, 0))
 
 
 @pytest.mark.parametrize("switch, code", [("-OO", 64), ("-O", 0), ("-B", 0)])

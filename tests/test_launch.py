@@ -1,5 +1,6 @@
 """Installing and launching: what is run and reported, with stand-ins for the machine and its programs."""
 
+import dataclasses
 import os
 import shlex
 import shutil
@@ -15,6 +16,7 @@ from conftest import OUTSIDE, ROOT
 from resnet_cpu import launch
 from resnet_cpu.cluster import launching, start
 from resnet_cpu.cluster.machine import Cpu, Machine, Node
+from resnet_cpu.diagnosis import examination
 from resnet_cpu.errors import FlagError, OutputError, PeerLost
 
 NEEDED = ["bash", "dirname", "head", "sed", "cat", "sha256sum", "sort", "wc", "grep", "env"]
@@ -89,6 +91,15 @@ def test_without_a_compiler_all_but_horovod_is_installed_and_a_warning_says_so(w
     assert "warning: g++ was not found" in warning and "one rank only" in warning and "ready" in ready
     again = without_compiler[1]()
     assert (again.returncode, again.stderr) == (0, "")
+
+
+def test_an_mpirun_that_does_not_run_is_reported_in_one_line(without_compiler):
+    """Fault: the installation ended without a word."""
+    put, install = without_compiler
+    put("mpirun", "echo libpmix.so.2: cannot open >&2; exit 127")
+    process = install()
+    (line,) = process.stderr.splitlines()
+    assert process.returncode == 1 and "/mpirun does not run: libpmix.so.2: cannot open; load another" in line
 
 
 def test_what_was_built_with_a_compiler_is_complete_without_it(without_compiler, tmp_path):
@@ -244,6 +255,23 @@ def test_a_variable_that_is_exported_and_empty_counts_as_absent(starts, monkeypa
     assert "OMP_NUM_THREADS=2" in starts("--ranks=1", "--", "cat")
 
 
+@pytest.mark.parametrize(
+    "exported, expected",
+    [
+        ("", "/lib/tc.so"),
+        ("/sw/trace.so", "/lib/tc.so:/sw/trace.so"),
+        ("/sw/trace.so:/lib/tc.so", "/sw/trace.so:/lib/tc.so"),
+        ("/lib/tc.so /sw/trace.so", "/lib/tc.so /sw/trace.so"),
+        ("/sw/lib/tc.so.4", "/lib/tc.so:/sw/lib/tc.so.4"),
+    ],
+)
+def test_preloads_of_the_user_are_kept(starts, monkeypatch, exported, expected):
+    """Fault: those of a user who preloads the allocator as well were dropped."""
+    monkeypatch.setattr(launching.placement, "allocator", lambda root: "/lib/tc.so")
+    monkeypatch.setenv("LD_PRELOAD", exported)
+    assert f"LD_PRELOAD={expected}" in starts("--ranks=1", "--", "cat")
+
+
 def test_an_exported_number_of_threads_is_reported_even_if_it_is_the_proposed_one(starts, monkeypatch, capsys):
     """Fault: it decided, and nothing reported it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
@@ -272,6 +300,30 @@ def test_the_placement_is_worked_out_once(starts, monkeypatch):
     monkeypatch.setattr(launching.placement, "propose", lambda *a, **k: calls.append(a) or propose(*a, **k))
     starts("--mpi=openmpi", "--dry_run", "--", "cat")
     assert len(calls) == 1
+
+
+def test_the_precision_is_measured_last_and_only_for_ranks_of_this_host(starts, monkeypatch, capsys):
+    """Fault: TensorFlow was loaded for ten seconds before a misspelt command was reported, and within doctor's 20 s."""
+    measured = []
+    monkeypatch.setattr(launching.precision, "known", lambda host, extension: None)
+    monkeypatch.setattr(launching.precision, "measure", lambda host, extension: measured.append(host) or 1.5)
+    host = dataclasses.replace(TWO_CORES, instruction_sets=("avx512_bf16",))
+    monkeypatch.setattr(launching.machine, "read", lambda: host)
+    with pytest.raises(FlagError, match="no-such-command"):
+        starts("--ranks=1", "--", "no-such-command")
+    starts("--ranks=1", "--dry_run", "--", "cat")
+    starts("--hosts=elsewhere", "--dry_run", "--", "cat")
+    monkeypatch.setattr(launching.start, "check_hosts", lambda hosts, ranks, agent: None)
+    starts("--hosts=elsewhere", "--", "cat")
+    flags = dict(ranks_per_node=None, threads=0, hosts=[], mpi="auto", interface=None, dry_run=False)
+    launching.launch(["cat"], ranks=1, **flags, measure=False)
+    assert not measured and "bfloat16 may be faster: launch and doctor measure" in capsys.readouterr().err
+    starts("--ranks=1", "--", "cat")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "precision: " in line]
+    assert len(measured) == 1 and "1.5 times as fast here" in line
+    monkeypatch.setattr(launching.machine, "read", lambda: TWO_CORES)
+    starts("--ranks=1", "--", "cat")
+    assert len(measured) == 1  # a processor that cannot gain from it
 
 
 @pytest.mark.parametrize(
@@ -306,6 +358,19 @@ def test_what_cannot_be_started_is_reported_in_one_line(starts, arguments, parts
     assert "\n" not in str(caught.value)
 
 
+def test_an_mpirun_that_hangs_or_cannot_run_is_reported(starts, bare_machine, tmp_path):
+    """Fault: a traceback."""
+    bare_machine[0]("mpirun", "while :; do :; done")
+    path = str(tmp_path / "bin" / "mpirun")
+    with pytest.raises(FlagError, match=f"{path}: does not answer to --version in 0.2 s; .* --mpi="):
+        start.version_of(path, 0.2)
+    (tmp_path / "bin" / "mpirun").write_bytes(b"\x7fELF")
+    with pytest.raises(FlagError, match=f"{path}: Exec format error; "):
+        starts("--ranks=1", "--", "cat")
+    found = examination.CHECKS["mpirun"](examination.Asked())
+    assert found.state == "problem" and "Exec format error" in found.what
+
+
 def test_oversubscribed_ranks_are_not_bound(starts, monkeypatch):
     monkeypatch.setenv("RESNET_CPU_OVERSUBSCRIBE", "1")
     line = starts("--ranks=3", "--", "cat")
@@ -316,12 +381,45 @@ def test_oversubscribed_ranks_are_not_bound(starts, monkeypatch):
         starts("--ranks=3", "--", "cat")
 
 
+@pytest.mark.parametrize("launcher, binding", [("openmpi", "--bind-to none"), ("mpich", "-bind-to none")])
+def test_ranks_stay_within_the_mask_of_this_process(starts, monkeypatch, capsys, launcher, binding):
+    """Fault: after taskset, the ranks were bound to cores that it had left out."""
+    starts(f"--mpi={launcher}", "--ranks=1", "--dry_run", "--", "cat")
+    line, report = capsys.readouterr()
+    assert "-to none" not in line and "binding: 0-1 (" in report  # negative control
+    restricted = dataclasses.replace(TWO_CORES, allowed=(1,), restricted=True)
+    monkeypatch.setattr(launching.machine, "read", lambda: restricted)
+    starts(f"--mpi={launcher}", "--ranks=1", "--dry_run", "--", "cat")
+    line, report = capsys.readouterr()
+    assert binding in line and "binding: none (this process is restricted to CPUs 1, and " in report
+    starts(f"--mpi={launcher}", "--hosts=elsewhere:1", "--dry_run", "--", "cat")
+    assert "-to none" not in capsys.readouterr().out
+    starts("--mpi=intel", "--ranks=1", "--dry_run", "--", "cat")
+    assert "I_MPI_PIN_DOMAIN 1:compact" in capsys.readouterr().out  # which obeys the mask
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_a_rank_really_stays_within_the_mask():
+    last = max(os.sched_getaffinity(0))
+    command = [sys.executable, "-m", "resnet_cpu.launch", "--ranks=1", "--", "grep", "Cpus_allowed_list"]
+    process = subprocess.run(
+        ["taskset", "-c", str(last), *command, "/proc/self/status"],
+        cwd=ROOT,
+        env=OUTSIDE,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.stdout.split()[-1:] == [str(last)], process.stderr
+
+
 def test_hosts_that_do_not_answer_or_are_full_are_named_before_the_start(starts, bare_machine, monkeypatch, tmp_path):
     put, _ = bare_machine
     put(
         "enter",
         'case $1 in good*) eval "$2" ;; full) echo "$2" >asked; echo "tmpfs 65536 65436 100 99% /dev/shm" ;; '
-        'slow) while :; do :; done ;; *) echo "no way there" >&2; exit 9 ;; esac',
+        'slow) while :; do :; done ;; polite) printf "\\344\\n" ;; *) echo "no way there" >&2; exit 9 ;; esac',
     )
     put("df", "exit 1")  # no /dev/shm there
     monkeypatch.chdir(tmp_path)
@@ -329,6 +427,7 @@ def test_hosts_that_do_not_answer_or_are_full_are_named_before_the_start(starts,
     assert "good1:1,good2:1" in starts("--hosts=good1:1,good2:1", "--", "cat")
     put("df", "echo Filesystem; echo tmpfs 65536 0 65536 0% /dev/shm")
     assert "good1:1,good2:1" in starts("--hosts=good1:1,good2:1", "--", "cat")
+    assert "polite:1" in starts("--hosts=polite:1", "--", "cat")  # fault: a banner in Latin-1 was a traceback
     with pytest.raises(OutputError) as caught:
         starts("--hosts=good1:1,full:1", "--", "cat")
     assert "full:/dev/shm: 0 MiB free, 1 ranks need 8" in str(caught.value) and "good1" not in str(caught.value)
@@ -443,6 +542,19 @@ def test_a_number_of_threads_that_is_none_is_refused_before_the_start(starts, mo
     assert starts("--ranks=1", "--", "cat")
 
 
+def test_shared_memory_of_a_host_without_ranks_does_not_matter(starts, monkeypatch):
+    """Fault: a full /dev/shm of a login node stopped a job on other nodes."""
+
+    def full(ranks):
+        raise OutputError("/dev/shm: 0 MiB free")
+
+    monkeypatch.setattr(start, "check_shared_memory", full)
+    monkeypatch.setattr(start, "check_hosts", lambda hosts, ranks, agent: None)
+    assert starts("--hosts=elsewhere:1", "--", "cat")
+    with pytest.raises(OutputError):  # negative control
+        starts("--ranks=1", "--", "cat")
+
+
 def test_full_shared_memory_is_reported(monkeypatch, tmp_path):
     class Full:
         f_bavail, f_frsize = 10, 4096
@@ -476,7 +588,7 @@ def tune(environment, **more):
 
 
 def test_tuning_times_numbers_of_ranks_and_later_starts_use_the_fastest(tmp_path):
-    says = '1) echo "total images/sec: 9.5" ;; *) echo broken >&2; exit 3 ;;'
+    says = r'1) printf "\344\n" >&2; echo "total images/sec: 9.5" ;; *) echo broken >&2; exit 3 ;;'
     environment = stand_in_for_mpirun(tmp_path / "bin", says)
     process = tune(environment)
     out, err = process.communicate(timeout=120)
@@ -545,7 +657,7 @@ def test_a_launcher_that_starts_worlds_of_one_is_reported(tmp_path, announced, m
         ("exit 0", 0, ""),
         ("exit 75", 75, ""),
         ("exit 205", 76, "a host was lost, or could not be started"),
-        ("exit 255", 76, "a host was lost"),
+        ("exit 255", 76, "a host was lost, or could not be started, or the command ended with that code (mpirun ended"),
         ("kill -9 $$", 137, ""),
         ("trap 'exit 75' USR1; kill -USR1 $PPID; while :; do sleep 0.01; done", 75, ""),
     ],

@@ -41,6 +41,7 @@ AWAY = f"--mca btl_tcp_if_exclude lo,docker0,virbr0 --mca oob_tcp_if_exclude lo,
 MV2 = "-genv MV2_ENABLE_AFFINITY 0"
 INTEL = "-genv I_MPI_PIN_DOMAIN 48:compact"
 HYDRA_INTEL = "env I_MPI_JOB_RESPECT_PROCESS_PLACEMENT=0 mpiexec.hydra"
+SRUN = "srun --mpi=pmix --export=ALL --kill-on-bad-exit=1"
 PINS = "MV2_ENABLE_AFFINITY=0 I_MPI_PIN_DOMAIN=24:compact"
 
 GOLDEN = [
@@ -106,13 +107,13 @@ GOLDEN = [
     (
         "srun",
         BATCH,
-        f"env {PARTS} {ENV}128 srun --mpi=pmix --kill-on-bad-exit=1 --nodes=64 --ntasks=128 --ntasks-per-node=2 "
+        f"env {PARTS} {ENV}128 {SRUN} --nodes=64 --ntasks=128 --ntasks-per-node=2 "
         f"--distribution=block:block --cpus-per-task=24 --cpu-bind=cores {TRAIN}",
     ),
     (
         "srun",
         FEW,
-        f"env {PARTS} {ENV}3 srun --mpi=pmix --kill-on-bad-exit=1 --nodes=2 --ntasks=3 --ntasks-per-node=2 "
+        f"env {PARTS} {ENV}3 {SRUN} --nodes=2 --ntasks=3 --ntasks-per-node=2 "
         f"--nodelist=n1,n2 --distribution=block:block --cpus-per-task=8 --overcommit --cpu-bind=none {TRAIN}",
     ),
     ("ibrun", FEW, f"env MV2_ENABLE_AFFINITY=0 I_MPI_PIN=0 {ENV}3 ibrun -n 3 -o 0 {TRAIN}"),
@@ -125,7 +126,8 @@ GOLDEN = [
     (
         "openmpi",
         FEW,
-        f"{MPIRUN} -np 3 --host n1:2,n2:2 --oversubscribe --bind-to none {AWAY} {OMPI}3 {NAMES} {TRAIN}",
+        f"{MPIRUN} -np 3 --host n1:2,n2:2 --oversubscribe --map-by ppr:2:node --bind-to none {AWAY} {OMPI}3 {NAMES} "
+        f"{TRAIN}",
     ),
 ]  # fmt: skip
 
@@ -156,6 +158,16 @@ def test_exported_settings_of_open_mpi_are_kept():
     assert "-x APPTAINERENV_HOST_MPI" in line  # for a container on another host
     assert "--mca btl_tcp_flags 1" in line and "oob_tcp_keepalive_time 7" in line
     assert "btl_tcp_flags" not in " ".join(launchers.line("srun", BATCH, SET, mine, COMMAND))
+
+
+@pytest.mark.parametrize(
+    "name", ["RESNET_CPU_KEEP", "RESNET_CPU_KERNELS_ISA", "XLA_FLAGS", "GOMP_SPINCOUNT", "ONEDNN_MAX_CPU_ISA"]
+)
+def test_what_decides_the_arithmetic_reaches_ranks_on_other_hosts(name):
+    """Fault: RESNET_CPU_KEEP reached the ranks of this host only, so that one job computed in two precisions."""
+    for launcher, passed in (("openmpi", f"-x {name}"), ("intel", f"-genvlist {name}"), ("mpich", f"-genvlist {name}")):
+        assert passed in " ".join(launchers.line(launcher, NODES, SET, {name: "1"}, COMMAND))
+    assert name not in " ".join(launchers.line("openmpi", HERE, SET, {name: "1"}, COMMAND))  # inherited
 
 
 def test_srun_does_not_count_hyper_threads_if_the_job_excludes_them():
@@ -192,6 +204,7 @@ def test_an_unknown_launcher_is_refused(version, part):
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4"}
 ONE_TASK = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "1"}
+UNEQUAL = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NTASKS": "8", "SLURM_TASKS_PER_NODE": "6,2"}
 LSF = {"LSB_JOBID": "7", "LSB_MCPU_HOSTS": "n1 2 n2 2"}
 
 
@@ -222,6 +235,7 @@ LSF = {"LSB_JOBID": "7", "LSB_MCPU_HOSTS": "n1 2 n2 2"}
         ({"LSB_MCPU_HOSTS": "n1 1"}, [], 2, None, (2, 2, ("n1",), False)),
         ({"LSB_MCPU_HOSTS": "n1 3 n2 2"}, [], None, 2, (4, 2, ("n1", "n2"), False)),
         (JOB, ["a:2", "b:2"], None, None, (4, 2, ("a", "b"), True)),
+        (UNEQUAL, [], None, 2, (4, 2, (), True)),
     ],
 )
 def test_ranks_are_distributed_over_hosts(environ, hosts, ranks, per_node, expected):
@@ -248,6 +262,8 @@ def test_ranks_are_distributed_over_hosts(environ, hosts, ranks, per_node, expec
         (LSF, [], None, 3, ["--ranks_per_node=3", "2 slots per host; submit with 3 slots per host"]),
         ({"LSB_MCPU_HOSTS": "n1 3 n2 2"}, [], None, None, ["n2: 2, n1: 3", "--ranks_per_node=1, up to 2", "--hosts="]),
         ({"LSB_MCPU_HOSTS": "n1 3 n2 2"}, [], 4, None, ["unequal"]),
+        (UNEQUAL, [], None, None, ["SLURM_TASKS_PER_NODE=6,2: ", "--ntasks-per-node=2", "--ranks_per_node=1, up to 2"]),
+        (UNEQUAL, [], None, 3, ["--ranks_per_node=3", "2 tasks per node"]),
         ({"LSB_MCPU_HOSTS": "n1 3 n2 2"}, [], None, 3, ["--ranks_per_node=3", "2 slots"]),
         (ONE_TASK, [], 3, 2, ["--ranks=3", "--ranks_per_node=2", "one host of the batch job"]),
         ({"SLURM_JOB_ID": "7"}, [], None, None, ["SLURM_JOB_NUM_NODES", "--hosts="]),

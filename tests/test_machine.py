@@ -54,6 +54,17 @@ def test_cores_are_ordered_by_what_they_share():
     assert machine_trees.read("knl_quadrant_cache").cpus[69].cache == 0  # a tile, by its second-level cache
 
 
+@pytest.mark.parametrize(
+    "allowed, restricted",
+    [(range(96), False), (range(48), False), (range(48, 96), False), (range(24), True), ({0}, True)],
+)
+def test_a_mask_restricts_a_process_if_it_leaves_out_cores(tmp_path, allowed, restricted):
+    """A job without hyper-threads may use one CPU of each core: that leaves out no core."""
+    machine_trees.tree(machine_trees.described("stampede2_skx"), tmp_path)
+    assert machine.read(str(tmp_path), allowed).restricted == restricted
+    assert not machine_trees.read("container_cpuset").restricted  # the cgroup itself permits no more
+
+
 def test_memory_without_cpus_is_found():
     knl = machine_trees.read("knl_snc4_flat")
     assert [len(node.cpus) for node in knl.nodes] == [72, 72, 64, 64, 0, 0, 0, 0]

@@ -41,6 +41,26 @@ def test_negative_control_shellcheck_finds_an_unquoted_variable():
     assert process.returncode == 1 and "SC2086" in process.stdout
 
 
+def unsafe_arrays(text: str):
+    """Yield each expansion of an array that begins empty, unless it has a default or its length was tested before."""
+    for name in re.findall(r"\b(\w+)=\(\)", text):
+        tested = text.find(f"${{#{name}[@]}}")
+        for found in re.finditer(rf'(?<!\+")\$\{{{name}\[[@*]\]\}}', text):
+            if tested < 0 or found.start() < tested:
+                yield found.group()
+
+
+def test_empty_arrays_work_in_old_shells():
+    """Fault: under `set -u` they are unbound variables before bash 4.4; Enterprise Linux 7 has 4.2."""
+    for path in shell_files():
+        assert not list(unsafe_arrays(path.read_text())), path
+
+
+def test_negative_control_an_empty_array_is_found():
+    assert list(unsafe_arrays('a=()\nrm "${a[@]}"\n((${#a[@]})) || exit')) == ["${a[@]}"]
+    assert not list(unsafe_arrays('a=()\nrm ${a[@]+"${a[@]}"}\n((${#a[@]} == 0)) || rm "${a[@]}"'))
+
+
 @pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.name)
 def test_batch_files_follow_the_conventions(path):
     text = path.read_text()
@@ -50,8 +70,17 @@ def test_batch_files_follow_the_conventions(path):
     assert any(re.fullmatch(r"--output=logs/%x-(%j|%A_%a)\.out", word) for word in asked)
     assert ("--signal=B:USR1@300" in asked) == ("\ntrain " in text)  # what writes checkpoints gets a signal in time
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    assert lines[:3] == ["set -euo pipefail", 'cd "$SLURM_SUBMIT_DIR"', "source launch/batch.sh"]
+    assert lines[:3] == ["set -euo pipefail", 'cd "${SLURM_SUBMIT_DIR:-.}"', "source launch/batch.sh"]
     assert "SLURM_JOB_NAME" not in text and "eval" not in text.replace("evaluate", "")
+
+
+@pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.name)
+def test_a_batch_file_outside_a_job_says_how_it_is_submitted(path):
+    """Fault: SLURM_SUBMIT_DIR: unbound variable."""
+    outside = {name: value for name, value in OUTSIDE.items() if not name.startswith("SLURM")}
+    process = subprocess.run(["bash", str(path)], cwd=ROOT, env=outside, capture_output=True, text=True, timeout=60)
+    (line,) = process.stderr.splitlines()
+    assert process.returncode == 64 and "this is a batch file: sbatch launch/NAME.sbatch FLAGS" in line
 
 
 def test_only_env_sh_has_site_names_and_srun_leaves_no_ranks_behind():
@@ -59,7 +88,7 @@ def test_only_env_sh_has_site_names_and_srun_leaves_no_ranks_behind():
         text = path.read_text()
         assert not re.search(r"partition|account|module |/scratch|/usr/local", text), path
         for call in re.findall(r"^\w* ?srun (?:.*\\\n)*.*$", text, re.MULTILINE):
-            assert "--kill-on-bad-exit=1" in call, path
+            assert "--kill-on-bad-exit=1" in call and "--export=ALL" in call, path
         assert "horovodrun" not in text and "eval " not in text
 
 
@@ -104,14 +133,14 @@ def batch_job(tmp_path):
         (tools / name).write_text(f"#!{shutil.which('bash')}\n{script}\n")
         (tools / name).chmod(0o755)
 
-    def run(code: int, attempts: int = 0) -> subprocess.CompletedProcess:
+    def run(code: int, attempts: int = 0, **more: str) -> subprocess.CompletedProcess:
         if attempts:
             (tmp_path / "logs" / ".restarts-7").write_text(f"{attempts}\n")
         job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "MAX_RESTARTS": "2"}
         job.update(SLURM_SUBMIT_DIR=str(tmp_path), SLURM_RESTART_COUNT=str(attempts), CODE=str(code))
         return subprocess.run(
             ["bash", str(ROOT / "launch" / "prepare.sbatch"), "verify"],
-            env={**OUTSIDE, **job, "VENV": str(tmp_path / "venv")},
+            env={**OUTSIDE, **job, "VENV": str(tmp_path / "venv"), **more},
             capture_output=True,
             text=True,
             timeout=60,
@@ -129,6 +158,13 @@ def test_io_errors_stops_and_lost_peers_are_requeued_with_a_cap(batch_job, code)
     capped = run(code, attempts=2)
     assert capped.returncode == code and "no new checkpoint in 3 attempts in a row" in capped.stderr
     assert not requeued.exists()
+
+
+def test_ranks_of_a_job_without_the_variables_of_its_user_get_those_of_the_job(batch_job, tmp_path):
+    """Fault: after `sbatch --export=NONE`, srun started the ranks without PATH."""
+    run, _ = batch_job
+    (tmp_path / "venv" / "bin" / "python").write_text('#!/bin/sh\necho "exports ${SLURM_EXPORT_ENV-all}" >&2\n')
+    assert "exports all" in run(0, SLURM_EXPORT_ENV="NONE").stderr
 
 
 @pytest.mark.parametrize("code", [0, 1, 64, 65, 66, 70, 73, 77, 138])

@@ -27,12 +27,30 @@ def test_the_fastest_is_remembered_for_hosts_of_its_type(tmp_path):
     path = str(tmp_path / "deep" / "placements.json")
     here, other = machine(2, 24), machine(2, 24, model="EPYC")
     assert tuning.fastest(here, path) is None
-    assert tuning.remember(here, {1: 80.0, 2: 98.5, 4: 97.0}, path) == 2
-    assert tuning.remember(other, {1: 80.0, 2: 70.0}, path) == 1
+    tuning.remember(here, {1: 80.0, 2: 98.5, 4: 97.0}, path)
+    tuning.remember(other, {1: 80.0, 2: 70.0}, path)
     assert (tuning.fastest(here, path), tuning.fastest(other, path)) == (2, 1)
     assert tuning.fastest(machine(2, 24, quota=4.0), path) is None  # a part of the same machine is another type
     kept = json.loads((tmp_path / "deep" / "placements.json").read_text())
     assert kept[remembered.host_type(here)]["images_per_second"] == {"1": 80.0, "2": 98.5, "4": 97.0}
+
+
+def test_the_result_is_printed_though_it_cannot_be_kept(monkeypatch, capsys):
+    """Fault: minutes of timing were lost with a traceback if the home folder cannot be written."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/proc/none")
+    monkeypatch.setattr(tuning.machine, "read", lambda: machine(1, 4))
+    monkeypatch.setattr(tuning, "images_per_second", lambda ranks, mpi, flags: 10.0 - abs(ranks - 2))
+    tuning.tune("auto", [], [])
+    out, err = capsys.readouterr()
+    assert out == "2\n" and "warning: /proc/none/resnet_cpu/placements.json: No such file or directory: 2 ranks" in err
+    assert "give --ranks_per_node=2, or set XDG_CONFIG_HOME" in err
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path):
+    (tmp_path / "placements.json").mkdir()
+    with pytest.raises(OSError):
+        remembered.add(str(tmp_path / "placements.json"), "Xeon", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["placements.json"]
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '{"TYPE": 3}', '{"TYPE": {"ranks_per_node": 99}}'])

@@ -178,7 +178,7 @@ CONF
     done
     for _ in {1..100}; do
       left=()
-      for pid in "${daemons[@]}"; do
+      for pid in ${daemons[@]+"${daemons[@]}"}; do
         if kill -0 "$pid" 2>/dev/null; then left+=("$pid"); fi
       done
       if ((${#left[@]} == 0)); then exit 0; fi

@@ -20,7 +20,7 @@ from typing import Any, Callable, Dict, List, Optional
 import numpy as np
 import tensorflow as tf
 
-from resnet_cpu.cluster import guard, horovod
+from resnet_cpu.cluster import control, guard, horovod
 from resnet_cpu.cluster.control import World
 from resnet_cpu.errors import FlagError, UserError
 from resnet_cpu.report import tables
@@ -158,7 +158,9 @@ def run(
             "--benchmark=allreduce: nothing to measure, because a single rank sends no messages; start two or more "
             "ranks, as in launch/local.sh 2"
         )
-    flags, batch = settings.benchmark, resolve_batch(settings, world.size)
+    flags = settings.benchmark
+    with control.same_on_all_ranks():
+        batch = resolve_batch(settings, world.size)
     with guard.Watchdog(settings.system.stall_timeout) as watchdog:
         gradients = 4 * sum(int(np.prod(variable.shape)) for variable in build_model(settings).trainable_variables)
         messages = []

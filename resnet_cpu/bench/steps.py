@@ -7,7 +7,7 @@ from typing import Callable, Iterator, List, Optional, Tuple
 import numpy as np
 import tensorflow as tf
 
-from resnet_cpu.cluster import guard, horovod
+from resnet_cpu.cluster import control, guard, horovod
 from resnet_cpu.cluster.control import World
 from resnet_cpu.data import synthetic
 from resnet_cpu.data.batches import TrainingBatch, training_batches
@@ -58,8 +58,10 @@ class StepTimings:
 
 def run(settings: Settings, world: World) -> StepTimings:
     """Return the times of --timed_steps steps of --benchmark, after --warmup_steps that are not timed."""
-    flags, batch = settings.benchmark, resolve_batch(settings, world.size)
-    check_size(batch)
+    flags = settings.benchmark
+    with control.same_on_all_ranks():
+        batch = resolve_batch(settings, world.size)
+        check_size(batch)
     data = opening.open_data(settings, world) if flags.benchmark == "pipeline" else None
     steps = flags.warmup_steps + flags.timed_steps
     with guard.Watchdog(settings.system.stall_timeout) as watchdog:
@@ -139,11 +141,13 @@ def _synthetic_batches(settings: Settings, world: World, batch: Batch, steps: in
 def _reading(
     settings: Settings, world: World, data: ShardedData, batch: Batch, steps: int
 ) -> Callable[[], Optional[float]]:
+    with control.same_on_all_ranks():
+        examples = opening.examples(settings, data)[0]
     batches = training_batches(
         settings,
         world,
         data,
-        examples=opening.examples(settings, data)[0],
+        examples=examples,
         batch=batch,
         first_step=0,
         last_step=steps,

@@ -11,6 +11,7 @@ from resnet_cpu.errors import FlagError
 
 HOST = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # ssh and mpirun would take a name that starts with a dash for an option
 _SLURM = "SLURM_JOB_ID"
+_TASKS = "SLURM_TASKS_PER_NODE"
 _VARIABLES = re.compile(r"(SLURM|SLURMD|PBS|LSB|LS|COBALT|SGE|OAR)_.*|PE_HOSTFILE|PE")
 _REMEDY = "name the hosts with --hosts=NAME:SLOTS,... (this host alone: --hosts=localhost)"
 
@@ -23,7 +24,7 @@ class Allocation(NamedTuple):
     nodes: int
     hosts: Tuple[str, ...]  # empty under Slurm, whose hosts the launchers know
     slots: Optional[int]  # of each host, or of the one with the fewest; None if the job does not say
-    unequal: str = ""  # the hosts with the fewest and the most slots, if the numbers differ
+    unequal: str = ""  # the hosts with the fewest and the most slots, or Slurm's list, if the numbers differ
     left_out: str = ""  # a host of the list on which no rank is started, and why
 
 
@@ -131,9 +132,25 @@ def _of_slurm(environ: Mapping[str, str]) -> Allocation:
             f"Slurm are unknown; {_REMEDY}"
         )
     tasks, slots = _number(environ, "SLURM_NTASKS"), _number(environ, "SLURM_NTASKS_PER_NODE")
-    if not slots and tasks and tasks % nodes == 0:
+    listed = environ.get(_TASKS, "")
+    counts = _task_counts(listed) if tasks or slots else []  # otherwise Slurm counts the processors there
+    if len(counts) == nodes and tasks in (None, sum(counts)):
+        unequal = f"{_TASKS}={listed}" if min(counts) < max(counts) else ""
+        return Allocation("Slurm", "SLURM_JOB_NODELIST", nodes, (), min(counts), unequal)
+    if tasks and tasks % nodes == 0:  # with --ntasks, --ntasks-per-node is only the most that a node may get
         slots = tasks // nodes
     return Allocation("Slurm", "SLURM_JOB_NODELIST", nodes, (), slots)
+
+
+def _task_counts(listed: str) -> List[int]:
+    """Return the tasks of each node of a list such as `4(x2),3`; no number if it is written in another way."""
+    counts: List[int] = []
+    for part in listed.split(","):
+        found = re.fullmatch(r"\s*([1-9][0-9]{0,5})(?:\(x([1-9][0-9]{0,5})\))?\s*", part)
+        if not found:
+            return []
+        counts += [int(found[1])] * int(found[2] or 1)
+    return counts
 
 
 def _number(environ: Mapping[str, str], name: str) -> Optional[int]:

@@ -19,6 +19,8 @@ KEEP = "RESNET_CPU_KEEP"
 
 _LEGACY = "TF_USE_LEGACY_KERAS"
 _KERAS_2 = (2, 16)  # from this TensorFlow on, tf.keras is Keras 3, unless TF_USE_LEGACY_KERAS chooses tf_keras
+# They pin threads. See placement.variables.
+_PINNING = r"(KMP|GOMP_CPU|HOROVOD_THREAD)_AFFINITY|OMP_(PROC_BIND|PLACES)|KMP_(HW_SUBSET|PLACE_THREADS)"
 # Matched as a whole. Numbers of threads, and what only reports, are not among them.
 _REMOVED = re.compile(
     r"ITEX_(?!CPP_MIN_LOG_LEVEL|VERBOSE|OMP_THREADPOOL).*"  # precision, graph rewriting, layouts
@@ -26,8 +28,7 @@ _REMOVED = re.compile(
     r"|TF_(SET_)?(ONEDNN|MKL)_.*|TF_DISABLE_MKL|TF_ENABLE_MKL.*|TF_.*AUTO_MIXED_PRECISION.*|TF_DETERMINISTIC_OPS"
     r"|(TF_)?XLA_FLAGS"  # clustering
     r"|HOROVOD_(CONTROLLER|CPU_OPERATIONS)"  # left over from an installation with Gloo: a segmentation fault here
-    # See placement.variables.
-    r"|(KMP|GOMP_CPU|HOROVOD_THREAD)_AFFINITY|OMP_(PROC_BIND|PLACES)|KMP_(HW_SUBSET|PLACE_THREADS)"
+    rf"|{_PINNING}"
 )
 # Recorded with their values. Messages between launcher and ranks, which may hold keys, are not among them.
 _RECORDED = re.compile(
@@ -150,6 +151,11 @@ def settle(environ: MutableMapping[str, str] = os.environ) -> Environment:
         environ.setdefault(name, value)
     variables = {name: value for name, value in sorted(environ.items()) if value and _is_recorded(name)}
     return Environment(variables, ignored, mpi_parameters())
+
+
+def kept_arithmetic(environ: Mapping[str, str] = os.environ) -> Dict[str, str]:
+    """Return the variables that are kept although they change what is computed; those that pin threads do not."""
+    return {name: value for name, value in sorted(_kept(environ).items()) if not re.fullmatch(_PINNING, name)}
 
 
 def _kept(environ: Mapping[str, str]) -> Dict[str, str]:

@@ -16,9 +16,12 @@ from resnet_cpu.errors import FlagError
 EXPECTED_RANKS = "RESNET_CPU_RANKS"  # set for every rank: how many ranks were asked for
 # Variables of this shell that ranks on other hosts get, besides those that the placement sets.
 _PASSED = re.compile(
-    r"(PATH|LD_LIBRARY_PATH|LD_PRELOAD|PYTHONPATH|TMPDIR|(OMP|KMP|TF|ITEX|ONEDNN|DNNL|HOROVOD|MALLOC|TCMALLOC|PYTHON"
-    r"|UCX|PSM2|FI|I_MPI|MPICH|MPIR|MV2|APPTAINERENV|SINGULARITYENV)_\w+)"
+    r"(PATH|LD_LIBRARY_PATH|LD_PRELOAD|PYTHONPATH|TMPDIR|XLA_FLAGS|RESNET_CPU_(KEEP|KERNELS_ISA)|(OMP|GOMP|KMP|TF|ITEX"
+    r"|ONEDNN|DNNL|HOROVOD|MALLOC|TCMALLOC|PYTHON|UCX|PSM2|FI|I_MPI|MPICH|MPIR|MV2|APPTAINERENV|SINGULARITYENV)_\w+)"
 )
+# Launchers that bind ranks to cores which the affinity mask of this process leaves out, as after taskset (seen with
+# Open MPI 4.1.4 and MPICH 5.0.2). Intel MPI 2021.19 obeys the mask; srun binds ranks within its own step.
+IGNORE_MASK = {"openmpi": "Open MPI", "mpich": "MPICH"}
 # Bridges of containers and virtual machines have the same address on every host and do not connect hosts.
 _LOCAL_INTERFACES = "lo,docker0,virbr0"
 # Settings of Open MPI across several hosts, unless OMPI_MCA_<name> is exported.
@@ -107,7 +110,9 @@ def _open_mpi(rank_map: RankMap, environment: Dict[str, str], outside: Mapping[s
     if rank_map.hosts:
         words += ["--host", ",".join(f"{host}:{rank_map.per_host}" for host in rank_map.hosts)]
     if not rank_map.bound:
-        words += ["--oversubscribe", "--bind-to", "none"]
+        words += ["--oversubscribe"]
+        words += ["--map-by", f"ppr:{rank_map.per_host}:node"] if rank_map.several_hosts else []
+        words += ["--bind-to", "none"]
     elif rank_map.several_hosts or rank_map.slots_counted:
         words += ["--oversubscribe"] if rank_map.slots_counted else []
         words += ["--map-by", f"ppr:{rank_map.per_host}:node:PE={rank_map.cores}", "--bind-to", "core"]
@@ -198,6 +203,7 @@ def _srun(rank_map: RankMap, environment: Dict[str, str], outside: Mapping[str, 
         *_env({**{name: value for name, value in parts.items() if name not in outside}, **environment}),
         "srun",
         "--mpi=pmix",
+        "--export=ALL",  # a job submitted with --export=NONE has SLURM_EXPORT_ENV=NONE, which srun obeys
         "--kill-on-bad-exit=1",  # by default the other ranks would wait for a dead one forever
         f"--nodes={-(-rank_map.ranks // rank_map.per_host)}",  # otherwise few ranks are spread over all nodes
         f"--ntasks={rank_map.ranks}",
@@ -283,6 +289,11 @@ def _of_job(job: Allocation, ranks_per_node: Optional[int], default: int) -> Dis
         raise FlagError(
             f"--ranks_per_node={ranks_per_node}: more ranks than slots: the batch job has {job.slots} "
             f"{'tasks per node' if slurm else 'slots per host'}; submit with {remedy}"
+        )
+    if job.unequal and not ranks_per_node and slurm:
+        raise FlagError(
+            f"{job.unequal}: the nodes have unequal numbers of tasks, but all ranks wait for the fullest node; submit "
+            f"with --ntasks-per-node={job.slots}, without --ntasks, or give --ranks_per_node=1, up to {job.slots}"
         )
     if job.unequal and not ranks_per_node:
         raise FlagError(

@@ -1,9 +1,9 @@
 """Start a command as MPI ranks: decide their hosts and cores, report why, check the hosts and become the launcher."""
 
 import os
+import re
 import shlex
 import shutil
-import subprocess
 import sys
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
@@ -38,11 +38,13 @@ def launch(
     mpi: str,
     interface: Optional[str],
     dry_run: bool,
+    measure: bool = True,
 ) -> None:
     """Report on standard error where the ranks go and why, then become the launcher; see `launch --help` for the flags.
 
-    With `dry_run`, print the launcher's command line on standard output instead. Raises FlagError for what cannot be
-    started, PeerLost for hosts that do not answer, OutputError for hosts without room in shared memory.
+    With `dry_run`, print the launcher's command line on standard output instead. With `measure`, find out first which
+    precision is faster, if this host gets ranks and that is not known. Raises FlagError for what cannot be started,
+    PeerLost for hosts that do not answer, OutputError for hosts without room in shared memory.
     """
     if not command:
         raise FlagError("no command; write it after --, as in -- python -m resnet_cpu.train --flagfile=F")
@@ -57,16 +59,23 @@ def launch(
             f"this one, so that a slot is not a rank: {best} ranks per host, as --ranks_per_node={best}"
         )
         distribution = launchers.distribute(os.environ, hosts, ranks, best, best)
-    find_out = precision.known if dry_run else precision.find_out
-    placed = _placement(host, distribution, find_out(host, placement.has_intel_openmp()))
+    intel_extension = placement.has_intel_openmp()
+    bfloat16_speed = precision.known(host, intel_extension)
+    placed = _placement(host, distribution, bfloat16_speed)
     here = start.on_this_host(distribution.hosts)
     if len(here) > 1:
         raise FlagError(
             f"{distribution.source}: {' and '.join(here)} are the same host; write --hosts=NAME:SLOTS for several "
             "ranks on it"
         )
-    rank_map = _rank_map(host, distribution, placed, interface, bool(here))
-    launcher = mpi if mpi != "auto" else _recognise(rank_map.in_batch_job and not rank_map.hosts)
+    launcher = mpi if mpi != "auto" else _recognise(distribution.in_batch_job and not distribution.hosts)
+    elsewhere = _elsewhere(distribution, bool(here))
+    if host.restricted and placed.bound and launcher in launchers.IGNORE_MASK and not elsewhere:
+        placed = placed.without_binding(
+            f"this process is restricted to CPUs {machine.spans(host.allowed)}, and {launchers.IGNORE_MASK[launcher]} "
+            "would bind ranks to others: they share these"
+        )
+    rank_map = _rank_map(host, distribution, placed, interface, elsewhere)
     if launcher == "ibrun":
         _check_ibrun(hosts, ranks_per_node, distribution)
     environment = _without_exported(placed.environment)
@@ -75,15 +84,21 @@ def launch(
     line = launchers.line(launcher, rank_map, environment, os.environ, command)
     if tuned and distribution.decided_by == "auto":
         _say(f"{tuned} ranks per host were the fastest on hosts of this type (--tune, {tuning.file()})")
-    texts = [*_exported(placed.environment, environment), *_warnings(rank_map, placed)]
-    for text in [*texts, *_slots(distribution, best), _hosts(distribution), *placed.explanation()]:
+    measures = measure and bfloat16_speed is None and precision.has_units(host.instruction_sets)
+    measures = measures and not (dry_run or elsewhere)
+    texts = [*_exported(placed.environment, environment), *_warnings(rank_map, placed), *_slots(distribution, best)]
+    for text in [*texts, _hosts(distribution), *placed.explanation(leave_out="precision" if measures else "")]:
         _say(text)
     if dry_run:
         print(shlex.join(line))
         return
     start.check_programs(command[0], next(word for word in line if word != "env" and "=" not in word))
-    start.check_shared_memory(rank_map.per_host)
+    if not elsewhere:
+        start.check_shared_memory(rank_map.per_host)
     start.check_hosts(rank_map.hosts, rank_map.per_host, rank_map.agent)
+    if measures:  # only now: it takes ten seconds, which a misspelt command should not cost
+        advice, reason = precision.advice(host.instruction_sets, precision.measure(host, intel_extension))
+        _say(f"precision: {advice} ({reason})")
     _say(shlex.join(line))
     if launcher == "openmpi" and rank_map.other_hosts:
         start.follow(line)
@@ -117,13 +132,18 @@ def _placement(host: Machine, distribution: Distribution, bfloat16_speed: Option
     )
 
 
-def _rank_map(
-    host: Machine, distribution: Distribution, placed: Placement, interface: Optional[str], here: bool
-) -> RankMap:
-    """Return the map of the ranks; `here`: this host is one of those of the distribution."""
-    one_host = distribution.ranks == distribution.per_host
+def _elsewhere(distribution: Distribution, here: bool) -> bool:
+    """Return whether this host gets no rank; `here`: it is one of the hosts that are listed."""
     # Slurm's nodes are not listed; the shell of salloc may run on another host.
     outside = distribution.in_batch_job and "SLURMD_NODENAME" not in os.environ
+    return not here if distribution.hosts else outside
+
+
+def _rank_map(
+    host: Machine, distribution: Distribution, placed: Placement, interface: Optional[str], elsewhere: bool
+) -> RankMap:
+    """Return the map of the ranks; `elsewhere`: this host gets none of them."""
+    one_host = distribution.ranks == distribution.per_host
     return RankMap(
         ranks=distribution.ranks,
         per_host=distribution.per_host,
@@ -131,7 +151,7 @@ def _rank_map(
         cpus_per_core=max(len(core) for core in host.cores()),
         hosts=distribution.hosts,
         in_batch_job=distribution.in_batch_job,
-        elsewhere=not here if distribution.hosts else outside,
+        elsewhere=elsewhere,
         slots_counted=one_host and allocation.in_job(os.environ),
         bound=placed.bound,
         yields=placed.yield_when_idle,
@@ -153,10 +173,8 @@ def _check_ibrun(hosts: Sequence[str], ranks_per_node: Optional[int], distributi
 
 
 def _recognise(in_batch_job: bool) -> str:
-    version = None
-    if shutil.which("mpirun"):
-        answer = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, timeout=60)
-        version = answer.stdout + answer.stderr
+    path = shutil.which("mpirun")
+    version = start.version_of(path) if path else None
     return launchers.recognise(version, in_batch_job, bool(shutil.which("ibrun")), bool(shutil.which("srun")))
 
 
@@ -167,8 +185,9 @@ def _without_exported(environment: Mapping[str, str]) -> Dict[str, str]:
     """
     kept = {name: value for name, value in environment.items() if not os.environ.get(name) or name == "LD_PRELOAD"}
     exported = os.environ.get("LD_PRELOAD")
-    if exported and "LD_PRELOAD" in kept and kept["LD_PRELOAD"] not in exported:
-        kept["LD_PRELOAD"] += f":{exported}"
+    if exported and "LD_PRELOAD" in kept:
+        preloaded = kept["LD_PRELOAD"] in re.split(r"[\s:]+", exported)
+        kept["LD_PRELOAD"] = exported if preloaded else f"{kept['LD_PRELOAD']}:{exported}"
     return kept
 
 

@@ -61,6 +61,7 @@ class Machine:
     quota: Optional[float] = None  # CPU seconds per second that a cgroup grants, None: no limit
     memory_bytes: int = 0  # of the machine, or the limit of its cgroup if smaller; 0: unknown
     root: str = "/"
+    restricted: bool = False  # the affinity mask leaves out cores that the cgroup permits
 
     @property
     def sockets(self) -> int:
@@ -102,18 +103,27 @@ def read(root: str = "/", allowed: Optional[Iterable[int]] = None) -> Machine:
     usable = (wanted & online) or wanted or online
     known = online | usable
     nodes = _nodes(root, known)
+    cpus = _cpus(root, known, nodes)
+    permitted = (cgroup.cpuset() & online) or online
     machine = _meminfo(_text(root, "proc/meminfo"))
     limits = [limit for limit in (machine, cgroup.memory_bytes()) if limit]
     return Machine(
         model=about.get("model name", ""),
         instruction_sets=tuple(name for name in _INSTRUCTION_SETS if name in flags),
-        cpus=_cpus(root, known, nodes),
+        cpus=cpus,
         nodes=nodes,
         allowed=tuple(sorted(usable)),
         quota=cgroup.quota(),
         memory_bytes=min(limits, default=0),
         root=root,
+        # By cores: a job without hyper-threads may use one of the CPUs of each core.
+        restricted=not _cores_of(permitted, cpus) <= _cores_of(usable, cpus),
     )
+
+
+def _cores_of(ids: Iterable[int], cpus: Sequence[Cpu]) -> Set[int]:
+    wanted = set(ids)
+    return {cpu.core for cpu in cpus if cpu.id in wanted}
 
 
 def physical_cores(logical: Iterable[int], root: str = "/") -> int:

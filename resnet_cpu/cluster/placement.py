@@ -51,9 +51,14 @@ class Placement:
     yield_when_idle: bool  # Open MPI gives the core away while it waits, instead of spinning on it
     choices: Tuple[Choice, ...]
 
-    def explanation(self) -> List[str]:
-        """Return the choices with their reasons, one line each."""
-        return [f"{name}: {value} ({reason})" for name, value, reason in self.choices]
+    def explanation(self, leave_out: str = "") -> List[str]:
+        """Return the choices, except the one named `leave_out`, with their reasons, one line each."""
+        return [f"{name}: {value} ({reason})" for name, value, reason in self.choices if name != leave_out]
+
+    def without_binding(self, reason: str) -> "Placement":
+        """Return this placement for ranks that the launcher does not bind, and why."""
+        choices = [c._replace(value="none", reason=reason) if c.name == "binding" else c for c in self.choices]
+        return dataclasses.replace(self, bound=False, choices=tuple(choices))
 
 
 def variables(threads: int, *, intel_openmp: Optional[bool] = None) -> Dict[str, str]:

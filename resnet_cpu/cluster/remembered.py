@@ -3,6 +3,7 @@
 The nodes of a cluster usually share that folder with its login node.
 """
 
+import contextlib
 import json
 import os
 import tempfile
@@ -36,10 +37,18 @@ def read(path: str) -> Dict[str, Any]:
 
 
 def add(path: str, key: str, record: Any) -> None:
-    """Set the record of a host type; readers see the old file or the new one."""
+    """Set the record of a host type; readers see the old file or the new one.
+
+    Raises OSError if the file cannot be written, and leaves nothing behind.
+    """
     records = {**read(path), key: record}
     os.makedirs(os.path.dirname(path), exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
-    with os.fdopen(handle, "w", encoding="utf-8") as out:
-        json.dump(records, out, indent=1, sort_keys=True)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            json.dump(records, out, indent=1, sort_keys=True)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

@@ -15,8 +15,11 @@ from typing import Any, List, NoReturn, Optional, Sequence, Tuple
 from resnet_cpu.errors import FlagError, OutputError, PeerLost
 
 _ANSWER_S = 20.0  # a host that does not answer within this time counts as lost
+_VERSION_S = 60.0  # for a program to print its version; it may lie on a slow file system
 _AT_ONCE = 64  # hosts that are asked at the same time
-_LOST_HOST = (205, 255)  # exit codes of mpirun: its daemon does not answer, or the program that started it ended
+# Exit codes of mpirun that say that a host was lost: its daemon does not answer, or the program that started the daemon
+# ended. A command may also end with the second.
+_NO_ANSWER, _NOT_STARTED = 205, 255
 _SHM = "/dev/shm"
 _SHM_PER_RANK = 8 * 2**20  # bytes; Open MPI uses 4 MiB per rank there
 
@@ -26,6 +29,23 @@ def check_programs(*programs: str) -> None:
     for program in programs:
         if shutil.which(program) is None:
             raise FlagError(f"{program}: no such program in PATH; load its module, or activate the environment")
+
+
+def version_of(program: str, patience: float = _VERSION_S) -> str:
+    """Return what `PROGRAM --version` prints; raise FlagError if it cannot be run, or does not end in time."""
+    try:
+        answer = subprocess.run(
+            [program, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=patience,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"does not answer to --version in {patience:g} s"
+        raise FlagError(f"{program}: {reason}; load another MPI module, or choose a launcher with --mpi=") from None
+    return answer.stdout + answer.stderr
 
 
 def check_shared_memory(ranks: int, path: str = _SHM) -> None:
@@ -106,6 +126,7 @@ def _problem(remote: Sequence[str], host: str, ranks: int) -> Optional[Tuple[typ
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            errors="replace",  # a host may greet in another encoding
             timeout=_ANSWER_S,
         )
     except subprocess.TimeoutExpired:
@@ -154,9 +175,10 @@ def follow(line: Sequence[str]) -> NoReturn:
     for arrived in early:
         process.send_signal(arrived)
     code = process.wait()
-    if code in _LOST_HOST:
+    if code in (_NO_ANSWER, _NOT_STARTED):
+        or_command = ", or the command ended with that code" if code == _NOT_STARTED else ""
         raise PeerLost(
-            f"a host was lost, or could not be started (mpirun ended with {code}); run the same command again without "
-            "that host to continue"
+            f"a host was lost, or could not be started{or_command} (mpirun ended with {code}); run the same command "
+            "again, without the host if one was lost"
         )
     sys.exit(code if code >= 0 else 128 - code)

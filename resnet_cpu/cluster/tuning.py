@@ -45,12 +45,25 @@ def tune(mpi: str, benchmark_flags: Sequence[str], given: Collection[str]) -> No
         print(f"launch: {ranks} ranks: {outcome}", file=sys.stderr, flush=True)
     if not timed:
         raise FlagError("--tune: no number of ranks could be timed; the lines above say why")
-    best = remember(host, timed)
-    print(f"launch: remembered in {file()}: {remembered.host_type(host)}: {best} ranks per host", file=sys.stderr)
+    best = _fastest_of(timed)
+    print(best, flush=True)  # first: it took minutes
+    print(f"launch: {_remembered(host, timed)}", file=sys.stderr, flush=True)
     if precision.has_units(host.instruction_sets):
         advice = precision.advice(host.instruction_sets, precision.measure(host, placement.has_intel_openmp()))
         print(f"launch: precision: {': '.join(advice)}", file=sys.stderr)
-    print(best)
+
+
+def _remembered(host: Machine, timed: Mapping[int, float]) -> str:
+    """Remember the fastest, and return a line about it for people."""
+    best = _fastest_of(timed)
+    try:
+        remember(host, timed)
+    except OSError as error:
+        return (
+            f"warning: {file()}: {error.strerror}: {best} ranks per host are not remembered; give "
+            f"--ranks_per_node={best}, or set XDG_CONFIG_HOME to a folder that can be written"
+        )
+    return f"remembered in {file()}: {remembered.host_type(host)}: {best} ranks per host"
 
 
 def file() -> str:
@@ -82,6 +95,7 @@ def images_per_second(ranks: int, mpi: str, benchmark_flags: Sequence[str]) -> f
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        errors="replace",  # hosts and libraries may print in another encoding
         env=allocation.without(os.environ),
     )
     try:
@@ -111,10 +125,12 @@ def fastest(host: Machine, path: Optional[str] = None) -> Optional[int]:
     return ranks if isinstance(ranks, int) and 1 <= ranks <= host.offered else None
 
 
-def remember(host: Machine, timed: Mapping[int, float], path: Optional[str] = None) -> int:
-    """Record the fastest of `timed` (ranks per host -> images/s of the host) for hosts of this type, and return it."""
-    best = max(timed, key=lambda ranks: timed[ranks])
+def _fastest_of(timed: Mapping[int, float]) -> int:
+    return max(timed, key=lambda ranks: timed[ranks])
+
+
+def remember(host: Machine, timed: Mapping[int, float], path: Optional[str] = None) -> None:
+    """Record the fastest of `timed` (ranks per host -> images/s of the host) for hosts of this type."""
     rates = {str(ranks): rate for ranks, rate in sorted(timed.items())}
-    record = {"ranks_per_node": best, "images_per_second": rates}
+    record = {"ranks_per_node": _fastest_of(timed), "images_per_second": rates}
     remembered.add(path or file(), remembered.host_type(host), record)
-    return best

@@ -224,12 +224,19 @@ def threads(exported: Mapping[str, str], refused: str, proposed: int) -> Check:
     """Check the exported numbers of threads against those that the launcher would choose."""
     if refused:
         return Check("threads", "problem", refused)
-    named = ", ".join(f"{name}={value}" for name, value in exported.items())
-    other = [name for name in exported if name != "TF_NUM_INTEROP_THREADS" and _first(exported[name]) != str(proposed)]
+    other = [name for name, value in exported.items() if _overrides(name, int(_first(value)), proposed)]
+    named = ", ".join(f"{name}={exported[name]}" for name in other or exported)
     if other:
         what = f"{named} in your environment overrides the {proposed} per rank that launch would choose"
         return Check("threads", "warning", what, f"unset {' '.join(other)}, or give --threads")
     return Check("threads", "ok", named or f"none exported; launch would choose {proposed} per rank")
+
+
+def _overrides(name: str, number: int, proposed: int) -> bool:
+    """Return whether an exported number of threads takes the place of `proposed` threads per rank."""
+    if name == "OMP_THREAD_LIMIT":
+        return number < proposed
+    return name != "TF_NUM_INTEROP_THREADS" and number != proposed
 
 
 def _first(numbers: str) -> str:

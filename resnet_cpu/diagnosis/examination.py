@@ -12,7 +12,7 @@ import platform
 import resource
 import shutil
 import tempfile
-from typing import Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, Optional
 
 from resnet_cpu.cluster import environment, machine, start
 from resnet_cpu.diagnosis import checks, facts
@@ -35,6 +35,18 @@ class Asked:
     @functools.cached_property
     def host(self) -> machine.Machine:
         return machine.read()
+
+    @functools.cached_property
+    def tuned(self) -> Optional[int]:
+        from resnet_cpu.cluster import tuning
+
+        return tuning.fastest(self.host)
+
+    @functools.cached_property
+    def proposed(self) -> Any:  # a Placement, whose module needs NumPy
+        from resnet_cpu.cluster import placement
+
+        return placement.propose(self.host, self.tuned, decided_by="--tune")
 
     @functools.cached_property
     def outcome(self) -> Handshake:
@@ -68,7 +80,10 @@ def _packages(asked: Asked) -> Check:
 
 
 def _mpirun(asked: Asked) -> Check:
-    path, printed = facts.mpirun()
+    try:
+        path, printed = facts.mpirun()
+    except FlagError as error:
+        return Check("mpirun", "problem", str(error))
     in_batch_job = "SLURM_JOB_ID" in os.environ
     has_srun, has_horovod = shutil.which("srun") is not None, environment.version("horovod") is not None
     return checks.mpirun(path, printed, in_batch_job, has_srun, has_horovod)
@@ -102,15 +117,13 @@ def _cores(asked: Asked) -> Check:
 
 
 def _threads(asked: Asked) -> Check:
-    from resnet_cpu.cluster import placement
-
     exported = {name: os.environ[name] for name in environment.NUMBERS_OF_THREADS if os.environ.get(name)}
     try:
         environment.check_threads(dict(os.environ))
         refused = ""
     except FlagError as error:
         refused = str(error)
-    return checks.threads(exported, refused, placement.propose(asked.host).threads)
+    return checks.threads(exported, refused, asked.proposed.threads)
 
 
 def _memory(asked: Asked) -> Check:
@@ -137,10 +150,9 @@ def _shared_memory(asked: Asked) -> Check:
 def _placement(asked: Asked) -> Check:
     from resnet_cpu.cluster import placement, tuning
 
-    tuned = tuning.fastest(asked.host)
-    proposed = placement.propose(asked.host, tuned, decided_by="--tune")
+    proposed = asked.proposed
     reason = next(choice.reason for choice in proposed.choices if choice.name == "ranks")
-    if tuned:
+    if asked.tuned:
         reason = f"the fastest with launch --tune, {tuning.file()}"
     return checks.placement(proposed.ranks_per_node, proposed.threads, reason, placement.allocator())
 

@@ -20,8 +20,9 @@ import sys
 import tempfile
 import time
 from importlib import metadata
-from typing import IO, Any, Dict, Iterator, List, Optional, Set, Tuple
+from typing import IO, Any, Dict, Iterator, List, Mapping, Optional, Set, Tuple
 
+from resnet_cpu.cluster import allocation, start
 from resnet_cpu.cluster.environment import keras_is_separate, version
 from resnet_cpu.run.atomic import write_atomically
 from resnet_cpu.run.rights import others_may_write, refused
@@ -32,8 +33,8 @@ _FIRST = ("absl.flags", "numpy")  # modules without which no command starts
 _BLOCK = 2**20
 _READ_BYTES, _READ_S = 256 * _BLOCK, 2.0  # at most, in the test of reading
 _LARGEST_OF = 10000  # files of a data folder that are looked at
-# Variables of a batch job, or of the launcher that started this shell: the two ranks run on this host, outside it.
-_OF_A_JOB = ("SLURM_", "PBS_", "LSB_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "RESNET_CPU_RANKS")
+_OF_A_LAUNCHER = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "RESNET_CPU_RANKS")  # of one that has started this shell
+_VERSION_S = 5.0  # for mpirun to print its version
 _END_S = 3.0  # time for mpirun to end its ranks
 
 
@@ -107,12 +108,14 @@ def broken() -> Dict[str, str]:
 
 
 def mpirun() -> Tuple[Optional[str], str]:
-    """Return the path of mpirun in PATH, None without it, and what it prints with --version."""
+    """Return the path of mpirun in PATH, None without it, and what it prints with --version.
+
+    Raises FlagError if it cannot be run.
+    """
     path = shutil.which("mpirun")
     if path is None:
         return None, ""
-    answer = subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace", timeout=5)
-    return path, answer.stdout + answer.stderr
+    return path, start.version_of(path, _VERSION_S)
 
 
 def horovod_build() -> Tuple[Optional[str], str, List[str]]:
@@ -140,9 +143,8 @@ def shake_hands(limit: float, alone: bool) -> Handshake:
     """Start two ranks on this host with the package's launcher, or one process if `alone`; end them after `limit` s."""
     command = [sys.executable, "-m", "resnet_cpu.diagnosis.handshake"]
     if not alone:
-        command = [sys.executable, "-m", "resnet_cpu.launch", "--ranks=2", "--", *command]
-    outside = {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_JOB)}
-    outside["RESNET_CPU_OVERSUBSCRIBE"] = "1"  # a host may have a single core
+        command = [*command, "--on_two_ranks"]
+    outside = {**outside_jobs(os.environ), "RESNET_CPU_OVERSUBSCRIBE": "1"}  # a host may have a single core
     # Files, not pipes: one that a rank left open would never end.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(
@@ -163,6 +165,11 @@ def shake_hands(limit: float, alone: bool) -> Handshake:
             stage = json.loads(line)
             stages[stage.pop("stage")] = stage
     return Handshake(code, stages, _cause(errors), limit, alone)
+
+
+def outside_jobs(environ: Mapping[str, str]) -> Dict[str, str]:
+    """Return `environ` without the variables of batch jobs and launchers: the two ranks run on this host."""
+    return {name: value for name, value in allocation.without(environ).items() if not name.startswith(_OF_A_LAUNCHER)}
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
@@ -280,9 +287,10 @@ def _files(path: str) -> Iterator[Tuple[int, str]]:
     count = 0
     for folder, _, names in os.walk(path, onerror=_raise):
         for name in names:
-            about = os.stat(os.path.join(folder, name))
-            if stat.S_ISREG(about.st_mode):
-                yield about.st_size, os.path.join(folder, name)
+            with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere, or a file that was removed since
+                about = os.stat(os.path.join(folder, name))
+                if stat.S_ISREG(about.st_mode):
+                    yield about.st_size, os.path.join(folder, name)
             count += 1
             if count == _LARGEST_OF:
                 return

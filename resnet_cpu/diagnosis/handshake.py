@@ -1,6 +1,7 @@
 """Two ranks exchange a vector over MPI, load TensorFlow, and exchange one with Horovod: what `doctor` starts.
 
 Each stage that ends is one line of JSON on standard output of rank 0. A single process only loads TensorFlow.
+`python -m resnet_cpu.diagnosis.handshake --on_two_ranks` starts two ranks of it on this host, as `launch` would.
 """
 
 import json
@@ -11,13 +12,18 @@ from typing import Any, List
 
 import numpy as np
 
-from resnet_cpu.cluster import guard, placement
+from resnet_cpu.cluster import guard, launching, placement
 from resnet_cpu.cluster.control import World
 from resnet_cpu.errors import UserError
 
 
 def main(argv: List[str]) -> None:
-    """Run the stages; an error of MPI ends the job, one of TensorFlow or Horovod is reported as that of its stage."""
+    """Run the stages; an error of MPI ends the job, one of TensorFlow or Horovod is reported as that of its stage.
+
+    With --on_two_ranks, become the launcher of two ranks that do so.
+    """
+    if argv == ["--on_two_ranks"]:
+        return _start_two_ranks()
     began = time.monotonic()
     world = guard.connect(None, 10.0)
     if world.comm is not None:
@@ -44,6 +50,20 @@ def main(argv: List[str]) -> None:
     except Exception as error:  # damaged packages raise anything
         reason = (str(error).strip().splitlines() or [""])[0]
         _report(world, stage, error=reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}")
+
+
+def _start_two_ranks() -> None:
+    launching.launch(
+        [sys.executable, "-m", "resnet_cpu.diagnosis.handshake"],
+        ranks=2,
+        ranks_per_node=None,
+        threads=0,
+        hosts=[],
+        mpi="auto",
+        interface=None,
+        dry_run=False,
+        measure=False,  # the ranks have twenty seconds, of which that would take ten
+    )
 
 
 def _check_sum(world: World, total: Any) -> None:

@@ -1,11 +1,11 @@
-"""Check what the ranks of a job must have in common: flags, code and packages, and with LARS the number of threads."""
+"""Check what the ranks of a job must have in common: flags, code, packages, kept variables; with LARS, the threads."""
 
 import hashlib
 import socket
 import sys
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from resnet_cpu.cluster import seats
+from resnet_cpu.cluster import environment, seats
 from resnet_cpu.cluster.control import World
 from resnet_cpu.cluster.machine import spans
 from resnet_cpu.errors import FlagError
@@ -16,13 +16,19 @@ _MAX_SHOWN = 4  # groups of ranks in a message
 
 
 def check_same_everywhere(settings: Settings, world: World) -> None:
-    """Raise FlagError that names the first rank which was started with other flags, code or packages than rank 0."""
+    """Raise FlagError that names the first rank which was started with something else than rank 0.
+
+    Compared are flags, code, packages and the variables that RESNET_CPU_KEEP keeps although they change what is
+    computed; `environment.settle` has removed all others of that kind.
+    """
     # Each host may have its data elsewhere, as in $TMPDIR; `opening.open_data` compares what lies there.
     flags = [line for line in settings.resolved_flags.splitlines() if not line.startswith("--data_dir=")]
+    kept = [f"{name}={value}" for name, value in environment.kept_arithmetic().items()]
     facts = {
         "flags": hashlib.sha256("\n".join(flags).encode()).hexdigest()[:12],
         "Python": sys.version.split()[0],
         "code": provenance.code_digest(),
+        environment.KEEP: ", ".join(kept) or "unset",
         **provenance.versions(),
     }
     rows = world.gather({"host": socket.gethostname(), **facts})
