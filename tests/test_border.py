@@ -107,6 +107,8 @@ def test_single_models_and_their_gain_by_a_doubling():
         [8 / 3, 8 / 3 - 4.303 / 3, 8 / 3 + 4.303 / 3], rel=1e-3
     )
     assert "| 20.00 ± 1.00 | 22.67 ± 1.15 | 21.00 ± 1.00 | +2.67 (+1.23 ... +4.10) |" in markdown(table)
+    more = {**TOP1, "one": [*TOP1["one"], ((0.5,), 0.5)]}  # a seed that the model of half of the budget does not have
+    assert border.tables(runs_of(more), [])["border_singles"].rows == table.rows
 
 
 def test_parts_of_ensembles_with_known_answers():

@@ -55,9 +55,13 @@ def _singles(arms: border_runs.Arms) -> Dict[str, Table]:
             continue
         row: Dict[str, Any] = {"setting": where.setting, "images": where.images, "n": slope.n}
         row.update(slope=slope.mean, slope_low=slope.low, slope_high=slope.high)
-        for arm in border_runs.SINGLES:
-            scores = border_runs.scores_of(arms, where._replace(arm=arm), "ensemble", "top1").values()
-            top1 = interval([100 * score for score in scores]) if scores else None
+        by_seed = {
+            arm: border_runs.scores_of(arms, where._replace(arm=arm), "ensemble", "top1") for arm in border_runs.SINGLES
+        }
+        seeds = set(by_seed["half"]) & set(by_seed["one"])  # those of the slope
+        for arm, found in by_seed.items():
+            scores = [100 * score for seed, score in found.items() if seed in seeds]
+            top1 = interval(scores) if scores else None
             row[arm], row[f"{arm}_sd"] = (top1 and top1.mean, top1 and top1.sd)
             written[arm].append(_written(top1, 2, slope.n))
         written["slope"].append(slope.bounded(2))
@@ -71,9 +75,9 @@ def _singles(arms: border_runs.Arms) -> Dict[str, Table]:
         ("points per doubling", written["slope"]),
     ]
     note = (
-        "Top-1 in %, mean ± standard deviation over n seeds. Points per doubling: all of the budget minus half of it "
-        "for equal seeds, with the 95 % interval of the mean (Student's t); in the repetition, these two "
-        "have different weight decays."
+        "Top-1 in %, mean ± standard deviation over the n seeds that both budgets have. Points per doubling: all of "
+        "the budget minus half of it for equal seeds, with the 95 % interval of the mean (Student's t); in the "
+        "repetition, these two have different weight decays."
     )
     return {"border_singles": Table(columns, note, rows, names)}
 

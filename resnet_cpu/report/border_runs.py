@@ -18,7 +18,7 @@ OWN_DECAY = "2e-3"  # of all flagfiles of the study
 SETTINGS = {
     "tiny": "Tiny-ImageNet, 100 classes",
     "tuned": "Tiny-ImageNet, 100 classes, weight decay tuned with half of the budget",
-    "again": "Tiny-ImageNet, 100 classes, repeated with seeds 3 to 5, and 8e-3 for one model of the whole budget",
+    "again": "Tiny-ImageNet, 100 classes, repeated with other seeds, and 8e-3 for one model of the whole budget",
     "wide": "Tiny-ImageNet, 100 classes, twice the width",
     "cifar": "CIFAR-10",
 }
