@@ -23,6 +23,7 @@ from resnet_cpu.data.datasets import DATASETS, facts_of, normalization_of
 from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.run import files
 from resnet_cpu.run.folder import read_json
+from resnet_cpu.run.signature import normalised
 from resnet_cpu.settings import GROUPS, Settings
 
 _COMMENT = "a comment must be on a line of its own that starts with #"
@@ -291,11 +292,21 @@ def _view_of(run_dir: str, own: Sequence[str], words: Sequence[str]) -> List[str
     dataset = recorded["dataset"].value
     if now["dataset"].value == dataset:
         return []
-    facts = facts_of(dataset, recorded["data_dir"].value)
-    found = {name: getattr(facts, name) for name in ("image_size", "eval_crop", "num_classes")}
-    signature = (read_json(os.path.join(run_dir, files.RECORD)) or {}).get("signature", {})
-    measured = signature.get("data", {}).get("pixels") is not None
-    found["normalization"] = normalization_of("auto", dataset, measured)
+    try:
+        signature = normalised((read_json(os.path.join(run_dir, files.RECORD)) or {})["signature"])
+        of_data, of_model = signature["data"], signature["model"]
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{run_dir}: {files.RECORD} is missing or damaged, which says how the images of --dataset={dataset} were "
+            "seen; evaluate on that data set"
+        ) from None
+    facts = facts_of(dataset)
+    found = {
+        "image_size": facts.image_size,
+        "eval_crop": of_data.get("eval_crop", facts.eval_crop),
+        "num_classes": of_model.get("num_classes", facts.num_classes),
+        "normalization": normalization_of("auto", dataset, of_data.get("pixels") is not None),
+    }
     chosen = {name: recorded[name].value for name in found}
     return [
         f"--{name}={value}" for name, value in found.items() if value is not None and chosen[name] in (None, "auto")

@@ -380,10 +380,10 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 
 
 def test_flags_over_a_recorded_run_need_not_be_whole(tmp_path):
-    (tmp_path / "resolved.flags").write_text("--dataset=tfds:cats\n--num_classes=3\n")
+    run_dir = recorded_run(tmp_path / "run", ["--dataset=tfds:cats", "--num_classes=3"])
     more = ["--dataset=tfds:dogs"]
     assert commandline.parse(more, "evaluate").given == {"dataset"}
-    assert commandline.parse(more, "evaluate", recorded=str(tmp_path)).model.num_classes == 3
+    assert commandline.parse(more, "evaluate", recorded=run_dir).model.num_classes == 3
     assert commandline.parse(["verify", *more], "prepare").data.dataset == "tfds:dogs"
     with pytest.raises(FlagError, match="num_classes"):  # negative control
         commandline.parse(more, "train")
@@ -392,10 +392,11 @@ def test_flags_over_a_recorded_run_need_not_be_whole(tmp_path):
 def recorded_run(folder, flags, pixels=None):
     folder.mkdir()
     (folder / "resolved.flags").write_text("\n".join(flags) + "\n")
-    (folder / "run.json").write_text(json.dumps({"signature": {"data": {"pixels": pixels}}}))
+    (folder / "run.json").write_text(json.dumps({"signature": {**SIGNATURE, "data": {"pixels": pixels}}}))
     return str(folder)
 
 
+SIGNATURE = {"model": {}, "recipe": {}, "phases": {}}
 PIXELS = {"mean": [1, 2, 3], "std": [1, 1, 1]}
 
 
@@ -415,6 +416,14 @@ def test_another_data_set_is_seen_as_the_one_of_training(tmp_path, flags, pixels
     found = commandline.parse(asked, "evaluate", recorded=run_dir)
     data = found.data
     assert (data.normalization, data.image_size, data.eval_crop, found.model.num_classes) == view
+
+
+def test_what_a_run_saw_is_not_guessed(tmp_path):
+    run_dir = recorded_run(tmp_path / "run", ["--dataset=imagenet"])
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(CheckpointError, match="run.json is missing or damaged.* evaluate on that data set"):
+        commandline.parse(["--dataset=folder", "--num_classes=1000"], "evaluate", recorded=run_dir)
+    assert commandline.parse([], "evaluate", recorded=run_dir).data.dataset == "imagenet"
 
 
 def test_a_part_of_imagenet_has_its_own_number_of_examples(tmp_path):

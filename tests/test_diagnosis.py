@@ -109,7 +109,7 @@ JUDGED = [
     (
         checks.threads({"OMP_THREAD_LIMIT": "8", "OMP_NUM_THREADS": "24"}, "", 24),
         "warning",
-        ["OMP_THREAD_LIMIT=8 in your environment overrides the 24", "unset OMP_THREAD_LIMIT, or"],
+        ["OMP_THREAD_LIMIT=8 in your environment overrides the 24", "unset OMP_THREAD_LIMIT"],
     ),
     (checks.threads({}, "OMP_NUM_THREADS=auto: must be a number; unset it", 24), "problem", ["OMP_NUM_THREADS=auto"]),
     (checks.memory(64 * GIB, 5.4e9), "ok", ["64.0 GiB"]),

@@ -170,6 +170,8 @@ def test_predictions_of_other_images_do_not_count(tmp_path):
     assert ensemble.has_predictions(path, config) and ensemble.has_predictions(path, config, content="before")
     assert not ensemble.has_predictions(path, config, content="after")
     paths = {"one": path, "other": member(tmp_path, "other", "after")}
-    with pytest.raises(CheckpointError, match="member other cannot be combined: .* other images than one; remove"):
+    with pytest.raises(
+        CheckpointError, match="member other cannot .* other images than one; remove the folders predict"
+    ):
         ensemble.evaluate(paths, None)
     assert "top1" in ensemble.evaluate({**paths, "other": member(tmp_path, "other", "before")}, None)

@@ -75,8 +75,22 @@ def test_linked_folders_are_followed_and_hidden_ones_left_out(tmp_path):
     (root / "train" / "cat" / ".ipynb_checkpoints" / "0.jpg").write_bytes(encoded())
     found = names(find_folder(str(root), None, False))["train"]
     assert len(found) == 19 and "cat/part/far.jpg" in found
-    (root / "train" / "cat" / "up").symlink_to(root / "train")
-    with pytest.raises(DataError, match="cat/up: a link to a folder that contains it"):
+
+
+@pytest.mark.parametrize(
+    "links, named",
+    [
+        ({"cat/self": "cat"}, "cat/self"),
+        ({"cat/more": "dog", "dog/more": "cat"}, "cat/more/more"),
+        ({"loop": "."}, "loop/loop"),
+        ({"cat/up": "."}, "cat/up/cat"),
+    ],
+)
+def test_a_link_to_a_folder_that_contains_it_is_refused(tmp_path, links, named):
+    root = folders(tmp_path)
+    for link, target in links.items():
+        (root / "train" / link).symlink_to(root / "train" / target)
+    with pytest.raises(DataError, match=f"train/{named}: a link to a folder that contains it"):
         find_folder(str(root), None, False)
 
 

@@ -15,7 +15,7 @@ from conftest import OUTSIDE, ROOT
 
 from resnet_cpu import launch
 from resnet_cpu.cluster import launching, start
-from resnet_cpu.cluster.machine import Cpu, Machine, Node
+from resnet_cpu.cluster.machine import Cpu, Machine, Node, physical_cores
 from resnet_cpu.diagnosis import examination
 from resnet_cpu.errors import FlagError, OutputError, PeerLost
 
@@ -391,7 +391,7 @@ def test_ranks_stay_within_the_mask_of_this_process(starts, monkeypatch, capsys,
     monkeypatch.setattr(launching.machine, "read", lambda: restricted)
     starts(f"--mpi={launcher}", "--ranks=1", "--dry_run", "--", "cat")
     line, report = capsys.readouterr()
-    assert binding in line and "binding: none (this process is restricted to CPUs 1, and " in report
+    assert binding in line and "binding: none (the affinity mask allows CPUs 1, which " in report
     starts(f"--mpi={launcher}", "--hosts=elsewhere:1", "--dry_run", "--", "cat")
     assert "-to none" not in capsys.readouterr().out
     starts("--mpi=intel", "--ranks=1", "--dry_run", "--", "cat")
@@ -399,7 +399,7 @@ def test_ranks_stay_within_the_mask_of_this_process(starts, monkeypatch, capsys,
 
 
 @pytest.mark.mpi
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+@pytest.mark.skipif(physical_cores(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_a_rank_really_stays_within_the_mask():
     last = max(os.sched_getaffinity(0))
     command = [sys.executable, "-m", "resnet_cpu.launch", "--ranks=1", "--", "grep", "Cpus_allowed_list"]

@@ -144,3 +144,7 @@ def test_a_shard_without_examples_is_good(tmp_path):
     manifest["splits"]["train"].append(row)
     shards.write_manifest(str(folder), manifest)
     assert verification.verify(str(folder), "imagenet", 2) == {"train": 3, "validation": 1}
+    manifest["splits"].update(train=manifest["splits"]["train"][:-1], validation=[row])
+    shards.write_manifest(str(folder), manifest)
+    with pytest.raises(DataError, match="no examples in split 'validation'"):
+        verification.verify(str(folder), "imagenet", 2)

@@ -72,8 +72,8 @@ def launch(
     elsewhere = _elsewhere(distribution, bool(here))
     if host.restricted and placed.bound and launcher in launchers.IGNORE_MASK and not elsewhere:
         placed = placed.without_binding(
-            f"this process is restricted to CPUs {machine.spans(host.allowed)}, and {launchers.IGNORE_MASK[launcher]} "
-            "would bind ranks to others: they share these"
+            f"the affinity mask allows CPUs {machine.spans(host.allowed)}, which {launchers.IGNORE_MASK[launcher]} "
+            "ignores when it binds ranks; so they are not bound, and share these CPUs"
         )
     rank_map = _rank_map(host, distribution, placed, interface, elsewhere)
     if launcher == "ibrun":

@@ -44,7 +44,10 @@ def version_of(program: str, patience: float = _VERSION_S) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = error.strerror if isinstance(error, OSError) else f"does not answer to --version in {patience:g} s"
-        raise FlagError(f"{program}: {reason}; load another MPI module, or choose a launcher with --mpi=") from None
+        raise FlagError(
+            f"{program}: {reason}; load another MPI module, or name the launcher, as in python -m resnet_cpu.launch "
+            "--mpi=srun"
+        ) from None
     return answer.stdout + answer.stderr
 
 

@@ -140,6 +140,13 @@ def make_indexes(description: Dict[str, Any], folder: str) -> None:
     # Of an empty file there is nothing to index; `open_data` refuses it.
     there = [path for path in paths if os.path.isfile(path) and os.path.getsize(path)]
     missing = [path for path in there if not os.path.exists(shards.index_path(path))]
+    closed = [path for path in map(shards.index_path, there) if os.path.exists(path) and not os.access(path, os.R_OK)]
+    if closed:
+        print(
+            f"data: {closed[0]}: no permission to read this index, {len(closed)} in all; every start will scan their "
+            "shards again (ask their owner for chmod a+r)",
+            file=sys.stderr,
+        )
     for number, path in enumerate(missing):
         if number % 64 == 0:
             print(f"data: first use of {folder}: indexing shard {number + 1} of {len(missing)}", file=sys.stderr)

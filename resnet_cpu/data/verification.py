@@ -99,7 +99,12 @@ def _conclude(folder: str, found: Dict[str, List[_Found]], remedy: str) -> None:
     """
     results = sorted((one for results in found.values() for one in results), key=lambda one: one.path)
     repeated_names = [line for one in found.values() for line in _repeated_names(one)]
-    across = [*repeated_names, *_contradictions(results)]
+    empty = [
+        f"{folder}: no examples in split '{split}'"
+        for split, of_split in found.items()
+        if not any(one.examples or one.bad for one in of_split)
+    ]
+    across = [*repeated_names, *_contradictions(results), *empty]
     for line in across:
         print(f"bad: {line}", file=sys.stderr, flush=True)
     formats: Dict[str, int] = {}

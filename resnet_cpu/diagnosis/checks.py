@@ -228,7 +228,10 @@ def threads(exported: Mapping[str, str], refused: str, proposed: int) -> Check:
     named = ", ".join(f"{name}={exported[name]}" for name in other or exported)
     if other:
         what = f"{named} in your environment overrides the {proposed} per rank that launch would choose"
-        return Check("threads", "warning", what, f"unset {' '.join(other)}, or give --threads")
+        remedy = f"unset {' '.join(other)}"
+        if "OMP_THREAD_LIMIT" not in other:  # which --threads leaves as it is
+            remedy += ", or give --threads"
+        return Check("threads", "warning", what, remedy)
     return Check("threads", "ok", named or f"none exported; launch would choose {proposed} per rank")
 
 

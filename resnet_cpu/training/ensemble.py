@@ -167,13 +167,12 @@ def _check_contents(paths: Mapping[str, str]) -> None:
     """Raise CheckpointError for a member whose predictions are of other images than those before it."""
     known: Dict[str, str] = {}  # content -> name of the first member
     for name, path in paths.items():
-        folder = os.path.join(path, "predictions")
-        content = checkpoint.read_manifest(folder).get("content")
+        content = checkpoint.read_manifest(os.path.join(path, "predictions")).get("content")
         if content is not None and known and content not in known:
             first = next(iter(known.values()))
             raise CheckpointError(
-                f"member {name} cannot be combined: it was evaluated on other images than {first}; remove {folder}, "
-                "and it is evaluated again"
+                f"member {name} cannot be combined: it was evaluated on other images than {first}; remove the folders "
+                "predictions of all these members and give --data_dir, so that all are evaluated on the same images"
             )
         if content is not None:
             known[content] = name

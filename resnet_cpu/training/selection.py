@@ -102,7 +102,8 @@ def with_pixels_of(signature: Mapping[str, Any], settings: Settings, data: Shard
     if not pixels and settings.data.normalization == "dataset":
         raise FlagError(
             "--normalization=dataset: the network was trained without a measured pixel mean and deviation; remove "
-            "the flag"
+            "the flag",
+            collective=True,
         )
     mean, deviation = (tuple(pixels[key]) if pixels else None for key in ("mean", "std"))
     return dataclasses.replace(data, pixel_mean=mean, pixel_std=deviation)
@@ -164,7 +165,7 @@ def open_data_of(members: Sequence[Member], world: World) -> List[ShardedData]:
 def _open_data_of(member: Member, world: World, opened: Dict[Tuple[Any, ...], ShardedData]) -> ShardedData:
     settings = member.settings
     of_data = (settings.data.dataset, settings.data.data_dir, settings.data.eval_split)
-    key = (*of_data, settings.data.normalization, settings.model.num_classes)  # the last two are checked on opening
+    key = (*of_data, settings.model.num_classes)  # the last one is checked on opening
     if key not in opened:
         opened[key] = _open_data(settings, world)
     data = opened[key]

@@ -30,10 +30,11 @@ def find_folder(raw_dir: str, validation_share: Optional[float], allow_incomplet
             )
         train_at, validation_at = raw_dir, None
         classes = _classes(raw_dir)
-        if classes and all(name.lower() in _LIKE_SPLITS for name in classes):
+        like_splits = [name for name in classes if name.lower() in _LIKE_SPLITS]
+        if len(like_splits) > 1:
             raise DataError(
-                f"--raw_dir={raw_dir}: its folders are named like splits, not like classes ({some(classes)}); name "
-                "them train and validation"
+                f"--raw_dir={raw_dir}: has folders that are named like splits, not like classes "
+                f"({some(like_splits)}); name them train and validation"
             )
     elif validation_at is not None and validation_share is not None:
         raise FlagError(f"--validation_share: {raw_dir} has {os.path.basename(validation_at)} already; remove the flag")

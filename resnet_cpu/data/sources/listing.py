@@ -16,7 +16,6 @@ from resnet_cpu.errors import DataError
 from resnet_cpu.run.atomic import naming, open_atomically
 
 MOST_BYTES = 2**25  # of one image; the largest of ImageNet has 15 MB
-WHOLE = -1  # as a size: to the end of the file
 MISSING = -1  # as a size: there is no such file
 
 
@@ -103,13 +102,21 @@ def walk(root: str) -> Iterator[Tuple[str, List[str]]]:
     def stop(error: OSError) -> None:
         raise error
 
+    within = {root: {_identity(root)}}  # folder -> what it and the folders above it are, whatever links led there
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=stop):
+        above = within.pop(folder)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in subfolders:
             path = os.path.join(folder, name)
-            if os.path.islink(path) and os.path.realpath(folder).startswith(os.path.join(os.path.realpath(path), "")):
+            if _identity(path) in above:
                 raise DataError(f"{path}: a link to a folder that contains it; remove the link")
+            within[path] = {*above, _identity(path)}
         yield folder, sorted(names)
+
+
+def _identity(path: str) -> Tuple[int, int]:
+    about = os.stat(path)
+    return about.st_dev, about.st_ino
 
 
 def size_of(path: str) -> int:

@@ -100,7 +100,7 @@ def _prepare(
     work = os.path.join(folder, _WORK)
     tasks = tasks_of(images, made_of["seed"])
     _begin(images, tasks, folder, made_of)
-    rows = {task.name: row for task in tasks for row in [_finished_row(folder, work, task)] if row is not None}
+    rows = {task.name: row for task in tasks for row in [_finished_row(images, folder, task)] if row is not None}
     left = [task for task in tasks if task.name not in rows]
     if rows:
         print(f"prepare: {len(rows):,} of {len(tasks):,} shards are finished; continuing", file=sys.stderr, flush=True)
@@ -175,22 +175,22 @@ def _begin(images: Listing, tasks: Sequence[Task], folder: str, made_of: Dict[st
             )
         for task in tasks:
             if replaced and not replaced[task.split].isdisjoint(task.rows):
-                _forget(folder, task.name)
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(work, f"{task.name}.json"))
     images.save(listed)
     write_atomically(begun, json.dumps(made_of).encode())
 
 
-def _forget(folder: str, name: str) -> None:
-    """Let a shard be made again by the next attempt."""
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(os.path.join(folder, _WORK, f"{name}.json"))
-
-
-def _finished_row(folder: str, work: str, task: Task) -> Optional[Dict[str, Any]]:
-    """Return the row of a shard that is finished, else None."""
+def _finished_row(images: Listing, folder: str, task: Task) -> Optional[Dict[str, Any]]:
+    """Return the row of a shard that is finished, else None: also if one of its bad images was changed since."""
+    path, table = os.path.join(folder, _WORK, f"{task.name}.json"), images.splits[task.split]
     try:
-        with open(os.path.join(work, f"{task.name}.json"), encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             row = json.load(file)
+        # A copy may keep the time of its content, but not the one at which its file was changed (ctime).
+        bad = {images.files[table.files[number]] for number in row["bad_rows"]}
+        if any(os.stat(file).st_ctime_ns >= os.stat(path).st_mtime_ns for file in bad):
+            return None
         return row if _is_whole(folder, task, row) else None
     except (OSError, ValueError, KeyError):
         return None
@@ -239,10 +239,12 @@ def make_shard(images: Listing, folder: str, task: Task, options: conversion.Opt
     """Write one shard with its index; return its row.
 
     Besides what the manifest has of a shard, it holds `changes` (how often what was converted), `bad` (a line for each
-    image that was left out), `moments` (sums over the `measured` images, see `conversion.Converted`).
+    image that was left out), `bad_rows` (their rows in the table), `moments` (sums over the `measured` images, see
+    `conversion.Converted`).
     """
     changes: Dict[str, int] = collections.Counter()
     bad: List[str] = []
+    bad_rows: List[int] = []
     moments: List[Tuple[float, ...]] = []
 
     def payloads() -> Iterator[bytes]:
@@ -252,6 +254,7 @@ def make_shard(images: Listing, folder: str, task: Task, options: conversion.Opt
                 image = converted(images, task, row, options, number < task.measured)
             except BadImage as error:
                 bad.append(f"{task.split}: {os.fsdecode(name)}: {error}")
+                bad_rows.append(row)
                 continue
             if image.change:
                 changes[image.change] += 1
@@ -261,7 +264,8 @@ def make_shard(images: Listing, folder: str, task: Task, options: conversion.Opt
 
     written = shards.write_shard(os.path.join(folder, task.name), payloads())
     total = [float(value) for value in np.sum(moments, 0)] if moments else []
-    return {**written, "changes": changes, "bad": bad, "moments": total, "measured": len(moments)}
+    found = {"changes": changes, "bad": bad, "bad_rows": bad_rows, "moments": total, "measured": len(moments)}
+    return {**written, **found}
 
 
 def converted(
@@ -333,7 +337,7 @@ def _finished(running: Dict[Any, Task], progress: Progress) -> Iterator[Tuple[st
 
 
 def _report_bad(folder: str, rows: Mapping[str, Dict[str, Any]], leave_out: bool) -> None:
-    """List the images that were left out; raise DataError unless that is wanted: then their shards are unfinished."""
+    """List the images that were left out; raise DataError unless that is wanted, or if a split has no other image."""
     path = os.path.join(folder, _BAD_IMAGES)
     bad = [line for _, row in sorted(rows.items()) for line in row["bad"]]
     if not bad:
@@ -349,9 +353,6 @@ def _report_bad(folder: str, rows: Mapping[str, Dict[str, Any]], leave_out: bool
     if leave_out and not empty:
         print(f"WARNING: {text}; they are left out", file=sys.stderr, flush=True)
         return
-    for name, row in rows.items():
-        if row["bad"]:
-            _forget(folder, name)
     none_left = f"no image of {' and '.join(empty)} can be used, so replace them"
     raise DataError(f"{text}; {none_left if empty else 'replace them, or leave them out with --allow_incomplete'}")
 
