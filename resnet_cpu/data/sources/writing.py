@@ -188,8 +188,9 @@ def _finished_row(images: Listing, folder: str, task: Task) -> Optional[Dict[str
         with open(path, encoding="utf-8") as file:
             row = json.load(file)
         # A copy may keep the time of its content, but not the one at which its file was changed (ctime).
-        bad = {images.files[table.files[number]] for number in row["bad_rows"]}
-        if any(os.stat(file).st_ctime_ns >= os.stat(path).st_mtime_ns for file in bad):
+        bad = {images.files[table.files[number]] for number in (row["bad_rows"] if row["bad"] else ())}
+        changed = [max(os.stat(file).st_ctime_ns, os.lstat(file).st_ctime_ns) for file in bad]  # or a link to it
+        if max(changed, default=0) >= os.stat(path).st_mtime_ns:
             return None
         return row if _is_whole(folder, task, row) else None
     except (OSError, ValueError, KeyError):
