@@ -118,29 +118,33 @@ border() {
   done < <(border_settings)
 }
 
-# The search of the weight decay, with a seed of its own and half of the budget: the same effort for one model and each ensemble.
-# And one with all of the budget: for one model, and for one of three independent networks.
+# Searches of the weight decay, with a seed of its own: with half of the budget, the same effort for one model and each ensemble;
+# and with all of it, which is what one model of the whole budget needs.
 border_search() {
-  local images arm decay decays
-  if ! [[ -e data/half_tiny_imagenet/manifest.json ]]; then return; fi # border says so
-  for images in 5000 10000; do
-    for arm in half late_36 late_100 published; do
-      for decay in 2e-3 4e-3 $((images == 5000 ? 8 : 1))e-3; do
-        echo "search_border/tiny-$images/$arm-$decay/seed-9 --flagfile=$border/$arm.flags --train_examples=$images --seed=9 $(
-          with_decay "$border/$arm.flags" "$decay" "$([[ $arm == half ]] && echo 1 || echo 2)"
-        )"
-      done
+  local arm decay
+  for arm in half late_36 late_100 published; do
+    for decay in 2e-3 4e-3 8e-3; do
+      searched tiny-5000 "$arm" "$decay" "$([[ $arm == half ]] && echo 1 || echo 2)"
     done
   done
-  for arm in one third; do
-    decays="4e-3 8e-3 16e-3"
-    if [[ $arm == third ]]; then decays="2e-3 4e-3 8e-3"; fi
-    for decay in $decays; do
-      echo "search_border/whole-5000/$arm-$decay/seed-9 --flagfile=$border/$arm.flags --train_examples=5000 --seed=9 $(
-        with_decay "$border/$arm.flags" "$decay" 1
-      )"
+  for decay in 4e-3 8e-3 16e-3; do searched whole-5000 one "$decay" 1; done
+  for decay in 2e-3 4e-3 8e-3; do
+    searched whole-5000 third "$decay" 1
+    for arm in one late_36 third; do
+      searched whole-cifar-5000 "$arm" "$decay" 1 --data_dir=data/cifar10 --num_classes=10
     done
   done
+}
+
+# searched SEARCH ARM DECAY DIVISOR FLAG...: print the line of a run of a search, with its steps over DIVISOR; none without the
+# data, which `border` and `cifar` report.
+searched() {
+  local search=$1 arm=$2 decay=$3 divisor=$4
+  shift 4
+  if ! [[ -e data/half_tiny_imagenet/manifest.json && $* != *cifar* || -e data/cifar10/manifest.json && $* == *cifar* ]]; then return; fi
+  echo "search_border/$search/$arm-$decay/seed-9 --flagfile=$border/$arm.flags --train_examples=${search##*-} --seed=9 $* $(
+    with_decay "$border/$arm.flags" "$decay" "$divisor"
+  )"
 }
 
 with_decay() { # FLAGFILE DECAY DIVISOR: print the phases of FLAGFILE with DECAY for its 2e-3, and its steps over DIVISOR
@@ -168,7 +172,7 @@ tiny-5000 half,one,one_collapse,late_36,late_100,published,third
 tuned-5000 half,one,one_collapse,late_36,late_100,published
 again-5000 half,one,late_36,third
 wide-10000 half,one,one_collapse,late_36,late_100 --width=0.25
-cifar-5000 half,one,one_collapse,late_36,late_100 --data_dir=data/cifar10 --num_classes=10
+cifar-5000 half,one,one_collapse,late_36,third --data_dir=data/cifar10 --num_classes=10
 cifar-50000 half,one,one_collapse,late_36,late_100 --data_dir=data/cifar10 --num_classes=10
 SETTINGS
 }

@@ -136,14 +136,16 @@ def test_the_search_of_rates_changes_nothing_else(with_data):
     assert "--global_batch_size=256 --seed=9 --phase=main:epochs=10,lr_per_256=0.8,warmup_epochs=2 " in linear
 
 
-def test_the_search_of_the_weight_decay_has_half_of_the_budget_for_each_side(with_data):
+def test_a_search_of_the_weight_decay_has_the_same_budget_for_each_side(with_data):
     _, calls = with_data(ONLY="search_border/")
-    assert len(calls) == 30
-    one = call_of(calls, "search_border/tiny-10000/half-1e-3/")
-    assert "--phase=main:steps=3900,lr=0.2,warmup_steps=390,wd=0.001,member=1 " in one
-    late = call_of(calls, "search_border/tiny-10000/late_36-4e-3/")
+    assert len(calls) == 27
+    one = call_of(calls, "search_border/tiny-5000/half-8e-3/")
+    assert "--phase=main:steps=3900,lr=0.2,warmup_steps=390,wd=0.008,member=1 " in one
+    late = call_of(calls, "search_border/tiny-5000/late_36-4e-3/")
     assert "--phase=trunk:steps=2730,lr=0.2,end_lr=0.036,warmup_steps=195,wd=0.004 " in late
     assert "--phase=two:steps=117,lr=0.036,power=2,wd=0.008,augment=light,branch=1,member=1 " in late
+    whole = call_of(calls, "search_border/whole-cifar-5000/late_36-4e-3/")
+    assert "--train_examples=5000 --seed=9 --data_dir=data/cifar10 --num_classes=10 --phase=trunk:steps=5460," in whole
 
 
 def test_each_run_is_reported_with_its_number_and_how_it_ended(with_data):

@@ -207,13 +207,15 @@ def not_the_best(decays, runs):
     """Return the rows of decays.csv that are not the best of three in their search.
 
     `half` stands for single models, except in the repetition, where `one` and `third` have a search with all of the
-    budget.
+    budget, and on CIFAR-10, where `one` does.
     """
     found = []
     for row in decays:
         search, arm = row["setting"].replace("tuned", "tiny").replace("again", "tiny"), row["arm"]
         if row["setting"] == "again-5000" and arm in ("one", "third"):
             search = "whole-5000"
+        elif search.startswith("cifar"):
+            search, arm = f"whole-{search}", "one" if arm in border_runs.SINGLES else arm
         elif arm in border_runs.SINGLES:
             arm = "half"
         name = re.compile(rf"search_border/{search}/{arm}-([\de-]+)/seed-9")
