@@ -353,7 +353,9 @@ def test_time_counts_what_a_killed_attempt_did_after_its_last_checkpoint(tiny_da
         assert first == marks  # neither lost nor improved by the kill
     started = time.monotonic()
     result = train(tiny_data, run_dir, runs.EVERY_EPOCH)
-    assert result["wall_seconds"] == pytest.approx(spent + time.monotonic() - started, abs=0.4)
+    # The clock starts after the start of an attempt, later on a busy machine; a lost attempt would be about a third.
+    outside = spent + time.monotonic() - started
+    assert 0.85 * outside < result["wall_seconds"] <= outside
     assert result["seconds_to_top1"] == {"0.0": marks}
     walls = [row["wall_seconds"] for row in read_rows(f"{run_dir}/eval.jsonl")]
     assert walls == sorted(walls) and walls[-1] < result["wall_seconds"]

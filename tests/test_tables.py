@@ -356,6 +356,9 @@ def test_a_run_whose_loss_was_not_finite_is_counted_and_in_no_mean(place, tmp_pa
     table = studies.read().tables["t"]
     assert dict(table.columns)["not finite"] == ["1"] and "ended with code 77" in table.note
     assert table.note.count("a processor") == 1
+    (place / "experiments" / "tables.csv").write_text(SPEC_COLUMNS + spec.replace("mine/*", "mine/seed-2"))
+    assert dict(studies.read().tables["t"].columns)["top-1, %"] == ["not finite"]
+    (place / "experiments" / "tables.csv").write_text(SPEC_COLUMNS + spec)
     write_run(tmp_path / "runs" / "mine" / "seed-2", 2)  # trained again, to its end
     tables.main([f"--runs={tmp_path / 'runs'}"])
     table = studies.read().tables["t"]

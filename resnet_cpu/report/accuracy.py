@@ -262,7 +262,7 @@ def _columns(table: List[_Line]) -> List[Column]:
     columns = [
         ("what", [line.label for line in table]),
         ("published", [line.of_published("value", "unit") for line in table]),
-        ("top-1, %", [line.spread("top1", 100, 2) or NOT_RUN for line in table]),
+        ("top-1, %", [line.spread("top1", 100, 2) or ("not finite" if line.failed else NOT_RUN) for line in table]),
         ("difference (95 % interval)", [_bounded(line.difference()) for line in table]),
         ("time, s", [_spread(line.seconds()) for line in table]),
         ("relative time (95 % interval)", [_bounded(line.time_ratio(), "") for line in table]),
