@@ -87,11 +87,7 @@ list() {
 border() {
   local first seed setting arms flags arm number data decay phases
   while read -r setting arms flags; do
-    data=data/half_tiny_imagenet
-    if [[ $flags == *--data_dir=* ]]; then
-      data=${flags##*--data_dir=}
-      data=${data%% *}
-    fi
+    data=$(data_of "$flags")
     if ! [[ -e $data/manifest.json ]]; then
       echo "border/$setting: left out, because $data does not hold the data (see $0)" >&2
       continue
@@ -118,6 +114,15 @@ border() {
   done < <(border_settings)
 }
 
+data_of() { # FLAGS: print the folder of the data that flags name, or that of the study
+  local data=data/half_tiny_imagenet
+  if [[ $1 == *--data_dir=* ]]; then
+    data=${1##*--data_dir=}
+    data=${data%% *}
+  fi
+  echo "$data"
+}
+
 # Searches of the weight decay, with a seed of its own: with half of the budget, the same effort for one model and each ensemble;
 # and with all of it, which is what one model of the whole budget needs.
 border_search() {
@@ -141,7 +146,7 @@ border_search() {
 searched() {
   local search=$1 arm=$2 decay=$3 divisor=$4
   shift 4
-  if ! [[ -e data/half_tiny_imagenet/manifest.json && $* != *cifar* || -e data/cifar10/manifest.json && $* == *cifar* ]]; then return; fi
+  if ! [[ -e $(data_of "$*")/manifest.json ]]; then return; fi
   echo "search_border/$search/$arm-$decay/seed-9 --flagfile=$border/$arm.flags --train_examples=${search##*-} --seed=9 $* $(
     with_decay "$border/$arm.flags" "$decay" "$divisor"
   )"

@@ -55,9 +55,10 @@ def save(path: str, predictions: Optional[Predictions], settings: Settings, cont
         content: digest of the shards with the evaluation images, `Split.content`.
     """
     assert predictions is not None
+    manifest = checkpoint.read_manifest(path)
     info = {
-        "step": checkpoint.read_manifest(path)["step"],
-        "weights_sha256": checkpoint.weights_digest(path),
+        "step": manifest["step"],
+        "weights_sha256": checkpoint.weights_digest(manifest),
         "evaluated": evaluation_settings(settings),
         "content": content,
     }
@@ -70,7 +71,7 @@ def has_predictions(path: str, settings: Settings, same_folder: bool = False, co
     With `same_folder`, predictions made from another --data_dir do not count; with `content`, neither do those of
     other images, see `save`. Predictions of version 0.1 have no content.
     """
-    weights = checkpoint.weights_digest(path)
+    weights = checkpoint.weights_digest(checkpoint.read_manifest(path))
     folder = os.path.join(path, "predictions")
     try:
         predictions = checkpoint.read_manifest(folder)

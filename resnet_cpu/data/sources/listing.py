@@ -16,7 +16,7 @@ from resnet_cpu.errors import DataError
 from resnet_cpu.run.atomic import naming, open_atomically
 
 MOST_BYTES = 2**25  # of one image; the largest of ImageNet has 15 MB
-MISSING = -1  # as a size: there is no such file
+MISSING = -1  # size of a file that does not exist
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +108,10 @@ def walk(root: str) -> Iterator[Tuple[str, List[str]]]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in subfolders:
             path = os.path.join(folder, name)
-            if _identity(path) in above:
+            identity = _identity(path)
+            if identity in above:
                 raise DataError(f"{path}: a link to a folder that contains it; remove the link")
-            within[path] = {*above, _identity(path)}
+            within[path] = {*above, identity}
         yield folder, sorted(names)
 
 
