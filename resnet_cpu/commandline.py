@@ -289,8 +289,8 @@ def _view_of(run_dir: str, own: Sequence[str], words: Sequence[str]) -> List[str
     recorded, now = _define(all_flags()), _define(all_flags())
     _parse(recorded, own)
     _parse(now, [*own, *words])
-    dataset = recorded["dataset"].value
-    if now["dataset"].value == dataset:
+    evaluated, dataset = now["dataset"].value, str(recorded["dataset"].value)
+    if evaluated == dataset:
         return []
     try:
         signature = normalised((read_json(os.path.join(run_dir, files.RECORD)) or {})["signature"])
