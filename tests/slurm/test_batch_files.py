@@ -412,7 +412,9 @@ def test_two_nodes_that_share_a_disk_share_one_copy(lab, site, stand_in, tiny_da
         words = ["--nodes=2", "--ntasks-per-node=1", "launch/stage.sbatch", tiny_data, "--dataset=digits"]
         job = other.submit(folder, *words, LOCAL_DISK=str(tmp_path), NOTES=str(tmp_path), **stand_in)
         assert other.await_state(job)["JobState"] == "COMPLETED", log_of(folder, job)
-        assert lab.facts(job) != other.facts(job)
+        folders_of_jobs = ["squeue", "--states=all", "--noheader", "--format=%Z"]
+        assert str(folder) in other.run(*folders_of_jobs).splitlines()
+        assert str(folder) not in lab.run(*folders_of_jobs).splitlines()
     log = log_of(folder, job)
     assert log.count("checked in") == 1 and log.count("is already there") == 1, log
     assert words_of(tmp_path, f"{job}.0")[-1].startswith(f"--data_dir={tmp_path}/resnet_cpu-0/data-")
