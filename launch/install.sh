@@ -112,8 +112,8 @@ if ((${#missing[@]})) && [[ $without_compiler == no ]]; then
 fi
 
 # sed reads to the end: an MPI that is cut off would end this script.
-mpi_version=$(mpirun --version 2>&1 | sed -n 1p) ||
-  fail "$(command -v mpirun || echo mpirun) does not run: ${mpi_version:-it printed nothing}; load another MPI module, or install openmpi-bin"
+mpi_version=$(timeout 60 mpirun --version 2>&1 | sed -n 1p) ||
+  fail "$(command -v mpirun || echo mpirun) does not run: ${mpi_version:-it printed nothing within a minute}; load another MPI module, or install openmpi-bin"
 compiler=$(g++ --version 2>/dev/null | head -n 1) || true
 # The name that the documentation uses. It stays what it is, so that queued jobs keep their environment.
 link() {

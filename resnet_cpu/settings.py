@@ -48,7 +48,7 @@ class Recipe:
     accumulate_steps: int = setting(
         1,
         "Micro-batches per rank whose gradients are averaged before each update, to train with a large global batch on "
-        "few ranks. 0: as many as --global_batch_size needs.",
+        "few ranks. 0: as many as --global_batch_size needs; 1 without it.",
         low=0,
         high=10**6,
     )
