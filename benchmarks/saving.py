@@ -65,7 +65,7 @@ def measure(settings, world, environment, rounds: int, steps: int) -> list:
     report = open_report(job)
     with contextlib.closing(report), guard.Watchdog(600.0), Writer() as writer:
         horovod.start(world)
-        fused = library.choose(settings).used
+        fused, kernels = library.agree(settings, world)
         model = build_model(settings, fused)
         train_step = TrainStep(model, settings.recipe, job.batch.accumulate_steps, fused)
         state = State(model, train_step.optimizer)
@@ -80,7 +80,7 @@ def measure(settings, world, environment, rounds: int, steps: int) -> list:
             world.barrier()
             began = time.perf_counter()
             if side != "no_save":
-                loop.save(job, state, report, writer, wait=side == "waited_for")
+                loop.save(job, state, report, writer, kernels, wait=side == "waited_for")
             stall = time.perf_counter() - began
             for _ in range(steps):
                 train_step.take(batches, rates)

@@ -45,7 +45,9 @@ scaling() {
     for kind in weak strong; do
       for ((ranks = 1; ranks <= ${#core_list[@]}; ranks *= 2)); do
         folder=scaling/$kind/rep-$repetition/ranks-$ranks
-        if ! [[ /$folder =~ /($only) ]] || finished "$runs/$folder"; then continue; fi
+        if ! [[ /$folder =~ /($only) ]]; then continue; fi
+        # --max_steps ends these runs, so that their results are not `complete`.
+        if [[ -s $runs/$folder/result.json && -s $runs/$folder/scaling.json ]]; then continue; fi
         if [[ -n ${MISSING:-} ]] && grep -q "^$folder," experiments/results/scaling_runs.csv; then continue; fi
         mkdir -p "$runs/$folder"
         if taskset -c "$(IFS=,; echo "${core_list[*]:0:ranks}")" launch/local.sh "$ranks" python -m resnet_cpu.train \

@@ -16,7 +16,11 @@ mkdir -p logs # Slurm writes there, but does not create folders
 # The environment that launch/install.sh made; without one, python from PATH or from a module is used.
 # STACK=current chooses .venv-current, if both stacks are installed (docs/stacks.md); .venv is the one installed first.
 VENV=${VENV:-$PWD/.venv${STACK:+-$STACK}}
-if [[ -x $VENV/bin/python ]]; then export PATH=$VENV/bin:$PATH; fi
+if [[ -x $VENV/bin/python ]]; then
+  export PATH=$VENV/bin:$PATH
+elif [[ $VENV != "$PWD"/.venv* ]]; then
+  echo "launch/env.sh: VENV=$VENV: there is no bin/python; correct it, or unset it to use python from PATH" >&2
+fi
 
 # The launcher: auto, openmpi, intel, mpich, ibrun or srun.
 LAUNCHER=${LAUNCHER:-auto}

@@ -88,10 +88,19 @@ if (($(id -u) != 0)); then
   if sudo -n true 2>/dev/null; then sudo=(sudo -n); else may_install=no; fi
 fi
 command -v apt-get >/dev/null || may_install=no
+optional=()
 # Optional: a faster memory allocator for TensorFlow, which resnet_cpu.launch preloads if it is installed.
 if [[ $may_install == yes ]] && ! compgen -G '/usr/lib/*/libtcmalloc_minimal.so.4' >/dev/null; then
-  missing+=(libtcmalloc-minimal4)
+  optional+=(libtcmalloc-minimal4)
 fi
+
+system_packages() { # PACKAGE...: install them with apt-get, from newer lists if need be
+  export DEBIAN_FRONTEND=noninteractive
+  ${sudo[@]+"${sudo[@]}"} apt-get install -y -q --no-install-recommends "$@" >/dev/null 2>&1 || {
+    ${sudo[@]+"${sudo[@]}"} apt-get update -q >/dev/null
+    ${sudo[@]+"${sudo[@]}"} apt-get install -y -q --no-install-recommends "$@" >/dev/null
+  }
+}
 
 # If nothing but the compiler and its tools is missing, all but Horovod and the fused kernels is set up, for jobs of one rank.
 without_compiler=no
@@ -104,11 +113,11 @@ fi
 if ((${#missing[@]})) && [[ $without_compiler == no ]]; then
   [[ $may_install == yes ]] || fail "missing system packages (Debian names): ${missing[*]}; they cannot be installed here without apt-get and root or sudo. Ask for them, or load your site's MPI module and set RAW_DIR to the folder of the Fashion-MNIST files"
   say "system packages: ${missing[*]}"
-  export DEBIAN_FRONTEND=noninteractive
-  ${sudo[@]+"${sudo[@]}"} apt-get install -y -q --no-install-recommends "${missing[@]}" >/dev/null 2>&1 || {
-    ${sudo[@]+"${sudo[@]}"} apt-get update -q >/dev/null
-    ${sudo[@]+"${sudo[@]}"} apt-get install -y -q --no-install-recommends "${missing[@]}" >/dev/null
-  }
+  system_packages "${missing[@]}"
+fi
+if ((${#optional[@]})); then
+  say "optional system packages: ${optional[*]}"
+  system_packages "${optional[@]}" >/dev/null 2>&1 || say "note: ${optional[*]} could not be installed; training is slower without it"
 fi
 
 # sed reads to the end: an MPI that is cut off would end this script.

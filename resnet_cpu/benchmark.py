@@ -5,6 +5,7 @@ from typing import List, Union
 
 from resnet_cpu import commandline
 from resnet_cpu.cluster import guard, placement
+from resnet_cpu.training import agreement
 
 
 def main(argv: List[str]) -> None:
@@ -15,6 +16,7 @@ def main(argv: List[str]) -> None:
     settings = commandline.parse(argv, "benchmark")
     world = guard.connect(settings.system.ranks, settings.system.stall_timeout)
     placement.apply(settings.system.threads, world.cores)
+    agreement.check_same_everywhere(settings, world)
     from resnet_cpu.bench import messages, steps  # TensorFlow reads the threads from its environment once
 
     timings: Union[messages.MessageTimings, steps.StepTimings]

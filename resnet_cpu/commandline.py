@@ -231,7 +231,10 @@ def _frozen(values: flags.FlagValues, every: Sequence[Flag], whole: bool, positi
 
 
 def _fill_in(groups: Dict[str, Dict[str, Any]], whole: bool) -> None:
-    """Replace what was left open by what is known of the data set; raise FlagError if it does not fix the classes."""
+    """Replace what was left open by what is known of the data set.
+
+    Raises FlagError if that does not fix the classes, DataError if the folder that should fix them cannot be read.
+    """
     data, model = groups["data"], groups["model"]
     dataset = data["dataset"]
     if dataset not in DATASETS and not re.fullmatch(r"tfds:[A-Za-z0-9_]+(/[A-Za-z0-9_.-]+)*", dataset):
@@ -241,7 +244,14 @@ def _fill_in(groups: Dict[str, Dict[str, Any]], whole: bool) -> None:
     data["eval_crop"] = data["eval_crop"] or facts.eval_crop
     model["num_classes"] = model["num_classes"] or facts.num_classes
     if whole and not model["num_classes"]:
-        raise FlagError(f"--num_classes is missing; --dataset={dataset} does not fix the number of classes")
+        remedy = ""
+        if dataset == "folder":
+            if data["data_dir"]:
+                from resnet_cpu.data import folders  # not needed otherwise, and slow to load
+
+                folders.describe(data["data_dir"], dataset)  # raises what is wrong with the manifest
+            remedy = ", that in --data_dir does; give one of these flags"
+        raise FlagError(f"--num_classes is missing; --dataset={dataset} does not fix the number of classes{remedy}")
 
 
 def _resolved(values: flags.FlagValues, every: Sequence[Flag]) -> str:

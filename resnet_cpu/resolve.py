@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from typing import Tuple
 
-from resnet_cpu.errors import FlagError
+from resnet_cpu.errors import DataError, FlagError
 from resnet_cpu.recipe import batch as batches
 from resnet_cpu.recipe import phases
 from resnet_cpu.recipe.batch import Batch
@@ -26,13 +26,22 @@ def resolve_batch(settings: Settings, ranks: int) -> Batch:
     """Return which rank holds how many images of a step; raise FlagError where they cannot be divided."""
     recipe = settings.recipe
     batch = batches.resolve_batch(recipe.batch_size, recipe.global_batch_size, ranks, recipe.accumulate_steps)
+    batches.check_size(batch)
     batches.check_statistics(settings.model.bn_stats_batch, batch)
     return batch
 
 
 def resolve_recipe(settings: Settings, ranks: int, train_examples: int) -> Resolved:
-    """Return the recipe in steps for `ranks` ranks and `train_examples` images; raise FlagError if it does not fit."""
+    """Return the recipe in steps for `ranks` ranks and `train_examples` images.
+
+    Raises FlagError if it does not fit, DataError if there are fewer images than one step needs.
+    """
     batch = resolve_batch(settings, ranks)
+    if train_examples < batch.total:
+        remedy = "it" if settings.recipe.global_batch_size else "--batch_size or --accumulate_steps, or use fewer ranks"
+        raise DataError(
+            f"{train_examples} training examples are fewer than one global batch of {batch.total}; lower {remedy}"
+        )
     resolved = phases.resolve(
         settings.recipe.phases,
         train_examples=train_examples,

@@ -266,8 +266,8 @@ class System:
     )
     fused_kernels: str = setting(
         "auto",
-        "Train with this package's own kernels (docs/kernels.md). auto: where they are faster; yes: an error if they "
-        "cannot be used; no: TensorFlow's operations.",
+        "Train with this package's own kernels (docs/kernels.md). auto: where they can be used; yes: an error if they "
+        "cannot; no: TensorFlow's operations.",
         choices=("auto", "yes", "no"),
     )
     stall_timeout: float = setting(

@@ -1,7 +1,7 @@
 """Runs an experiment: `python -m resnet_cpu.train --flagfile=experiments/quickstart.flags`."""
 
 import sys
-from typing import List
+from typing import Any, Dict, List
 
 from resnet_cpu import commandline
 from resnet_cpu.cluster import guard, placement
@@ -19,7 +19,7 @@ def main(argv: List[str]) -> None:
     job = opening.open_job(settings, world, environment)
     result = job.finished
     if result is not None and world.rank == 0:
-        print(f"{job.run_dir} holds the finished run; for another run choose another --run_dir", file=sys.stderr)
+        print(f"{job.run_dir} {_nothing_left(result)}", file=sys.stderr)
     if result is None:
         # TensorFlow takes 5 s to load and reads its environment once: after `apply`, and after the early errors.
         from resnet_cpu.training import loop
@@ -27,6 +27,12 @@ def main(argv: List[str]) -> None:
         result = loop.run(job)
     if world.rank == 0:
         print(json_line(result), flush=True)
+
+
+def _nothing_left(result: Dict[str, Any]) -> str:
+    if result["complete"]:
+        return "holds the finished run; for another run choose another --run_dir"
+    return f"has reached --max_steps={result['steps']} already; raise or remove that flag to continue"
 
 
 if __name__ == "__main__":

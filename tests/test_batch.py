@@ -34,7 +34,7 @@ def test_batches(arguments, expected):
         ((None, 12, 2, 4), "not divisible by 2 ranks x 4 accumulated"),
         ((32, 4096, 2), "--accumulate_steps=0"),
         ((48, 4096, 2, 0), "cannot be divided into 2 ranks x 48 images"),
-        ((None, 3, 2, 0), "cannot be divided into 2 ranks"),
+        ((None, 3, 2, 0), "not divisible by 2 ranks; use a multiple of 2"),  # no --batch_size would help
         ((None, 74, 2, 0), "2 ranks x 8 to 32 images at a time; give another --batch_size"),  # 37 is prime
     ],
 )

@@ -1,5 +1,7 @@
 """The ensemble's arithmetic against plain numpy, and its invariances."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import whole_runs as runs
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from resnet_cpu import commandline
 from resnet_cpu.cluster.control import World
 from resnet_cpu.data import folders
-from resnet_cpu.errors import CheckpointError, FlagError
+from resnet_cpu.errors import CheckpointError, FlagError, NotFinite
 from resnet_cpu.run import checkpoint
 from resnet_cpu.training import ensemble, evaluation
 from resnet_cpu.training.ensemble import Predictions
@@ -162,6 +164,16 @@ def member(folder, name, content):
     checkpoint.save(path, {"weights": {"w": np.ones(2, np.float32)}}, info)
     ensemble.save(path, some(len(name)), commandline.parse(runs.TINY_FLAGS), content)
     return path
+
+
+def test_a_member_whose_outputs_are_not_finite_is_an_error_with_a_remedy(tmp_path):
+    """Fault: its probabilities were said to be not finite after a step of which nothing had been saved."""
+    path, predictions = member(tmp_path, "one", "content"), some(3)
+    probabilities = predictions.probabilities.copy()
+    probabilities[0] = np.nan
+    bad = dataclasses.replace(predictions, probabilities=probabilities)
+    with pytest.raises(NotFinite, match="member one: .* for 1 of .* evaluation images, though its weights are"):
+        ensemble.save(path, bad, commandline.parse(runs.TINY_FLAGS), "content")
 
 
 def test_predictions_of_other_images_do_not_count(tmp_path):

@@ -237,6 +237,20 @@ def test_the_number_of_classes_of_a_tfds_set_is_given_by_the_user(tfds_dirs, tmp
         train(tfds_dirs, tmp_path / "run", "--dataset=tfds:../x", "--num_classes=5")
 
 
+def test_a_folder_that_should_fix_the_classes_is_named(tmp_path):
+    """Fault: whatever was wrong with it, --num_classes was said to be missing."""
+    words = ["--dataset=folder", f"--data_dir={tmp_path}/moved"]
+    with pytest.raises(DataError, match="moved: the folder does not exist"):
+        commandline.parse(words, "train")
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match="manifest.json: not readable as JSON"):
+        commandline.parse(words, "train")
+    with pytest.raises(FlagError, match="that in --data_dir does; give one of these flags"):
+        commandline.parse(words[:1], "train")
+    assert commandline.parse([*words, "--num_classes=3"], "train").model.num_classes == 3  # negative control
+
+
 def test_verify_reads_shards_written_by_others(slim, run_command, tmp_path):
     process = run_command("prepare", "verify", f"--data_dir={slim}")
     assert process.returncode == 0 and json.loads(last_line(process.stdout)) == {"train": 40, "validation": 13}

@@ -1,5 +1,6 @@
 """Check what falls due after each step, and the silent twin of the report. Nothing is trained."""
 
+import dataclasses
 import inspect
 
 import pytest
@@ -65,6 +66,12 @@ def test_phases_end_with_checkpoints_and_members_and_branches_with_evaluations()
 def test_flags_add_checkpoints_and_evaluations(flags, checkpoints, evaluations):
     found = job(*flags)
     assert due(found.checkpoint_due) == checkpoints and due(found.evaluation_due) == evaluations
+
+
+def test_parts_of_an_epoch_are_counted_exactly():
+    """Fault: as floats, 0.3 epochs hold two tenths, so that the evaluation was a step late."""
+    found = dataclasses.replace(job("--eval_every_epochs=0.1"), train_examples=100)
+    assert due(found.evaluation_due) == list(range(1, 21))
 
 
 def test_synthetic_data_is_never_evaluated():

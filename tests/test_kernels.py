@@ -1,6 +1,7 @@
 """The fused kernels against float64: values, gradients, types, threads, instruction sets; and a missing library."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -15,9 +16,10 @@ import tensorflow as tf
 from conftest import OUTSIDE, ROOT
 
 from resnet_cpu import commandline
+from resnet_cpu.cluster import control
 from resnet_cpu.errors import FlagError
 from resnet_cpu.model.ghost_batch_norm import GhostBatchNormalization
-from resnet_cpu.model.kernels import library
+from resnet_cpu.model.kernels import build, library
 from resnet_cpu.model.kernels.batch_norm import FusedBatchNormalization
 from resnet_cpu.model.kernels.convolution import SinglePixelConv2D
 from resnet_cpu.model.resnet import resnet
@@ -359,13 +361,72 @@ def test_a_library_that_is_missing_or_of_another_build(tmp_path, monkeypatch):
     path = tmp_path / "kernels.so"
     monkeypatch.setattr(library, "file", lambda: path)
     monkeypatch.setattr(library, "load", library.load.__wrapped__)  # not what this process has loaded
-    for content, expected in ((None, "does not exist; make setup builds it"), (b"no library", "does not load")):
+    for content, expected in (
+        (None, "does not exist; python -m resnet_cpu.model.kernels.build makes it"),
+        (b"no library", "does not load"),
+    ):
         if content:
             path.write_bytes(content)
         choice = library.choose(settings())
         assert not choice.used and expected in choice.text
         with pytest.raises(FlagError, match=f"--fused_kernels=yes: .*{expected}"):
             library.choose(settings("--fused_kernels=yes"))
+
+
+def test_a_library_that_does_not_load_is_built_again_and_a_cache_is_not_needed(tmp_path, monkeypatch, capsys):
+    """Faults: the same file came back from the cache; a folder that cannot be written ended it with a traceback."""
+    path, cache = tmp_path / "environment" / "kernels.so", tmp_path / "cache"
+    monkeypatch.setattr(library, "file", lambda: path)
+    monkeypatch.setattr(build, "_loads", lambda file: file.exists() and file.read_bytes() == b"loads")
+    monkeypatch.setattr(build.shutil, "which", lambda name: name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+
+    def made(compiler, target):
+        (tmp_path / "new.so").write_bytes(b"loads")
+        build._publish(tmp_path / "new.so", target)
+
+    monkeypatch.setattr(build, "_build", made)
+    cached = cache / "resnet_cpu" / "kernels.so"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"of newer system libraries")
+    build.main()
+    assert path.read_bytes() == cached.read_bytes() == b"loads" and "kernels built" in capsys.readouterr().err
+    path.write_bytes(b"broken")
+    build.main()
+    assert path.read_bytes() == b"loads" and not capsys.readouterr().err  # from the cache
+    path.unlink()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new.so"))  # a file, where no folder can be made
+    build.main()
+    assert path.read_bytes() == b"loads" and "kernels built" in capsys.readouterr().err
+    monkeypatch.setattr(library, "file", lambda: tmp_path / "new.so" / "kernels.so")
+    build.main()
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and "could not be stored" in errors[0] and "TensorFlow's own operations" in errors[0]
+
+
+class Others(control.World):
+    """Rank 0 of as many ranks as `choices`, which are what the ranks can use."""
+
+    def __init__(self, *choices):
+        super().__init__(len(choices), 0)
+        object.__setattr__(self, "choices", choices)
+
+    def on_all(self, work):
+        return self.choices[0]
+
+    def gather(self, message):
+        assert message == self.choices[0]
+        return json.loads(json.dumps(self.choices))
+
+
+def test_all_ranks_use_the_kernels_or_none_does():
+    """Fault: each chose alone; updates that differ in the last bits ended the run at its first checkpoint."""
+    lacks = library.Choice(False, "TensorFlow's operations: k.so does not exist")
+    avx2, avx512 = library.Choice(True, "fused, avx2"), library.Choice(True, "fused, avx512")
+    assert library.agree(settings(), Others(avx2, avx512)) == (True, ["fused, avx2", "fused, avx512"])
+    assert library.agree(settings(), Others(lacks, lacks)) == (False, [lacks.text] * 2)
+    used, texts = library.agree(settings(), Others(avx2, avx2, lacks))
+    assert not used and texts == [f"{lacks.text} (rank 2; what one rank cannot use, none uses)"] * 3
 
 
 def test_each_tensorflow_has_its_own_library(monkeypatch, tmp_path):

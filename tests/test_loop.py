@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import threading
 import time
@@ -123,11 +124,16 @@ def test_accumulated_batches_train_like_ghost_batches_of_their_size(tiny_data, s
 
 def test_a_resumed_run_may_group_its_batch_differently_and_prints_it(tiny_data, tmp_path, capfd):
     run_dir = tmp_path / "run"
-    train(tiny_data, run_dir, *runs.SHORT, *runs.SYNTHETIC, "--max_steps=2")
-    train(tiny_data, run_dir, *runs.SHORT, *runs.SYNTHETIC, "--accumulate_steps=3")
-    assert (
-        "earlier steps used 1 ranks x 12 images x 1; this attempt uses 1 ranks x 4 images x 3" in capfd.readouterr().err
-    )
+    short = [*runs.SHORT, *runs.SYNTHETIC]
+    train(tiny_data, run_dir, *short, "--max_steps=1")
+    train(tiny_data, run_dir, *short, "--accumulate_steps=3")
+    changed = "earlier steps used 1 ranks x 12 images x 1; this attempt uses 1 ranks x 4 images x 3: "
+    printed = capfd.readouterr().err
+    assert changed in printed and "statistics over 4 images, which trains differently" in printed
+    train(tiny_data, tmp_path / "ghosts", *short, "--bn_stats_batch=4", "--max_steps=1")
+    train(tiny_data, tmp_path / "ghosts", *short, "--bn_stats_batch=4", "--accumulate_steps=3")
+    printed = capfd.readouterr().err
+    assert changed in printed and "results will differ in the last bits" in printed
 
 
 @pytest.mark.parametrize("first, second", [("yes", "no"), ("no", "yes")])
@@ -359,6 +365,23 @@ def test_time_counts_what_a_killed_attempt_did_after_its_last_checkpoint(tiny_da
     assert result["seconds_to_top1"] == {"0.0": marks}
     walls = [row["wall_seconds"] for row in read_rows(f"{run_dir}/eval.jsonl")]
     assert walls == sorted(walls) and walls[-1] < result["wall_seconds"]
+
+
+def test_time_of_an_attempt_that_recorded_no_step_counts_unless_it_trained_something_else(
+    tiny_data, tmp_path, monkeypatch
+):
+    """Steps may take minutes, and rows are written every twenty of them."""
+    flags = [*runs.SYNTHETIC, *runs.SHORT, "--log_every_steps=100"]
+    for name, more, least in (("same", [], 1000), ("other", ["--seed=7"], 0)):
+        run_dir = str(tmp_path / name)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_in_step(patch, 1)
+            train(tiny_data, run_dir, *flags)
+        assert not os.path.exists(f"{run_dir}/metrics.jsonl")
+        clock = read_json(f"{run_dir}/clock.json")
+        with open(f"{run_dir}/clock.json", "w") as file:
+            json.dump({**clock, "wall_seconds": 1000.0}, file)
+        assert least < train(tiny_data, run_dir, *flags, *more)["wall_seconds"] < least + 100
 
 
 def test_a_run_without_a_clock_continues_from_the_checkpoints_time(tiny_data, tmp_path):

@@ -278,6 +278,33 @@ def test_lars_on_unequal_threads_is_refused(tiny_data, tmp_path):
     open_job("--optimizer=sgd").folder.close()  # negative control
 
 
+class Rank1(control.World):
+    """Rank 1 of two; rank 0 has no error, and had other flags if `flags`."""
+
+    flags = "the same"
+
+    def broadcast(self, message):
+        return {"result": None}
+
+    def gather(self, message):
+        if isinstance(message, dict) and "flags" in message and self.flags != "the same":
+            return [{**message, "host": "first", "flags": self.flags}, message]
+        return [["first", None], message] if isinstance(message, list) else [message, message]
+
+
+def test_a_flag_that_one_host_lacks_is_an_error_of_all_ranks(tmp_path, monkeypatch):
+    """Fault: that rank alone took it for an error of all, and waited for the others, which waited for it."""
+    settings = commandline.parse([*TINY_FLAGS, "--data_dir="])
+    with pytest.raises(FlagError, match=r"^rank 1 on .*: --data_dir is missing") as caught:
+        opening.open_data(settings, Rank1(2, 1))
+    assert caught.value.collective
+    monkeypatch.setattr(Rank1, "flags", "a digest")
+    settings = commandline.parse([*TINY_FLAGS, f"--data_dir={tmp_path}", "--run_dir="])
+    with pytest.raises(FlagError, match="rank 1 on .* runs with other flags .* than rank 0 on first") as caught:
+        opening.open_job(settings, Rank1(2, 1), Environment({}, {}, {}))
+    assert caught.value.collective
+
+
 def test_a_scaling_run_that_is_too_short_to_be_timed_is_refused(tiny_data, tmp_path):
     with pytest.raises(FlagError, match="the run has only 4"):
         train(tiny_data, tmp_path / "run", *runs.SHORT, "--experiment=scaling")

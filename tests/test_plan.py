@@ -13,7 +13,6 @@ from conftest import ROOT, last_line
 
 from resnet_cpu import commandline, plan
 from resnet_cpu.errors import FlagError, UserError
-from resnet_cpu.report import plotting
 from resnet_cpu.resolve import resolve_recipe
 from resnet_cpu.run import signature
 
@@ -176,7 +175,7 @@ def test_png_is_drawn_into_the_current_folder(tmp_path, capsys, monkeypatch):
 
 def test_png_without_matplotlib_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plotting, "available", lambda: False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(FlagError, match="matplotlib is not installed"):
         plan.main([*RECIPE, "--format=png"])
 

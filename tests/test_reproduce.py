@@ -60,6 +60,16 @@ def test_averaged_weights_of_finished_ensembles_of_the_border_experiment(reprodu
     assert reproduce.status == 1
 
 
+def test_ladders_that_max_steps_has_ended_are_not_run_again(reproduce):
+    rung = reproduce.runs / "scaling" / "weak" / "rep-0" / "ranks-1"
+    only = "scaling/weak/rep-0/ranks-1$"
+    rung.mkdir(parents=True)
+    (rung / "result.json").write_text('{"complete": false}')
+    assert any("small_weak.flags" in call for call in reproduce(ONLY=only)[1])
+    (rung / "scaling.json").write_text("{}")
+    assert not any("small_weak.flags" in call for call in reproduce(ONLY=only)[1])
+
+
 def test_the_folder_of_the_runs_may_have_a_blank_in_its_name(reproduce, tmp_path):
     runs = tmp_path / "my runs"
     finish(runs / "border" / "wide-10000" / "late_36" / "seed-0")

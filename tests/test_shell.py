@@ -83,6 +83,18 @@ def test_a_batch_file_outside_a_job_says_how_it_is_submitted(path):
     assert process.returncode == 64 and "this is a batch file: sbatch launch/NAME.sbatch FLAGS" in line
 
 
+def test_env_sh_reports_an_environment_that_does_not_exist(tmp_path):
+    """Without one of its own, python from PATH is used; a wrong VENV would otherwise mean a job without the package."""
+
+    def warned(**variables):
+        command = ["bash", "-c", f". {ROOT}/launch/env.sh; command -v python"]
+        done = subprocess.run(command, cwd=tmp_path, env={**OUTSIDE, **variables}, capture_output=True, text=True)
+        return done.stderr
+
+    assert f"VENV={tmp_path}/none: there is no bin/python" in warned(VENV=f"{tmp_path}/none")
+    assert not warned() and not warned(VENV=sys.prefix)
+
+
 def test_only_env_sh_has_site_names_and_srun_leaves_no_ranks_behind():
     for path in [*BATCH_FILES, ROOT / "launch" / "batch.sh", ROOT / "launch" / "stage.sh"]:
         text = path.read_text()

@@ -1,12 +1,17 @@
 """Step times of a run: the split with known answers, rates with their intervals, and which steps count."""
 
+import types
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resnet_cpu.cluster.control import World
+from resnet_cpu.run.folder import RunFolder
 from resnet_cpu.scaling import steptimes
 from resnet_cpu.scaling.steptimes import StepTimes
+from resnet_cpu.training import modes
 
 
 def times_of(*ranks, steps=1):
@@ -112,3 +117,44 @@ def test_the_interval_of_a_rate_has_its_nominal_coverage():
         low, high = steptimes.rate_interval(10, generator.normal(0.1, 0.02, 20))
         hits += low <= 100 <= high
     assert 0.88 <= hits / 200 <= 0.98
+
+
+def scaling_job(folder, ranks):
+    """Return what `modes` uses of a job in --experiment=scaling, on rank 0 of `ranks` ranks that do the same."""
+
+    class Same(World):
+        def gather(self, message):
+            return [message] * self.size
+
+        def collect(self, rows):
+            return np.repeat(rows, self.size, axis=0)
+
+        def on_rank0(self, work):
+            return work()
+
+    settings = types.SimpleNamespace(run=types.SimpleNamespace(experiment="scaling"))
+    batch = types.SimpleNamespace(total=8)
+    return types.SimpleNamespace(settings=settings, world=Same(ranks, 0), batch=batch, folder=folder)
+
+
+def test_an_attempt_that_timed_fewer_steps_does_not_replace_the_measurement(tmp_path, capsys):
+    """Fault: the steps before an interruption were forgotten; what was measured on other ranks was reported."""
+
+    def measured(ranks, steps):
+        job, step_times = scaling_job(folder, ranks), steptimes.StepTimes()
+        for step in range(steps):
+            step_times.add(step, float(step), 0.1, 0.1, 1.0)
+        modes.record(job, step_times)
+        found = modes.additions(job).get("scaling")
+        return found and (found["ranks"], found["timed_steps"])
+
+    folder = RunFolder(str(tmp_path / "run"))
+    try:
+        assert measured(2, 1) is None and "no step was timed" in capsys.readouterr().err
+        assert measured(2, 21) == (2, 20)
+        assert measured(2, 1) == measured(2, 15) == (2, 20)
+        assert measured(2, 31) == (2, 30) and not capsys.readouterr().err
+        assert measured(4, 1) is None and "no step was timed" in capsys.readouterr().err
+        assert measured(4, 6) == (4, 5)
+    finally:
+        folder.close()

@@ -524,6 +524,18 @@ def test_a_line_is_compared_with_its_reference_seed_by_seed():
     assert 'Difference: top-1 minus that of "base" for equal seeds, in points.' in table.note
 
 
+def test_a_score_that_the_runs_do_not_have_is_reported(capsys):
+    """Fault: a misspelt score was "not run" without a word."""
+    columns = dict.fromkeys(accuracy.RUN_COLUMNS, "")
+    runs = [{**columns, "run": "a/0", "seed": "0", "what": what, "top1": "0.5"} for what in ("last", "ensemble")]
+    line = dict(table="t", label="arm", runs="a/*", flagfile="f", published="", reference="")
+    accuracy.tables([{**line, "what": "esemble"}], [], runs)
+    expected = "tables.csv: arm: the runs a/* have no score 'esemble', only ensemble, last"
+    assert expected in capsys.readouterr().err
+    accuracy.tables([{**line, "what": "ensemble"}, {**line, "runs": "b/*", "what": "last"}], [], runs)
+    assert not capsys.readouterr().err  # negative control, with a run that has not been made
+
+
 def test_times_are_compared_only_where_runs_were_made_side_by_side():
     spec = [
         dict(table="t", label="a", runs="a/*", what="last", flagfile="f", published="", reference="b/*", timed="yes"),

@@ -14,7 +14,7 @@ from resnet_cpu.data.batches import TrainingBatch, training_batches
 from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.errors import FlagError
 from resnet_cpu.model.kernels import library
-from resnet_cpu.recipe.batch import Batch, check_size
+from resnet_cpu.recipe.batch import Batch
 from resnet_cpu.recipe.schedule import Rates
 from resnet_cpu.resolve import resolve_batch
 from resnet_cpu.settings import Settings
@@ -61,7 +61,9 @@ def run(settings: Settings, world: World) -> StepTimings:
     flags = settings.benchmark
     with control.same_on_all_ranks():
         batch = resolve_batch(settings, world.size)
-        check_size(batch)
+    if flags.benchmark == "evaluation":
+        size = settings.run.eval_batch_size or batch.per_rank
+        batch = Batch(size, 1, size * world.size)
     data = opening.open_data(settings, world) if flags.benchmark == "pipeline" else None
     steps = flags.warmup_steps + flags.timed_steps
     with guard.Watchdog(settings.system.stall_timeout) as watchdog:
@@ -98,7 +100,7 @@ def synthetic_training(
     settings: Settings, world: World, batch: Batch, steps: int
 ) -> Tuple[TrainStep, Iterator[TrainingBatch]]:
     """Return a new model's training step, and synthetic batches for `steps` of them."""
-    fused = library.choose(settings).used
+    fused, _ = library.agree(settings, world)
     train_step = TrainStep(build_model(settings, fused), settings.recipe, batch.accumulate_steps, fused)
     return train_step, _synthetic_batches(settings, world, batch, steps)
 
@@ -118,8 +120,7 @@ def _forward(settings: Settings, world: World, batch: Batch, steps: int) -> Call
     weights = tf.ones([batch.per_rank], tf.int64)
 
     def forward() -> None:
-        for _ in range(batch.accumulate_steps):
-            evaluate_step(*next(batches), weights)[0].numpy()
+        evaluate_step(*next(batches), weights)[0].numpy()
 
     return forward
 

@@ -28,6 +28,7 @@ _FIRST_STEP_GRACE_S = 300.0  # for tracing the graph and creating kernels, on to
 _SUSPENDED_S = 2.0  # a poll of the watchdog that comes later than this means that the process did not run meanwhile
 _CONNECT_S = (10.0, 120.0)  # least and greatest time that the ranks are given to reach each other
 _START_S = 600.0  # time that MPI is given to start on all ranks
+_TOGETHER_S = 60.0  # how long a rank waits for the others at the end of an error that all ranks should have raised
 _stop_signal: Optional[int] = None
 
 
@@ -56,9 +57,10 @@ def run(main: Callable[[List[str]], Optional[int]], reader_may_leave: bool = Fal
         _exit(130, collective=False)
     except UserError as error:
         _let_rank0_report_before_mpi()
-        if not error.collective or _rank() == 0:
+        printed = not error.collective or _rank() == 0
+        if printed:
             _print_error(str(error))
-        _exit(error.exit_code, error.collective)
+        _exit(error.exit_code, error.collective, None if printed else str(error))
     except OSError as error:
         if _rank() != 0:
             _let_rank0_report_before_mpi()
@@ -105,8 +107,12 @@ def _comes_from_a_lost_peer(error: BaseException) -> bool:
     return type(error).__name__ == "HorovodInternalError" or "Horovod has been shut down" in str(error)
 
 
-def _exit(code: int, collective: bool) -> NoReturn:
-    """Exit with `code`: together if all ranks raised the error, else ending the other ranks as well."""
+def _exit(code: int, collective: bool, unprinted: Optional[str] = None) -> NoReturn:
+    """Exit with `code`: together if all ranks raised the error, else ending the other ranks as well.
+
+    A rank whose peers have not raised it, and wait for this rank elsewhere, ends them after a minute; `unprinted` is
+    the error, if only another rank was to print it.
+    """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # a full disk must not hide the code
             stream.flush()
@@ -114,8 +120,16 @@ def _exit(code: int, collective: bool) -> NoReturn:
     if mpi is None:
         os._exit(code)
     if collective:
+        threading.Thread(target=_end_alone, args=[code, unprinted], daemon=True).start()
         mpi.COMM_WORLD.Barrier()  # mpirun kills the others at the first non-zero exit: let rank 0 finish writing
         os._exit(code)
+    abort(code)
+
+
+def _end_alone(code: int, unprinted: Optional[str]) -> None:
+    time.sleep(_TOGETHER_S)
+    if unprinted is not None:
+        _print_error(unprinted)
     abort(code)
 
 

@@ -10,7 +10,7 @@ from resnet_cpu.errors import FlagError, printable
 
 _YEARS = (2026, 2100)  # of a clock that is right: this version was written in the first
 _INSTALL = "source .venv/bin/activate, or make setup"
-_REBUILD = "load one MPI module, remove the environment and run make setup (BUILD_NOTES.md)"
+_REBUILD = "load one MPI module, rm -rf .venv-intel .venv-current (or your VENV) and make setup (BUILD_NOTES.md)"
 _MIB = 2**20
 _OPEN_FILES = 1024  # shards, libraries and connections to other ranks
 _LOCKED_MEMORY = 64 * _MIB  # what the libraries of InfiniBand and Omni-Path register is locked
@@ -375,6 +375,8 @@ def data_dir(folder: Folder, cores: int) -> Check:
 
 
 def _about(folder: Folder) -> str:
+    if folder.error and not folder.free:  # it does not exist, or its error says that the disk is full
+        return folder.path
     return f"{folder.path} on {folder.kind}, {folder.free / 1e9:,.1f} GB free"
 
 

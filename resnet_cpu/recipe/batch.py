@@ -44,13 +44,13 @@ def resolve_batch(
         per_rank, count = batch_size or DEFAULT_BATCH_PER_RANK, accumulate_steps or 1
         return Batch(per_rank, count, per_rank * count * ranks)
     flag = f"--global_batch_size={global_batch_size}"
-    if accumulate_steps == 0:
-        accumulate_steps = _fitting(batch_size, global_batch_size, ranks)
-    parts = ranks * accumulate_steps
+    parts = ranks * (accumulate_steps or 1)
     if global_batch_size % parts:
         parts_text = f"{ranks} ranks" + (f" x {accumulate_steps} accumulated batches" if accumulate_steps > 1 else "")
         raise FlagError(f"{flag}: not divisible by {parts_text}; use a multiple of {parts} or another number of ranks")
-    per_rank = global_batch_size // parts
+    if accumulate_steps == 0:
+        accumulate_steps = _fitting(batch_size, global_batch_size, ranks)
+    per_rank = global_batch_size // (ranks * accumulate_steps)
     if batch_size is not None and batch_size != per_rank:
         raise FlagError(
             f"--batch_size={batch_size} (per rank) contradicts {flag} on {ranks} ranks, which is {per_rank} per rank; "
@@ -60,13 +60,13 @@ def resolve_batch(
 
 
 def _fitting(batch_size: Optional[int], global_batch_size: int, ranks: int) -> int:
-    """Return the number of micro-batches that make up a rank's part of the global batch."""
-    part, left = divmod(global_batch_size, ranks)
-    if batch_size is None and not left:
+    """Return the number of micro-batches that make up a rank's part of the global batch, which `ranks` divide."""
+    part = global_batch_size // ranks
+    if batch_size is None:
         least = min(LEAST_FITTED, part)  # batch norm over fewer images only if --batch_size asks for it
         sizes = range(min(DEFAULT_BATCH_PER_RANK, part), least - 1, -1)
         batch_size = next((size for size in sizes if part % size == 0), None)
-    if left or batch_size is None or part % batch_size:
+    if batch_size is None or part % batch_size:
         raise FlagError(
             f"--global_batch_size={global_batch_size}: cannot be divided into {ranks} ranks x "
             f"{batch_size or f'{LEAST_FITTED} to {DEFAULT_BATCH_PER_RANK}'} images at a time; give another "

@@ -79,7 +79,7 @@ def collect(folder: str) -> Tuple[List[Row], List[Row]]:
                 runs.append(_row(name, FAILED, {}, failure, record))
             continue
         if not result or not record or not result.get("complete"):
-            why = "this run has not finished; run its command again"
+            why = "this run has not finished; run its command again" + (", without --max_steps" if result else "")
             if result and result.get("complete"):
                 why = "its run.json is missing or damaged; train it again in another folder"
             print(f"tables: {printable(path)}: skipped, because {why}", file=sys.stderr)
@@ -238,6 +238,13 @@ def _line(row: Row, labels: Mapping[str, str], published: Sequence[Row], runs: S
     measured = [run for run in find_runs(row, runs) if run["what"] == row["what"]]
     failed = [run for run in find_runs(row, runs) if run["what"] == FAILED]
     _check_alike(row, [*measured, *failed])
+    found = {run["what"] for run in find_runs(row, runs)}
+    if found and not measured and not failed:
+        print(
+            f"tables: tables.csv: {row['label']}: the runs {row['runs']} have no score {row['what']!r}, only "
+            f"{', '.join(sorted(found))}; correct the column `what`",
+            file=sys.stderr,
+        )
     pattern = row.get("reference", "")
     compared = [run for run in find_runs({**row, "runs": pattern}, runs) if run["what"] == "last"]
     reference = f'"{labels.get(pattern, pattern)}"'

@@ -4,7 +4,7 @@ import math
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 from resnet_cpu.data.datasets import facts_of
-from resnet_cpu.errors import DataError, FlagError
+from resnet_cpu.errors import DataError
 from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.phases import Phase
 from resnet_cpu.resolve import Resolved, resolve_recipe
@@ -168,8 +168,7 @@ def _draw(resolved: Resolved, examples: int) -> None:
     """Draw the learning rate to PLOT; raise FlagError without matplotlib."""
     from resnet_cpu.report import plotting, run_plots
 
-    if not plotting.available():
-        raise FlagError("--format=png: matplotlib is not installed; use --format=table, or pip install matplotlib")
+    plotting.require()
     epochs_per_step = resolved.batch.total / examples
     steps = list(schedule.walk(resolved.phases))
     starts = {phase.name: step * epochs_per_step for step, phase, within, _ in steps if within == 0}

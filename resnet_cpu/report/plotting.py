@@ -5,6 +5,7 @@ import io
 import sys
 from typing import Any
 
+from resnet_cpu.errors import FlagError
 from resnet_cpu.run.atomic import write_atomically
 
 TRAINING, EVALUATION, RATE = "#4c72b0", "#c44e52", "#55a868"
@@ -29,6 +30,16 @@ def available() -> bool:
         print("plots: not drawn, because matplotlib is not installed; pip install 'resnet_cpu[plots]'", file=sys.stderr)
         return False
     return True
+
+
+def require() -> None:
+    """Raise FlagError if matplotlib, which draws the answer that was asked for, is not installed."""
+    try:
+        pyplot()
+    except ImportError:
+        raise FlagError(
+            "--format=png: matplotlib is not installed; use --format=table, or pip install 'resnet_cpu[plots]'"
+        ) from None
 
 
 def save(figure: Any, path: str) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, Dict, List, Tuple
 
-from resnet_cpu.errors import FlagError
 from resnet_cpu.recipe.batch import Batch
 from resnet_cpu.report import plotting, scaling_plots
 from resnet_cpu.settings import Settings
@@ -231,7 +230,6 @@ def _shares(points: List[CurvePoint]) -> Tuple[List[int], List[float]]:
 
 def _draw(cluster: Cluster, points: List[CurvePoint]) -> None:
     """Draw the curve to PLOT; raise FlagError without matplotlib."""
-    if not plotting.available():
-        raise FlagError("--format=png: matplotlib is not installed; use --format=table, or pip install matplotlib")
+    plotting.require()
     curves, speed_ups, title = plot_data(cluster, points)
     scaling_plots.draw_prediction(curves, speed_ups, PLOT, title)

@@ -23,6 +23,7 @@ def check_same_everywhere(settings: Settings, world: World) -> None:
     """
     # Each host may have its data elsewhere, as in $TMPDIR; `opening.open_data` compares what lies there.
     flags = [line for line in settings.resolved_flags.splitlines() if not line.startswith("--data_dir=")]
+    flags += [repr(settings.benchmark), repr(settings.evaluate)]
     kept = [f"{name}={value}" for name, value in environment.kept_arithmetic().items()]
     facts = {
         "flags": hashlib.sha256("\n".join(flags).encode()).hexdigest()[:12],

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 
 from resnet_cpu.data import folders
-from resnet_cpu.errors import CheckpointError, FlagError
+from resnet_cpu.errors import CheckpointError, FlagError, NotFinite
 from resnet_cpu.run import checkpoint
 from resnet_cpu.run.folder import read_json, read_record
 from resnet_cpu.settings import Settings
@@ -53,9 +53,17 @@ def save(path: str, predictions: Optional[Predictions], settings: Settings, cont
 
     Args:
         content: digest of the shards with the evaluation images, `Split.content`.
+
+    Raises NotFinite if the network has no finite outputs for some of the images.
     """
     assert predictions is not None
-    manifest = checkpoint.read_manifest(path)
+    manifest, finite = checkpoint.read_manifest(path), np.isfinite(predictions.probabilities).all(axis=1)
+    if not finite.all():
+        raise NotFinite(
+            f"member {os.path.basename(path)}: its outputs are not finite for {len(finite) - finite.sum():,} of "
+            f"{len(finite):,} evaluation images, though its weights are; train again in another --run_dir with a lower "
+            "LR, or with a lower --bn_momentum, whose statistics follow the weights faster"
+        )
     info = {
         "step": manifest["step"],
         "weights_sha256": checkpoint.weights_digest(manifest),

@@ -1,6 +1,7 @@
 """A run that may start, and what falls due after each of its steps. No TensorFlow; built by `opening.open_job`."""
 
 import dataclasses
+from fractions import Fraction
 from typing import Any, Dict, List, Optional, Tuple
 
 from resnet_cpu.cluster.control import World
@@ -86,8 +87,10 @@ class Job:
 
     def evaluation_due(self, step: int) -> bool:
         """Return whether the network is evaluated after `step` steps."""
-        every = self.settings.run.eval_every_epochs
-        passed = bool(every) and self.epoch(step) // every > self.epoch(step - 1) // every
+        # In fractions: as floats, 0.3 // 0.1 is 2, which would be a step late.
+        images = Fraction(str(self.settings.run.eval_every_epochs)) * self.train_examples  # between two evaluations
+        total = self.batch.total
+        passed = images > 0 and step * total // images > (step - 1) * total // images
         return self.evaluates and (passed or step == self.last_step or self.evaluated_phase(step) is not None)
 
     def evaluated_phase(self, step: int) -> Optional[str]:

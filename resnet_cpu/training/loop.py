@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import numpy as np
 
@@ -54,14 +54,14 @@ def train(job: Job, report: AnyReport, watchdog: guard.Watchdog, writer: Writer)
     phase wait for it. If writing fails, all ranks stop after the next step, and raise the error instead of saving.
     """
     recipe, world = job.settings.recipe, job.world
-    fused_kernels = library.choose(job.settings).used
+    fused_kernels, kernels = library.agree(job.settings, world)
     model = build_model(job.settings, fused_kernels)
     train_step = TrainStep(model, recipe, job.batch.accumulate_steps, fused_kernels)
     evaluate_step = evaluation.make_evaluate_step(model)
     state = State(model, train_step.optimizer)
     step_times = StepTimes()
 
-    start(job, state, report)
+    start(job, state, report, kernels)
     if state.step and job.evaluation_due(state.step) and not job.evaluated:
         evaluate(job, state, evaluate_step, report, watchdog)
     watchdog.expect_first_step()  # the evaluation above has beaten the watchdog already
@@ -94,8 +94,8 @@ def train(job: Job, report: AnyReport, watchdog: guard.Watchdog, writer: Writer)
             if member is not None:
                 members.keep(job, state, member, writer)
             if outcome.stop or job.checkpoint_due(state.step):
-                modes.record(job, step_times, state.step)
-                save(job, state, report, writer, wait=outcome.stop or step == span.steps[-1])
+                modes.record(job, step_times)
+                save(job, state, report, writer, kernels, wait=outcome.stop or step == span.steps[-1])
                 watchdog.beat()
                 step_times.pause()
             # At the very end there is nothing left to stop but an evaluation.
@@ -112,7 +112,7 @@ def train(job: Job, report: AnyReport, watchdog: guard.Watchdog, writer: Writer)
     return world.on_rank0(lambda: report.result(state.step, additions))
 
 
-def start(job: Job, state: State, report: AnyReport) -> None:
+def start(job: Job, state: State, report: AnyReport, kernels: List[str]) -> None:
     """Set the state to that of the agreed checkpoint, of --init_from, or leave it as initialised, on all ranks."""
     data, saved = job.data, None
     if job.resume_from is not None:
@@ -126,7 +126,6 @@ def start(job: Job, state: State, report: AnyReport) -> None:
     horovod.broadcast(state.variables)
     state.check_replicas(job.world, f"before step {state.step}")
     parameters = sum(int(np.prod(variable.shape)) for variable in state.model.trainable_variables)
-    kernels = job.world.gather(library.choose(job.settings).text)
     report.announce(parameters, kernels, state.step, saved)
 
 
@@ -157,7 +156,7 @@ def check_loss(loss: float, span: Span, rates: Rates, job: Job, state: State, wr
     )
 
 
-def save(job: Job, state: State, report: AnyReport, writer: Writer, wait: bool) -> None:
+def save(job: Job, state: State, report: AnyReport, writer: Writer, kernels: List[str], wait: bool) -> None:
     """Begin to publish a checkpoint from rank 0, or do so to the end if `wait`.
 
     Every rank learns whether the one before, or with `wait` this one, was published.
@@ -174,7 +173,7 @@ def save(job: Job, state: State, report: AnyReport, writer: Writer, wait: bool) 
             "attempt": job.attempt,
             **report.times(),
             "versions": provenance.versions(),
-            "kernels": library.choose(job.settings).text,
+            "kernels": kernels[job.world.rank],
         }
         writer.start(lambda: publish(job, path, groups, info))
 

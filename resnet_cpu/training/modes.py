@@ -1,22 +1,24 @@
 """Return what each mode of --experiment adds to the result of a run. Training itself is the same in every mode."""
 
 import socket
-from typing import Any, Dict
+import sys
+from typing import Any, Dict, Optional
 
 import numpy as np
 
 from resnet_cpu.recipe.batch import REFERENCE_BATCH
+from resnet_cpu.resolve import UNTIMED_STEPS
 from resnet_cpu.run.folder import read_json
 from resnet_cpu.scaling import steptimes
 from resnet_cpu.training.job import Job
 
 
-def record(job: Job, step_times: steptimes.StepTimes, step: int) -> None:
-    """Write what the mode measured once the last step is done; all ranks call it before the checkpoint of `step`.
+def record(job: Job, step_times: steptimes.StepTimes) -> None:
+    """Write what the mode has measured so far; all ranks call it before each checkpoint.
 
-    After that checkpoint no step is timed again, however often the run is cut off before its result.
+    After the last one no step is timed again, however often the run is cut off before its result.
     """
-    if job.settings.run.experiment == "scaling" and step == job.last_step:
+    if job.settings.run.experiment == "scaling":
         _write_scaling(job, step_times)
 
 
@@ -42,7 +44,10 @@ def _lr_scaling(job: Job) -> Dict[str, Any]:
 
 
 def _write_scaling(job: Job, step_times: steptimes.StepTimes) -> None:
-    """Gather the step times of all ranks and write scaling.json and step_times.npz."""
+    """Gather the step times of all ranks and write scaling.json and step_times.npz.
+
+    Those of an earlier attempt stay if it had as many ranks and timed more steps.
+    """
     steps, mine = step_times.kept()
     if not len(steps):  # the same on all ranks
         return
@@ -50,6 +55,9 @@ def _write_scaling(job: Job, step_times: steptimes.StepTimes) -> None:
 
     def write() -> None:
         assert times is not None and job.folder is not None  # on rank 0
+        earlier = _read_scaling(job)
+        if earlier is not None and earlier["timed_steps"] > len(steps):
+            return
         found = steptimes.summary(times, job.batch.total, hosts)
         np.savez(job.folder.file("step_times.npz"), steps=steps, seconds=times, hosts=np.array(hosts))
         job.folder.write_json("scaling.json", {**found, **steptimes.per_rank(times, hosts)})
@@ -58,9 +66,24 @@ def _write_scaling(job: Job, step_times: steptimes.StepTimes) -> None:
 
 
 def _scaling(job: Job) -> Dict[str, Any]:
-    """Return the summary of scaling.json, without what it holds of each rank."""
-    found = read_json(job.folder.file("scaling.json")) if job.folder is not None else None
-    if not found:
+    """Return the summary of scaling.json, without what it holds of each rank; warn if no step was timed."""
+    if job.folder is None:  # not on rank 0
+        return {}
+    found = _read_scaling(job)
+    if found is None:
+        print(
+            f"WARNING: --experiment=scaling: no step was timed, as the first {UNTIMED_STEPS} of an attempt never are; "
+            "the result has no scaling. Run again in another --run_dir",
+            file=sys.stderr,
+            flush=True,
+        )
         return {}
     summary = {key: value for key, value in found.items() if key not in ("block_s", "edges_s")}
     return {"scaling": {**summary, "ranks": len(found["ranks"])}}
+
+
+def _read_scaling(job: Job) -> Optional[Dict[str, Any]]:
+    """Return what scaling.json holds; None if it is missing or of another number of ranks."""
+    assert job.folder is not None  # on rank 0
+    found = read_json(job.folder.file("scaling.json"))
+    return found if found and len(found.get("ranks", [])) == job.world.size else None

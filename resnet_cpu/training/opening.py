@@ -8,6 +8,7 @@ import socket
 import sys
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
+from resnet_cpu import commandline
 from resnet_cpu.cluster import control
 from resnet_cpu.cluster.control import World
 from resnet_cpu.cluster.environment import Environment
@@ -15,10 +16,9 @@ from resnet_cpu.data import classes, folders
 from resnet_cpu.data.datasets import DATASETS, normalization_of
 from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.errors import CheckpointError, DataError, FlagError, RunFolderError
-from resnet_cpu.recipe import batch as batches
 from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.phases import Phase
-from resnet_cpu.resolve import Resolved, resolve_recipe
+from resnet_cpu.resolve import resolve_recipe
 from resnet_cpu.run import checkpoint, files, provenance
 from resnet_cpu.run import signature as signatures
 from resnet_cpu.run.atomic import sha256_of
@@ -26,6 +26,8 @@ from resnet_cpu.run.folder import RunFolder, Stopwatch, read_json, read_record, 
 from resnet_cpu.settings import Settings
 from resnet_cpu.training import agreement
 from resnet_cpu.training.job import Job
+
+_NAME_RUN = "name the folder for this run, as in --run_dir=runs/first"
 
 
 class _Beginning(NamedTuple):
@@ -49,16 +51,14 @@ def open_job(settings: Settings, world: World, environment: Environment) -> Job:
     folders and checkpoints, on all ranks alike.
     """
     clock = Stopwatch()
-    if not settings.run.run_dir:
-        raise FlagError(
-            "--run_dir is missing; name the folder for this run, as in --run_dir=runs/first", collective=True
-        )
-    run_dir = os.path.abspath(settings.run.run_dir)
     agreement.check_same_everywhere(settings, world)
+    with control.same_on_all_ranks():
+        name = commandline.required(settings.run.run_dir, "run_dir", _NAME_RUN)
+    run_dir = os.path.abspath(name)
     data = open_data(settings, world)
     with control.same_on_all_ranks():
         train_examples, validation_examples = examples(settings, data)
-        resolved = _resolve(settings, world, train_examples)
+        resolved = resolve_recipe(settings, world.size, train_examples)
     places = world.gather({**provenance.of_rank(environment), "own_cores": world.cores})
     with control.same_on_all_ranks():
         agreement.check_threads(settings, places)
@@ -110,19 +110,22 @@ def open_data(settings: Settings, world: World, own_pixels: bool = True) -> Opti
     Args:
         own_pixels: whether --normalization=dataset means the pixel mean and deviation of this data set.
     """
-    dataset, path, eval_split = settings.data.dataset, settings.data.data_dir, settings.data.eval_split
+    dataset, eval_split = settings.data.dataset, settings.data.eval_split
     if dataset == "synthetic":
         return None
-    if not path:
-        raise FlagError(
-            f"--data_dir is missing; --dataset={dataset} needs the folder made by python -m resnet_cpu.prepare (or use "
-            "--dataset=synthetic)",
-            collective=True,
-        )
     opened: Optional[ShardedData] = None
+
+    def folder() -> str:
+        if settings.data.data_dir:
+            return settings.data.data_dir
+        raise FlagError(  # perhaps on this host only, whose flagfile may be another one
+            f"--data_dir is missing; --dataset={dataset} needs the folder made by python -m resnet_cpu.prepare (or use "
+            "--dataset=synthetic)"
+        )
 
     def open_first() -> None:
         nonlocal opened
+        path = folder()
         description = folders.describe(path, dataset, eval_split)
         folders.make_indexes(description, path)
         opened = folders.open_data(path, dataset, eval_split)
@@ -131,7 +134,7 @@ def open_data(settings: Settings, world: World, own_pixels: bool = True) -> Opti
             print(f"WARNING: {warning}", file=sys.stderr, flush=True)
 
     def open_copy() -> Tuple[ShardedData, str]:
-        data = opened or folders.open_data(path, dataset, eval_split)
+        data = opened or folders.open_data(folder(), dataset, eval_split)
         return data, folders.digest(data) if world.size > 1 else ""  # a single rank has no other copy to compare with
 
     world.on_rank0(open_first)
@@ -140,8 +143,8 @@ def open_data(settings: Settings, world: World, own_pixels: bool = True) -> Opti
     for rank, (host, other) in enumerate(rows):
         if other != rows[0][1]:
             raise DataError(
-                f"--data_dir={path}: the data on host {host} (rank {rank}) differ from those on host {rows[0][0]} "
-                "(rank 0); copy the same data set to every host",
+                f"--data_dir={settings.data.data_dir}: the data on host {host} (rank {rank}) differ from those on host "
+                f"{rows[0][0]} (rank 0); copy the same data set to every host",
                 collective=True,
             )
     return data
@@ -172,17 +175,6 @@ def examples(settings: Settings, data: Optional[ShardedData]) -> Tuple[int, int]
     if wanted is not None and wanted > data.train.examples:
         raise DataError(f"--train_examples={wanted}: {settings.data.data_dir} holds {data.train.examples}; lower it")
     return wanted or data.train.examples, data.validation.examples
-
-
-def _resolve(settings: Settings, world: World, train_examples: int) -> Resolved:
-    resolved = resolve_recipe(settings, world.size, train_examples)
-    if train_examples < resolved.batch.total:
-        raise DataError(
-            f"{train_examples} training examples are fewer than one global batch of {resolved.batch.total}; lower "
-            "--batch_size or use fewer ranks"
-        )
-    batches.check_size(resolved.batch)
-    return resolved
 
 
 def _pixels(settings: Settings, data: Optional[ShardedData]) -> signatures.Pixels:
@@ -237,8 +229,9 @@ def _read_beginning(settings: Settings, run_dir: str, signature: Dict[str, Any])
     record = read_record(run_dir)
     result = read_json(os.path.join(run_dir, files.RESULT))
     saved = checkpoint.steps(run_dir)
-    # The flags of a run that never finished a step do not bind later attempts: they may have been the mistake.
-    begun = bool(saved) or os.path.exists(os.path.join(run_dir, files.METRICS))
+    # The flags of a run that has recorded nothing do not bind later attempts: they may have been the mistake.
+    recorded = any(os.path.exists(os.path.join(run_dir, name)) for name in (files.METRICS, files.EVALUATIONS))
+    begun = bool(saved) or recorded
     failed = os.path.exists(os.path.join(run_dir, files.NOT_FINITE))
     if settings.run.resume == "never" and (begun or failed or result is not None):
         raise RunFolderError(f"--run_dir={run_dir}: holds a run already; choose another, or resume it: --resume=auto")
@@ -271,7 +264,7 @@ def _read_beginning(settings: Settings, run_dir: str, signature: Dict[str, Any])
         attempt=(record or {}).get("attempt", 0) + 1,
         earlier_attempts=[*record.get("earlier_attempts", []), _summary_of(record)] if record else [],
         evaluated_on=record.get("evaluated_on") if record and begun else None,
-        **_earlier_times(run_dir if begun else None, manifest),
+        **_earlier_times(run_dir if begun or _is_of(record, expected) else None, manifest),
     )
 
 
@@ -332,6 +325,11 @@ def _was_evaluated(run_dir: str, manifest: Mapping[str, Any]) -> bool:
     rows = read_rows(os.path.join(run_dir, files.EVALUATIONS))
     step, attempt = manifest.get("step", 0), manifest.get("attempt", 0)  # version 0.1 evaluated first, then saved
     return any(row["step"] == step - 1 and row["attempt"] >= attempt for row in rows)
+
+
+def _is_of(record: Optional[Dict[str, Any]], signature: Dict[str, Any]) -> bool:
+    """Return whether the last attempt trained what `signature` describes, even if it was killed in its first steps."""
+    return record is not None and not signatures.differences(signatures.normalised(record["signature"]), signature)
 
 
 def _earlier_times(run_dir: Optional[str], manifest: Mapping[str, Any]) -> Dict[str, Any]:

@@ -83,9 +83,8 @@ class Report:
         self._evaluations = {row["step"]: row for row in read_rows(folder.file(files.EVALUATIONS))}
         self._seconds_to_top1 = dict(job.seconds_to_top1)
         self._window = _Window()
-        self._timed_steps, self._timed_s = 0, 0.0
-        self._step = 0  # the one that is being made
-        self._next_clock = 0.0
+        self._timed_steps, self._timed_s, self._next_clock = 0, 0.0, 0.0
+        self._step = 0  # the latest one that was begun
         self._board: Any = None
 
     def say(self, text: str) -> None:
@@ -95,8 +94,7 @@ class Report:
     def announce(self, parameters: int, kernels: Sequence[str], step: int, saved: Optional[Mapping[str, Any]]) -> None:
         """Print what is trained, with the number of trainable parameters, and where a resumed run continues.
 
-        `kernels` says for each rank what computes batch norm and the update; `saved` is the manifest of the
-        checkpoint that it continues from.
+        `kernels` says for each rank what computes batch norm; `saved` is the manifest of the checkpoint to resume from.
         """
         job = self._job
         self._write_clock()
@@ -117,13 +115,14 @@ class Report:
             self.say(f"will stop after step {job.last_step} (--max_steps){then}")
         if saved is None:
             return
+        self._step = step - 1
         self.say(f"resumed after step {step} from {job.resume_from} (attempt {job.attempt})")
         if saved["layout"] != job.grouping:
             before, now = (f"{n} ranks x {size} images x {k}" for n, size, k in (saved["layout"], job.grouping))
-            self.say(
-                f"earlier steps used {before}; this attempt uses {now}: the same global batch, other groups for batch "
-                "norm and sums, so results will differ in the last bits"
-            )
+            effect = "sums in another order, so results will differ in the last bits"
+            if saved["layout"][1] != job.batch.per_rank and job.settings.model.bn_stats_batch is None:
+                effect = f"batch norm now takes statistics over {job.batch.per_rank} images, which trains differently"
+            self.say(f"earlier steps used {before}; this attempt uses {now}: the same global batch, but {effect}")
         versions = provenance.versions()
         changed = {
             name: (old, versions.get(name)) for name, old in saved["versions"].items() if versions.get(name) != old
@@ -144,12 +143,13 @@ class Report:
             self.say(warning)
 
     def _announce_kernels(self, kernels: Sequence[str]) -> None:
-        """Print and record what computes batch norm and the update on each rank."""
+        """Print and record what computes batch norm, and with SGD the update of the weights, on each rank."""
+        fused = "batch norm and update of the weights" if self._job.settings.recipe.optimizer == "sgd" else "batch norm"
         self._add_to_record({"kernels": list(kernels)})
         for text in dict.fromkeys(kernels):
             ranks = [rank for rank, other in enumerate(kernels) if other == text]
             where = "" if len(ranks) == len(kernels) else f" on rank{'s' * (len(ranks) > 1)} {machine.spans(ranks)}"
-            self.say(f"batch norm and update of the weights{where}: {text}")
+            self.say(f"{fused}{where}: {text}")
 
     def before(self, step: int) -> None:
         """Start the profiler if `step` is the first to profile."""

@@ -14,7 +14,7 @@ from resnet_cpu.run import checkpoint, files
 from resnet_cpu.run import signature as signatures
 from resnet_cpu.run.folder import read_json
 from resnet_cpu.settings import Settings
-from resnet_cpu.training import ensemble
+from resnet_cpu.training import agreement, ensemble
 from resnet_cpu.training.opening import open_data
 
 
@@ -49,6 +49,7 @@ def find_checkpoint(settings: Settings, world: World, path: Optional[str]) -> Tu
 
     Raises CheckpointError if it holds another model than that of the settings.
     """
+    agreement.check_same_everywhere(settings, world)
     data = _open_data(settings, world)
 
     def find() -> List[Any]:
@@ -123,6 +124,7 @@ def check_ensemble_flags(asked: Settings) -> List[str]:
 
 def choose_members(named: Sequence[str], asked: Settings, argv: Sequence[str], world: World) -> Dict[str, Member]:
     """Return the members that `named` stands for, by name; raise CheckpointError for missing or different ones."""
+    agreement.check_same_everywhere(asked, world)
 
     def find() -> Dict[str, str]:
         if asked.evaluate.export is not None:

@@ -19,6 +19,11 @@ def main(argv):
     world = control.connect(2)
     if mode == "collective":
         world.on_rank0(lambda: (_ for _ in ()).throw(CheckpointError("everyone knows")))
+    if mode == "apart":
+        guard._TOGETHER_S = 1.0
+        if world.rank == 1:
+            raise DataError("rank 1 takes it for an error of all", collective=True)
+        world.barrier()
     if world.rank == 1:
         if mode == "exception":
             raise RuntimeError("the first to fail")

@@ -22,6 +22,7 @@ MODES = {
     "exception": (70, "internal error"),
     "data": (65, "rank 1: shard 7: record 3: broken"),
     "collective": (66, "everyone knows"),
+    "apart": (65, "rank 1: rank 1 takes it for an error of all"),
     "full": (74, "a file: No space left on device"),
     "watchdog": (76, "no step finished for 1 s"),
 }

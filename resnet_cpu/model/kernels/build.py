@@ -6,6 +6,7 @@ Without g++, or if it fails, training uses TensorFlow's own operations.
 """
 
 import concurrent.futures
+import contextlib
 import os
 import pathlib
 import shutil
@@ -24,28 +25,44 @@ _LOOPS = {"Avx2": ["-mavx2", "-mfma"], "Avx512": _AVX512, "Avx512Bf16": [*_AVX51
 
 
 def main() -> None:
-    """Build the library unless it is there; say on standard error what was done."""
+    """Build the library unless one is there that loads; say on standard error what was done."""
     path = library.file()
-    if path.exists():
+    if _loads(path):
         return
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "resnet_cpu"
-    cached = cache / path.name
-    if not cached.exists():
-        compiler = shutil.which("g++")
-        if compiler is None:
-            _say("no g++: the fused kernels are not built, training uses TensorFlow's own operations")
-            return
-        started = time.monotonic()
-        try:
-            _build(compiler, cached)
-        except subprocess.CalledProcessError as error:
-            log = path.with_suffix(".log")
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_text(f"{' '.join(error.cmd)}\n{error.stderr}", encoding="utf-8")
-            _say(f"the fused kernels did not build ({log}); training uses TensorFlow's own operations")
-            return
-        _say(f"fused kernels built in {time.monotonic() - started:.0f} s")
-    _publish(cached, path)
+    cached = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "resnet_cpu" / path.name
+    try:
+        if _loads(cached):
+            _publish(cached, path)
+        else:
+            _make(path, cached)
+    except OSError as error:
+        reason = f"{error.filename or path}: {error.strerror or error}"
+        _say(f"the fused kernels could not be stored ({reason}); training uses TensorFlow's own operations")
+
+
+def _loads(path: pathlib.Path) -> bool:
+    """Return whether TensorFlow loads the library: that of a shared cache may need newer system libraries."""
+    code = "import sys, tensorflow as tf; tf.load_op_library(sys.argv[1])"
+    return path.exists() and not subprocess.run([sys.executable, "-c", code, path], capture_output=True).returncode
+
+
+def _make(path: pathlib.Path, cached: pathlib.Path) -> None:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        _say("no g++: the fused kernels are not built, training uses TensorFlow's own operations")
+        return
+    started = time.monotonic()
+    try:
+        _build(compiler, path)
+    except subprocess.CalledProcessError as error:
+        log = path.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(f"{' '.join(error.cmd)}\n{error.stderr}", encoding="utf-8")
+        _say(f"the fused kernels did not build ({log}); training uses TensorFlow's own operations")
+        return
+    _say(f"fused kernels built in {time.monotonic() - started:.0f} s")
+    with contextlib.suppress(OSError):  # the cache only saves time
+        _publish(path, cached)
 
 
 def _build(compiler: str, target: pathlib.Path) -> None:

@@ -12,14 +12,16 @@ import os
 import pathlib
 import platform
 import sys
-from typing import Any, List, NamedTuple
+from typing import Any, List, NamedTuple, Tuple
 
+from resnet_cpu.cluster.control import World
 from resnet_cpu.cluster.environment import version
 from resnet_cpu.errors import FlagError
 from resnet_cpu.settings import Settings
 
 FOLDER = pathlib.Path(__file__).parent
 SOURCES = ("blocks.h", "loops.h", "loops.cc", "ops.cc", "build.py")
+BUILD = "python -m resnet_cpu.model.kernels.build"
 # The widest instruction set to use: avx512_bf16, avx512 or avx2. For tests and comparisons.
 ISA_LIMIT = "RESNET_CPU_KERNELS_ISA"
 
@@ -53,6 +55,20 @@ def choose(settings: Settings) -> Choice:
     return Choice(False, f"TensorFlow's operations: {problem}") if problem else Choice(True, f"fused, {kernels.isa}")
 
 
+def agree(settings: Settings, world: World) -> Tuple[bool, List[str]]:
+    """Return whether the ranks use the operations, which all do or none, and a description for each rank.
+
+    Ranks that compute the update with other operations drift apart in the last bits. Raises FlagError, which names the
+    first rank that cannot use them and has to, on all ranks.
+    """
+    choices = [Choice(*row) for row in world.gather(world.on_all(lambda: choose(settings)))]
+    without = [rank for rank, choice in enumerate(choices) if not choice.used]
+    if 0 < len(without) < len(choices):
+        text = f"{choices[without[0]].text} (rank {without[0]}; what one rank cannot use, none uses)"
+        choices = [Choice(False, text)] * len(choices)
+    return choices[0].used, [choice.text for choice in choices]
+
+
 def file() -> pathlib.Path:
     """Return the path of the library in this environment, whether it exists or not."""
     return pathlib.Path(sys.prefix) / "lib" / "resnet_cpu" / f"kernels-{key()}.so"
@@ -81,7 +97,7 @@ def load() -> Kernels:
     """Load the library and register the gradients of its operations; TensorFlow must have been set up before."""
     path = file()
     if not path.exists():
-        return Kernels(None, "", f"{path} does not exist; make setup builds it where g++ is installed")
+        return Kernels(None, "", f"{path} does not exist; {BUILD} makes it where g++ is installed")
     import tensorflow as tf
 
     try:
@@ -89,7 +105,7 @@ def load() -> Kernels:
         isa = _isa(path)
     except (tf.errors.OpError, OSError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
-        return Kernels(None, "", f"{path} does not load ({reason}); remove it and run make setup")
+        return Kernels(None, "", f"{path} does not load ({reason}); {BUILD} makes another one")
     if not isa:
         limit = f" that {ISA_LIMIT}={os.environ[ISA_LIMIT]} allows" if os.environ.get(ISA_LIMIT) else ""
         return Kernels(None, "", f"this processor has none of the instruction sets{limit}: AVX2 with FMA or AVX-512")
