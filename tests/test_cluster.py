@@ -10,8 +10,8 @@ from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.model import tensors
 from resnet_cpu.recipe.batch import Batch
 from resnet_cpu.run import signature
-from resnet_cpu.simulator import cluster, exchange
-from resnet_cpu.simulator.exchange import Exchange
+from resnet_cpu.simulator import cluster, exchange, published
+from resnet_cpu.simulator.exchange import Exchange, Node
 
 
 def cluster_of(*arguments):
@@ -157,3 +157,32 @@ def test_constants_of_a_file_are_used(tmp_path):
     assert (network.latency_s, network.bandwidth, network.algorithm) == (5e-6, 1e9, "ring")
     assert (simulated.exchange.cycle_s, node.jitter, node.interference) == (0.005, (1, 1.1, 1.3), 0.1)
     assert simulated.inter_op_threads == 2
+
+
+def test_a_file_with_the_speed_of_a_rank_needs_no_other(tmp_path):
+    """Fault: constants of the fit were added to those of the file, and another network than that of the fit refused."""
+    path, fitted = tmp_path / "network.json", published.best_fit().node
+    path.write_text(json.dumps({"latency_s": 5e-6, "bandwidth": 1e9, "image_s": 0.03}))
+    simulated = cluster_of(f"--network={path}", "--model=resnet18", "--image_size=64", "--ranks_per_node=4")
+    assert simulated.node == Node(image_s=0.03, jitter=fitted.jitter)
+    assert simulated.sources[0] == f"node: image_s of {path}; jitter fitted to published points, see below"
+
+
+@pytest.mark.parametrize(
+    "flags, constants, source",
+    [
+        (
+            [],
+            {"batch_s": 0.1},
+            "node: Intel Caffe's on 2x Xeon 8160, fitted to published points, see below; batch_s of {}",
+        ),
+        (["--speed=9"], {"fixed_s": 1, "jitter": 0.1}, "node: speed as given; fixed_s, jitter of {}"),
+        ([], {"image_s": 1, "jitter": 0.1}, "node: image_s, jitter of {}"),
+    ],
+)
+def test_the_source_of_every_part_of_a_node_is_named(tmp_path, flags, constants, source):
+    path = tmp_path / "network.json"
+    path.write_text(json.dumps({"latency_s": 5e-6, "bandwidth": 1e9, **constants}))
+    simulated = cluster_of(f"--network={path}", *flags)
+    assert simulated.sources[0] == source.format(path)
+    assert {key: getattr(simulated.node, key) for key in constants} == constants

@@ -22,9 +22,10 @@ from resnet_cpu.simulator import exchange, published
 from resnet_cpu.simulator.exchange import Exchange, Node, Step
 from resnet_cpu.simulator.network import ALGORITHM_NAMES, NETWORKS, Allocation, Network
 
-RANKS_PER_NODE = 2  # where neither flags nor a past run say otherwise
+RANKS_PER_NODE = 2  # of the nodes of the fit, and where neither flags nor a past run say otherwise
 DISK_BANDWIDTH = 1e9  # bytes/s at which rank 0 writes a checkpoint; assumed
 KNOWN_SPEED = "resnet50 of width 1 at 224 pixels in float32"  # the network of the published figures
+_FITTED = "fitted to published points, see below"
 _ALWAYS_POSITIVE = ("bandwidth", "memory_bandwidth", "image_s", "input_images_per_s")
 _REQUIRED = ("latency_s", "bandwidth")
 
@@ -68,26 +69,7 @@ def from_settings(settings: Settings) -> Cluster:
     speed = settings.prediction.speed
     rate = None if speed is None else past_run.rate_of(speed)
     ranks_per_node = _ranks_per_node(settings, None if rate is not None else speed)
-    network = f"{settings.model.model} of width {settings.model.width:g} at {settings.data.image_size} pixels in "
-    network += settings.model.precision
-    fit = published.best_fit()
-    measured: Tuple[str, ...] = ()
-    if speed is None:
-        if network != KNOWN_SPEED:
-            raise FlagError(
-                f"the speed of {network} is not known; give --speed, as images/s of one node or as the folder of a run"
-            )
-        node, source = fit.node, "Intel Caffe's on 2x Xeon 8160, fitted to published points, see below"
-    elif rate is not None:
-        measured = ("image_s", "batch_s")
-        node = Node(image_s=ranks_per_node / rate, jitter=fit.node.jitter)
-        source = "speed as given; jitter fitted to published points, see below"
-    else:
-        measured = ("image_s", "fixed_s", "batch_s", "jitter")
-        node, source = _node_of_run(speed, settings), f"speed and jitter of {speed}"
-    twice = [key for key in measured if key in constants]
-    if twice:
-        raise FlagError(f"--network={name}: --speed={speed} also gives {', '.join(twice)}; remove one of the two")
+    node, source = _node(settings, ranks_per_node, constants)
     threads = int(constants.get("inter_op_threads", placement.variables(1)["TF_NUM_INTEROP_THREADS"]))
     order = "most kernels last" if threads == 1 else "layer by layer"
     base = NETWORKS.get(name) or Network(name, constants["latency_s"], constants["bandwidth"])
@@ -98,13 +80,57 @@ def from_settings(settings: Settings) -> Cluster:
     )
     return Cluster(
         settings,
-        _with_constants(node, constants),
+        node,
         ranks_per_node,
         _with_constants(base, constants),
         _with_constants(Exchange(), constants),
         threads,
         sources,
     )
+
+
+def _node(settings: Settings, ranks_per_node: int, constants: Dict[str, Any]) -> Tuple[Node, str]:
+    """Return the node, with the `constants` of the file of --network, and a text on where each of its parts comes from.
+
+    Its speed is that of --speed, else that of the file, else the fitted one, which holds for one network and node.
+    """
+    speed, name, fitted = settings.prediction.speed, settings.simulate.network, published.best_fit().node
+    rate = None if speed is None else past_run.rate_of(speed)
+    own = [field.name for field in dataclasses.fields(Node) if field.name in constants]
+    measured: Tuple[str, ...] = ()
+    if speed is not None and rate is None:
+        measured = ("image_s", "fixed_s", "batch_s", "jitter")
+        node, parts = _node_of_run(speed, settings), [f"speed and jitter of {speed}"]
+    elif rate is not None:
+        measured = ("image_s", "batch_s")
+        node, parts = Node(image_s=ranks_per_node / rate, jitter=fitted.jitter), ["speed as given"]
+    elif "image_s" in own:
+        node, parts = Node(image_s=constants["image_s"], jitter=fitted.jitter), []
+    else:
+        _check_known_speed(settings, ranks_per_node)
+        node, parts = fitted, [f"Intel Caffe's on 2x Xeon 8160, {_FITTED}"]
+    twice = [key for key in measured if key in own]
+    if twice:
+        raise FlagError(f"--network={name}: --speed={speed} also gives {', '.join(twice)}; remove one of the two")
+    parts += [f"{', '.join(own)} of {name}"] if own else []
+    parts += [f"jitter {_FITTED}"] if (rate is not None or "image_s" in own) and "jitter" not in own else []
+    return _with_constants(node, constants), "; ".join(parts)
+
+
+def _check_known_speed(settings: Settings, ranks_per_node: int) -> None:
+    """Raise FlagError if the fitted speed does not hold for the network, or for this number of ranks on a node."""
+    network = f"{settings.model.model} of width {settings.model.width:g} at {settings.data.image_size} pixels in "
+    network += settings.model.precision
+    if network != KNOWN_SPEED:
+        raise FlagError(
+            f"the speed of {network} is not known; give --speed, as images/s of one node or as the folder of a run, or "
+            "image_s in the file of --network"
+        )
+    if ranks_per_node != RANKS_PER_NODE:
+        raise FlagError(
+            f"--ranks_per_node={ranks_per_node}: the fitted speed is that of nodes of {RANKS_PER_NODE} ranks; give "
+            "--speed, as images/s of one node, or remove the flag"
+        )
 
 
 def _ranks_per_node(settings: Settings, run_dir: Optional[str]) -> int:
