@@ -42,9 +42,32 @@ def test_the_table_answers_every_question():
     assert "above 90 % up to 2 nodes" in text and "give a --flagfile" in text
 
 
-def test_the_table_names_the_nodes_that_it_skips():
-    text = answer("--nodes=24", "--global_batch_size=1024", "--accumulate_steps=0", "--batch_size=32")
-    assert "not divisible there: 24" in text
+def test_the_table_names_the_nodes_that_it_leaves_out_and_why(capsys):
+    """Fault: the reason was always that the batch is not divisible; this one is."""
+    strong = ["--global_batch_size=1024", "--batch_size=32"]
+    lines = answer("--nodes=24", "--accumulate_steps=0", *strong).splitlines()
+    first = lines.index("24 nodes are not possible; the answers are for 16, the largest number that is")
+    assert lines[first + 1].startswith("left out: 24; at 24: --global_batch_size=1024: cannot be divided into 48 ranks")
+    text = answer("--nodes=32", *strong)
+    assert "left out: 1, 2, 4, 8, 32; at 32: --batch_size=32 (per rank) contradicts --global_batch_size=1024" in text
+    assert capsys.readouterr().err == ""
+    answer("--nodes=24", "--format=csv", "--accumulate_steps=0", *strong)
+    assert capsys.readouterr().err.splitlines() == lines[first : first + 2]
+    answer("--nodes=16", "--format=csv", "--accumulate_steps=0", *strong)
+    assert capsys.readouterr().err == ""
+
+
+def test_efficiency_is_relative_to_the_first_point_that_is_possible(tmp_path, monkeypatch):
+    """Fault: the first of the points was called one node, which was never computed."""
+    monkeypatch.chdir(tmp_path)
+    strong = ["--nodes=64", "--global_batch_size=4096", "--batch_size=32"]
+    text = answer(*strong)
+    assert "(strong scaling); efficiency relative to 64 nodes" in text and "compared with 64 nodes" in text
+    drawn = {}
+    monkeypatch.setattr(scaling_plots, "draw_prediction", lambda *given: drawn.update(given=given))
+    answer(*strong, "--format=png")
+    assert drawn["given"][1] == [] and drawn["given"][-1] == "64 nodes"  # published points are relative to one node
+    assert "compared with one node" in answer("--nodes=2") and "relative to" not in answer("--nodes=2")
 
 
 def test_causes_compare_as_many_images_as_one_node_computes():

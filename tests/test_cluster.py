@@ -51,17 +51,28 @@ def test_strong_scaling_keeps_its_batch_and_skips_node_counts_that_do_not_divide
     simulated = cluster_of(
         "--global_batch_size=1024", "--accumulate_steps=0", "--batch_size=32", "--network=ethernet10"
     )
-    rows, skipped = cluster.curve(simulated, 24)
+    rows, refused = cluster.curve(simulated, 24)
     assert [(row.nodes, row.batch) for row in rows] == [
         (nodes, Batch(32, 16 // nodes, 1024)) for nodes in (1, 2, 4, 8, 16)
     ]
-    assert skipped == [24]
+    assert list(refused) == [24]
     node = simulated.node
     assert rows[0].step.compute == pytest.approx(16 * (32 * node.image_s + node.batch_s)) and node.batch_s > 0
     shares = [cluster.efficiency(rows[0], row) for row in rows]
     assert shares[0] == 1 and shares == sorted(shares, reverse=True) and shares[-1] < 0.9
     with pytest.raises(FlagError, match="--global_batch_size=1000: "):
         cluster.curve(cluster_of("--global_batch_size=1000", "--accumulate_steps=0", "--batch_size=8"), 1)
+
+
+def test_strong_scaling_tries_the_numbers_of_nodes_that_divide_its_batch():
+    """Fault: only powers of two and --nodes were tried, so that recipe A was answered for 64 nodes, or skipped 224."""
+    simulated = cluster_of("--global_batch_size=14336", "--accumulate_steps=0", "--batch_size=16")
+    points, refused = cluster.curve(simulated, 1536)
+    assert [point.nodes for point in points] == [1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 112, 224, 448]
+    assert list(refused) == [128, 256, 512, 1024, 1536]
+    assert cluster.first_below(simulated, points, 0.91).nodes == 224
+    many = cluster_of("--global_batch_size=72072000", "--accumulate_steps=0", "--batch_size=1")
+    assert len(cluster.curve(many, 10_000)[0]) < 2 * 14  # at most two for each power of two
 
 
 def test_first_below_is_found_between_two_points():

@@ -1,6 +1,8 @@
 """The answers of `python -m resnet_cpu.simulate`: the table, the CSV and the plot of a prediction."""
 
 import dataclasses
+import re
+import sys
 from typing import Any, Dict, List, Tuple
 
 from resnet_cpu.errors import FlagError
@@ -24,13 +26,15 @@ PLOT = "simulate.png"
 def answer(settings: Settings) -> str:
     """Return the text to print: a table, CSV, or the path of the plot that was drawn."""
     cluster = clusters.from_settings(settings)
-    points, skipped = clusters.curve(cluster, settings.simulate.nodes)
+    points, refused = clusters.curve(cluster, settings.simulate.nodes)
+    left_out = left_out_lines(points, refused)
+    if settings.prediction.format == "table":
+        return "\n".join(table_lines(cluster, points, left_out))
+    print(*left_out, sep="\n", end="\n" if left_out else "", file=sys.stderr)
     if settings.prediction.format == "csv":
         return "\n".join(csv_lines(cluster, points))
-    if settings.prediction.format == "png":
-        _draw(cluster, points)
-        return PLOT
-    return "\n".join(table_lines(cluster, points, skipped))
+    _draw(cluster, points)
+    return PLOT
 
 
 def csv_lines(cluster: Cluster, points: List[CurvePoint]) -> List[str]:
@@ -43,15 +47,14 @@ def csv_lines(cluster: Cluster, points: List[CurvePoint]) -> List[str]:
     return lines
 
 
-def table_lines(cluster: Cluster, points: List[CurvePoint], skipped: List[int]) -> List[str]:
+def table_lines(cluster: Cluster, points: List[CurvePoint], left_out: List[str]) -> List[str]:
     """Return all answers: the curve, its limit and the causes, the time to train, local batches, published points."""
     nodes = points[-1].nodes
-    left_out = [f"skipped, because the global batch is not divisible there: {', '.join(f'{n:,}' for n in skipped)}"]
     return [
         *cluster.sources,
         "",
         *_curve_lines(cluster, points),
-        *(left_out if skipped else []),
+        *left_out,
         "",
         cause_line(cluster, points),
         *_other_order_lines(cluster, points),
@@ -62,6 +65,25 @@ def table_lines(cluster: Cluster, points: List[CurvePoint], skipped: List[int]) 
         "",
         *published_lines(),
     ]
+
+
+def left_out_lines(points: List[CurvePoint], refused: Dict[int, FlagError]) -> List[str]:
+    """Return which numbers of nodes are not possible: a line if --nodes is one, then a line for each kind of reason."""
+    lines = []
+    last, most = points[-1].nodes, max(refused, default=0)
+    if most > last:
+        lines.append(f"{most:,} nodes are not possible; the answers are for {last:,}, the largest number that is")
+    kinds: Dict[str, List[int]] = {}
+    for nodes, error in refused.items():
+        kinds.setdefault(re.sub(r"\d+", "", str(error)), []).append(nodes)
+    for several in kinds.values():
+        numbers = ", ".join(f"{nodes:,}" for nodes in several)
+        lines.append(f"left out: {numbers}; at {several[-1]:,}: {refused[several[-1]]}")
+    return lines
+
+
+def _nodes(number: int) -> str:
+    return "one node" if number == 1 else count(f"{number:,}", "node")
 
 
 def _per_rank(batch: Batch) -> str:
@@ -94,6 +116,8 @@ def _curve_lines(cluster: Cluster, points: List[CurvePoint]) -> List[str]:
         title += f"{points[0].batch.total:,} images a step in all (strong scaling)"
     else:
         title += f"{_per_rank(points[0].batch)}, the batch grows with the nodes (weak scaling)"
+    if points[0].nodes > 1:
+        title += f"; efficiency relative to {_nodes(points[0].nodes)}"
     return [title, *aligned(table)]
 
 
@@ -102,7 +126,7 @@ def cause_line(cluster: Cluster, points: List[CurvePoint]) -> str:
     one = points[0]
     below = clusters.first_below(cluster, points, TARGET)
     point = below or points[-1]
-    # The additional seconds of each part, compared with a step of one node on as many images.
+    # The additional seconds of each part, compared with a step of the first point on as many images per node.
     scale = point.batch.total / point.nodes / (one.batch.total / one.nodes)
     parts = {part: part for part in ("jitter", "allreduce", "coordinator", "input")}
     parts["compute"] = "the update and other costs of a step that do not depend on its batch"
@@ -111,7 +135,7 @@ def cause_line(cluster: Cluster, points: List[CurvePoint]) -> str:
     causes = ", ".join(f"{text} {100 * share:.1f} %" for share, text in shares if share > 5e-4) or "nothing"
     where = "below {:.0f} % at {}" if below else "above {:.0f} % up to {}"
     where = where.format(100 * TARGET, count(f"{point.nodes:,}", "node"))
-    return f"efficiency is {where}; of the step there, in excess of that of one node: {causes}"
+    return f"efficiency is {where}; extra time compared with {_nodes(one.nodes)}, as shares of that step: {causes}"
 
 
 def _other_order_lines(cluster: Cluster, points: List[CurvePoint]) -> List[str]:
@@ -217,7 +241,7 @@ def plot_data(
     rows = published.rows()
     speed_ups = []
     for point in published.best_fit().comparisons:
-        if point.unit == "x":
+        if point.unit == "x" and points[0].nodes == 1:  # they are relative to one node
             nodes = int(rows[point.name]["nodes"])
             share = point.measured / nodes
             speed_ups.append({"nodes": nodes, "share": share, "label": point.name, "fitted": point.fitted})
@@ -234,4 +258,4 @@ def _draw(cluster: Cluster, points: List[CurvePoint]) -> None:
     if not plotting.available():
         raise FlagError("--format=png: matplotlib is not installed; use --format=table, or pip install matplotlib")
     curves, speed_ups, title = plot_data(cluster, points)
-    scaling_plots.draw_prediction(curves, speed_ups, PLOT, title)
+    scaling_plots.draw_prediction(curves, speed_ups, PLOT, title, _nodes(points[0].nodes))

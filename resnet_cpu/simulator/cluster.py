@@ -278,24 +278,29 @@ def point(cluster: Cluster, nodes: int) -> CurvePoint:
     return CurvePoint(nodes, batch, step_of(cluster, nodes, batch))
 
 
-def curve(cluster: Cluster, most: int) -> Tuple[List[CurvePoint], List[int]]:
-    """Return the points at 1, 2, 4, ... and `most` nodes, and the node counts that do not divide the global batch.
+def curve(cluster: Cluster, most: int) -> Tuple[List[CurvePoint], Dict[int, FlagError]]:
+    """Return the points at 1, 2, 4, ... and `most` nodes, and the reason for each of these that is not possible.
 
     Without a global batch the images of a rank are constant and the batch grows with the nodes. A global batch is
-    constant, and ranks accumulate as the flags say. Raises FlagError if no node count divides it.
+    constant, ranks accumulate as the flags say, and the largest possible number of nodes between two powers of two is
+    added to the points. Raises FlagError if no number of nodes is possible.
     """
-    points: List[CurvePoint] = []
-    skipped: List[int] = []
-    refused: Optional[FlagError] = None
-    for nodes in [*(2**power for power in range(most.bit_length()) if 2**power < most), most]:
+    usual = {*(2**power for power in range(most.bit_length())), most}
+    total, ranks = cluster.settings.recipe.global_batch_size or 0, cluster.ranks_per_node
+    divisors = {nodes for nodes in range(1, min(most, total // ranks) + 1) if total % (nodes * ranks) == 0}
+    batches: Dict[int, Batch] = {}
+    refused: Dict[int, FlagError] = {}
+    for nodes in sorted(usual | divisors):
         try:
-            points.append(point(cluster, nodes))
+            batches[nodes] = resolve.resolve_batch(cluster.settings, nodes * ranks)
         except FlagError as error:
-            skipped.append(nodes)
-            refused = error
-    if refused is not None and not points:
-        raise refused
-    return points, skipped
+            refused[nodes] = error
+    if not batches:
+        raise refused[most]
+    largest = {nodes.bit_length(): nodes for nodes in batches}
+    chosen = [nodes for nodes in batches if nodes in usual or nodes == largest[nodes.bit_length()]]
+    points = [CurvePoint(nodes, batches[nodes], step_of(cluster, nodes, batches[nodes])) for nodes in chosen]
+    return points, {nodes: error for nodes, error in refused.items() if nodes in usual}
 
 
 def efficiency(one: CurvePoint, many: CurvePoint) -> float:
@@ -307,7 +312,7 @@ def first_below(cluster: Cluster, points: List[CurvePoint], share: float) -> Opt
     """Return the first point with an efficiency below `share`, to 2 % of the nodes; None if there is not any.
 
     Between two points of the curve efficiency is assumed to fall. It does not where the algorithm is a butterfly, which
-    costs more on a number of ranks that is not a power of two, and a global batch is not divisible by every number of
+    costs more on a number of ranks that is not a power of two, and a global batch is only possible on some numbers of
     nodes: in these cases the result is one of `points`.
     """
     below = next((number for number, one in enumerate(points) if efficiency(points[0], one) < share), None)
