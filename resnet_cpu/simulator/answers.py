@@ -129,7 +129,7 @@ def cause_line(cluster: Cluster, points: List[CurvePoint]) -> str:
     # The additional seconds of each part, compared with a step of the first point on as many images per node.
     scale = point.batch.total / point.nodes / (one.batch.total / one.nodes)
     parts = {part: part for part in ("jitter", "allreduce", "coordinator", "input")}
-    parts["compute"] = "the update and other costs of a step that do not depend on its batch"
+    parts["compute"] = "the update and other costs of a step or micro-batch that do not depend on its images"
     lost = [(getattr(point.step, part) - scale * getattr(one.step, part), text) for part, text in parts.items()]
     shares = sorted(((extra / point.step.total, text) for extra, text in lost), reverse=True)
     causes = ", ".join(f"{text} {100 * share:.1f} %" for share, text in shares if share > 5e-4) or "nothing"
