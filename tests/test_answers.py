@@ -82,6 +82,14 @@ def test_causes_compare_as_many_images_as_one_node_computes():
     assert update in answers.cause_line(updating, cluster.curve(updating, 16)[0])
 
 
+def test_what_is_not_known_or_not_considered_is_stated():
+    """Faults: an epoch of an unknown number of images took 0 s; --max_steps was passed over in silence."""
+    lines = answer("--dataset=folder", "--num_classes=10", "--nodes=1", "--max_steps=9").splitlines()
+    row = next(line.split() for line in lines if line.split()[:2] == ["32", "64"])
+    assert row[-3:] == ["1", "-", "-"]
+    assert "note: --max_steps=9 stops the run earlier; the whole recipe is shown" in lines
+
+
 def test_printed_errors_are_those_of_the_model():
     lines = answers.published_lines()
     for name in ("two_constants", "three_constants"):

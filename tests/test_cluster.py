@@ -29,10 +29,16 @@ def test_time_to_train_counts_steps_evaluations_and_checkpoints():
     node = simulated.node
     assert (small.compute - node.batch_s) / (full.compute - node.batch_s) == pytest.approx(work[1] / work[0])
     rounds = -(-50_000 // (16 * 32))
-    evaluations = 110 * 512 / 1_281_167 / 0.001
+    evaluations = 110 * 512 * 1000 // 1_281_167 + 1  # at the end, too
     assert found["evaluation"] == pytest.approx(evaluations * rounds * 32 * node.image_s / 3)
     weights = 4 * 25_557_032
-    assert found["checkpoints"] == pytest.approx(110 / 1000 * 2 * weights / cluster.DISK_BANDWIDTH)
+    assert found["checkpoints"] == pytest.approx(2 * 2 * weights / cluster.DISK_BANDWIDTH)  # at the ends of the phases
+
+
+def test_without_a_split_to_evaluate_on_no_evaluation_is_counted():
+    """Fault: --eval_split=none had no effect on the time."""
+    flags = ["--phase=a:steps=100,lr=1", "--eval_split=none"]
+    assert cluster.training_seconds(cluster_of(*flags), 8, 1_281_167)["evaluation"] == 0
 
 
 @pytest.mark.parametrize("image_size", [224, 112])

@@ -9,6 +9,7 @@ from resnet_cpu import commandline
 from resnet_cpu.cluster.control import World
 from resnet_cpu.resolve import resolve_recipe
 from resnet_cpu.run.folder import Stopwatch
+from resnet_cpu.simulator import cluster
 from resnet_cpu.training.job import Job
 from resnet_cpu.training.report import Report, Silent
 
@@ -65,6 +66,16 @@ def test_phases_end_with_checkpoints_and_members_and_branches_with_evaluations()
 def test_flags_add_checkpoints_and_evaluations(flags, checkpoints, evaluations):
     found = job(*flags)
     assert due(found.checkpoint_due) == checkpoints and due(found.evaluation_due) == evaluations
+
+
+@pytest.mark.parametrize("every_epochs", [0, 0.01, 0.2, 0.25, 0.3, 1, 1.25, 1.5, 3, 10])
+@pytest.mark.parametrize("every_steps", [0, 1, 3, 8, 10, 20, 30])
+def test_simulate_counts_what_falls_due(every_epochs, every_steps):
+    """Fault: neither evaluations nor checkpoints at the ends of phases were counted beside those at intervals."""
+    found = job(f"--eval_every_epochs={every_epochs}", f"--checkpoint_every_steps={every_steps}")
+    resolved = resolve_recipe(found.settings, 1, found.train_examples)
+    evaluations, checkpoints = len(due(found.evaluation_due)), len(due(found.checkpoint_due))
+    assert cluster.due(found.settings, resolved, found.train_examples) == (evaluations, checkpoints)
 
 
 def test_synthetic_data_is_never_evaluated():

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Tuple
 
 from resnet_cpu.errors import FlagError
 from resnet_cpu.recipe.batch import Batch
-from resnet_cpu.report import plotting, scaling_plots
+from resnet_cpu.report import plan_table, plotting, scaling_plots
 from resnet_cpu.settings import Settings
 from resnet_cpu.simulator import cluster as clusters
 from resnet_cpu.simulator import published
@@ -60,6 +60,7 @@ def table_lines(cluster: Cluster, points: List[CurvePoint], left_out: List[str])
         *_other_order_lines(cluster, points),
         "",
         _training_line(cluster, nodes),
+        *plan_table.max_steps_note(cluster.settings),
         "",
         *_batch_lines(cluster, nodes),
         "",
@@ -172,7 +173,7 @@ def _batch_lines(cluster: Cluster, nodes: int) -> List[str]:
     """Return a comparison of local batches: on `nodes` nodes, and for a constant global batch."""
     settings, ranks_per_node = cluster.settings, cluster.ranks_per_node
     total = clusters.point(cluster, nodes).batch.total
-    examples = clusters.train_examples(settings) or 0
+    examples = clusters.train_examples(settings)
     table = [["images per rank", "batch", "images/s", "efficiency", "|", "nodes", "epoch s", "node-h per epoch"]]
 
     def point(count: int, per_rank: int) -> CurvePoint:
@@ -187,8 +188,9 @@ def _batch_lines(cluster: Cluster, nodes: int) -> List[str]:
         if rest or not few:
             table.append([*row, "-", "-", "-"])
             continue
-        seconds = examples / (few * point(few, per_rank).speed)
-        table.append([*row, f"{few:,}", f"{seconds:.1f}", f"{seconds * few / 3600:.2f}"])
+        seconds = examples / (few * point(few, per_rank).speed) if examples else None
+        shown = ["-", "-"] if seconds is None else [f"{seconds:.1f}", f"{seconds * few / 3600:.2f}"]
+        table.append([*row, f"{few:,}", *shown])
     return [f"local batch: on {nodes:,} nodes | for a global batch of {total:,}", *aligned(table)]
 
 

@@ -10,11 +10,13 @@ import numpy as np
 
 from resnet_cpu import resolve
 from resnet_cpu.cluster import placement
-from resnet_cpu.data.datasets import facts_of
+from resnet_cpu.data.datasets import NO_EVALUATION, facts_of
 from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.model import tensors
 from resnet_cpu.model.tensors import Gradient
+from resnet_cpu.recipe import schedule
 from resnet_cpu.recipe.batch import Batch
+from resnet_cpu.resolve import Resolved
 from resnet_cpu.run import files, past_run
 from resnet_cpu.run.folder import read_json, read_rows
 from resnet_cpu.settings import Settings
@@ -332,6 +334,21 @@ def train_examples(settings: Settings) -> Optional[int]:
     return settings.data.train_examples or facts_of(settings.data.dataset, settings.data.data_dir).train_examples
 
 
+def due(settings: Settings, resolved: Resolved, examples: int) -> Tuple[int, int]:
+    """Return how many evaluations and checkpoints fall due in the whole recipe, as `training.job` decides it."""
+    run, ends = settings.run, schedule.end_steps(resolved.phases)
+    steps = schedule.total_steps(resolved.phases)
+
+    def passes(step: int) -> float:
+        return step * resolved.batch.total / examples // run.eval_every_epochs if run.eval_every_epochs else 0
+
+    results = {ends[name] for name in schedule.results(resolved.phases)}
+    evaluations = int(min(steps, passes(steps))) + sum(passes(step) == passes(step - 1) for step in results)
+    every = run.checkpoint_every_steps or steps
+    checkpoints = steps // every + sum(step % every != 0 for step in ends.values())
+    return 0 if settings.data.eval_split == NO_EVALUATION else evaluations, checkpoints
+
+
 def training_seconds(cluster: Cluster, nodes: int, examples: int) -> Dict[str, float]:
     """Return the seconds of the recipe on `nodes` nodes by what they are spent on.
 
@@ -341,22 +358,15 @@ def training_seconds(cluster: Cluster, nodes: int, examples: int) -> Dict[str, f
     resolved = resolve.resolve_recipe(settings, ranks, examples)
     sizes = {phase.image_size for phase in resolved.phases}
     step_s = {size: step_of(cluster, nodes, resolved.batch, size).total for size in sizes}
-    training, steps = 0.0, 0
-    for phase in resolved.phases:
-        training += phase.steps * step_s[phase.image_size]
-        steps += phase.steps
-    run, evaluations = settings.run, 0.0
-    if run.eval_every_epochs:
-        evaluations = steps * resolved.batch.total / examples / run.eval_every_epochs
-    per_rank = run.eval_batch_size or resolved.batch.per_rank
+    evaluations, checkpoints = due(settings, resolved, examples)
+    per_rank = settings.run.eval_batch_size or resolved.batch.per_rank
     batches = -(
         -(facts_of(settings.data.dataset, settings.data.data_dir).validation_examples or 0) // (ranks * per_rank)
     )
     forward_s = (1 - exchange.BACKWARD_SHARE) * cluster.node.image_s
-    saved = steps / run.checkpoint_every_steps if run.checkpoint_every_steps else len(resolved.phases)
     weights = sum(gradient.bytes for gradient in gradients(cluster, settings.data.image_size))
     return {
-        "training": training,
+        "training": sum(phase.steps * step_s[phase.image_size] for phase in resolved.phases),
         "evaluation": evaluations * batches * per_rank * forward_s,
-        "checkpoints": saved * 2 * weights / DISK_BANDWIDTH,
+        "checkpoints": checkpoints * 2 * weights / DISK_BANDWIDTH,
     }

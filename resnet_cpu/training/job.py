@@ -91,9 +91,9 @@ class Job:
         return self.evaluates and (passed or step == self.last_step or self.evaluated_phase(step) is not None)
 
     def evaluated_phase(self, step: int) -> Optional[str]:
-        """Return the phase that ends after `step` steps, if its end is a result: a member, or a start for no phase."""
-        parents = {phase.parent for phase in self.phases}
-        return next((p.name for p in self._ending_at(step) if p.member or p.name not in parents), None)
+        """Return the phase that ends after `step` steps, if its end is a result."""
+        results = schedule.results(self.phases)
+        return next((phase.name for phase in self._ending_at(step) if phase.name in results), None)
 
     def _ending_at(self, step: int) -> List[Phase]:
         ends = schedule.end_steps(self.phases)
