@@ -37,7 +37,7 @@ def test_the_table_answers_every_question():
     assert "the recipe on 64 nodes:" in text and "node-hours" in text
     assert "local batch: on 64 nodes | for a global batch of 4,096" in text
     assert "assumed" in text and "published points" in text
-    assert "if gradients came layer by layer" in text
+    assert "efficiency on 64 nodes: " in text and "% if gradients came layer by layer" in text
     text = answer("--nodes=2", "--batch_size=32")
     assert "above 90 % up to 2 nodes" in text and "give a --flagfile" in text
 
@@ -88,6 +88,13 @@ def test_what_is_not_known_or_not_considered_is_stated():
     row = next(line.split() for line in lines if line.split()[:2] == ["32", "64"])
     assert row[-3:] == ["1", "-", "-"]
     assert "note: --max_steps=9 stops the run earlier; the whole recipe is shown" in lines
+
+
+def test_one_of_something_is_singular():
+    flags = ["--nodes=1", "--ranks_per_node=1", "--batch_size=1", "--speed=50", "--phase=main:steps=90,lr=1"]
+    text = answer(*flags)
+    assert "resnet50, 1 rank per node, 1 image per rank" in text and "local batch: on one node" in text
+    assert "the recipe on one node: " in text and "above 90 % up to one node" in text
 
 
 def test_printed_errors_are_those_of_the_model():

@@ -84,7 +84,7 @@ def table_lines(settings: Settings, resolved: Resolved, ranks: int, examples: in
     lines = [
         *aligned(rows, str.ljust),
         "",
-        f"{steps:,} steps, {images / examples:.2f} epochs, {images:,} images",
+        f"{count(f'{steps:,}', 'step')}, {images / examples:.2f} epochs, {count(f'{images:,}', 'image')}",
         f"global batch {batch.total:,} = {count(ranks, 'rank')} x {batch.per_rank}{micro_batches}; {examples:,} "
         f"training examples = {examples / batch.total:,.2f} steps per epoch",
     ]

@@ -89,7 +89,7 @@ def _nodes(number: int) -> str:
 
 def _per_rank(batch: Batch) -> str:
     times = f" x {batch.accumulate_steps} accumulated" if batch.accumulate_steps > 1 else ""
-    return f"{batch.per_rank} images{times} per rank"
+    return f"{count(batch.per_rank, 'image')}{times} per rank"
 
 
 def _curve_lines(cluster: Cluster, points: List[CurvePoint]) -> List[str]:
@@ -112,7 +112,7 @@ def _curve_lines(cluster: Cluster, points: List[CurvePoint]) -> List[str]:
                 f"{step.messages}",
             ]
         )
-    title = f"{settings.model.model}, {cluster.ranks_per_node} ranks per node, "
+    title = f"{settings.model.model}, {count(cluster.ranks_per_node, 'rank')} per node, "
     if settings.recipe.global_batch_size:
         title += f"{points[0].batch.total:,} images a step in all (strong scaling)"
     else:
@@ -135,7 +135,7 @@ def cause_line(cluster: Cluster, points: List[CurvePoint]) -> str:
     shares = sorted(((extra / point.step.total, text) for extra, text in lost), reverse=True)
     causes = ", ".join(f"{text} {100 * share:.1f} %" for share, text in shares if share > 5e-4) or "nothing"
     where = "below {:.0f} % at {}" if below else "above {:.0f} % up to {}"
-    where = where.format(100 * TARGET, count(f"{point.nodes:,}", "node"))
+    where = where.format(100 * TARGET, _nodes(point.nodes))
     return f"efficiency is {where}; extra time compared with {_nodes(one.nodes)}, as shares of that step: {causes}"
 
 
@@ -147,8 +147,8 @@ def _other_order_lines(cluster: Cluster, points: List[CurvePoint]) -> List[str]:
     ends = (points[0], points[-1])
     one, many = (end._replace(step=clusters.step_of(other, end.nodes, end.batch)) for end in ends)
     return [
-        f"at {many.nodes:,}: {100 * efficiency(*ends):.1f} %; {100 * efficiency(one, many):.1f} % if gradients came "
-        "layer by layer (inter_op_threads=2)"
+        f"efficiency on {_nodes(many.nodes)}: {100 * efficiency(*ends):.1f} %; it would be "
+        f"{100 * efficiency(one, many):.1f} % if gradients came layer by layer (inter_op_threads=2)"
     ]
 
 
@@ -164,7 +164,7 @@ def _training_line(cluster: Cluster, nodes: int) -> str:
     parts = ", ".join(f"{name} {duration(part)}" for name, part in seconds.items())
     total = sum(seconds.values())
     return (
-        f"the recipe on {nodes:,} nodes: {duration(total)}, {total * nodes / 3600:,.1f} node-hours ({parts}; start and "
+        f"the recipe on {_nodes(nodes)}: {duration(total)}, {total * nodes / 3600:,.1f} node-hours ({parts}; start and "
         "first step not included)"
     )
 
@@ -191,7 +191,7 @@ def _batch_lines(cluster: Cluster, nodes: int) -> List[str]:
         seconds = examples / (few * point(few, per_rank).speed) if examples else None
         shown = ["-", "-"] if seconds is None else [f"{seconds:.1f}", f"{seconds * few / 3600:.2f}"]
         table.append([*row, f"{few:,}", *shown])
-    return [f"local batch: on {nodes:,} nodes | for a global batch of {total:,}", *aligned(table)]
+    return [f"local batch: on {_nodes(nodes)} | for a global batch of {total:,}", *aligned(table)]
 
 
 def published_lines() -> List[str]:
@@ -247,8 +247,9 @@ def plot_data(
             nodes = int(rows[point.name]["nodes"])
             share = point.measured / nodes
             speed_ups.append({"nodes": nodes, "share": share, "label": point.name, "fitted": point.fitted})
-    title = f"{cluster.settings.model.model}, {_per_rank(points[0].batch)}, {cluster.ranks_per_node} ranks per node, "
-    return curves, speed_ups, title + cluster.network.name
+    ranks = count(cluster.ranks_per_node, "rank")
+    title = f"{cluster.settings.model.model}, {_per_rank(points[0].batch)}, {ranks} per node, {cluster.network.name}"
+    return curves, speed_ups, title
 
 
 def _shares(points: List[CurvePoint]) -> Tuple[List[int], List[float]]:
