@@ -26,6 +26,7 @@ def test_the_rate_is_that_of_the_slowest_rank():
     timed = StepTimings("synthetic", np.array([[1.0, 1.0], [2.0, 2.0]]), 8, 2)
     assert timed.images_per_second == 2 * 2 * 8 / 4.0
     assert "slowest rank 2.000 times the fastest" in timed.lines()[1]
+    assert dataclasses.replace(timed, step_s=np.ones([1, 1])).lines()[0].endswith(": 1 rank x 8 images, 1 step timed")
 
 
 def test_bandwidths_of_messages_are_those_of_nccl_tests(tmp_path):
@@ -74,7 +75,7 @@ def test_last_line_on_one_rank(run_command, tiny_data, what, images):
     process = run_command("benchmark", *flags)
     assert process.returncode == 0, process.stderr
     assert float(TOTAL.fullmatch(last_line(process.stdout)).group(1)) > 1
-    assert f"{what}: 1 ranks x {images} images, 4 steps timed" in process.stderr
+    assert f"{what}: 1 rank x {images} images, 4 steps timed" in process.stderr
 
 
 @pytest.mark.mpi

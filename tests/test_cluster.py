@@ -10,8 +10,8 @@ from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.model import tensors
 from resnet_cpu.recipe.batch import Batch
 from resnet_cpu.run import signature
-from resnet_cpu.simulator import cluster, exchange
-from resnet_cpu.simulator.exchange import Exchange
+from resnet_cpu.simulator import cluster, exchange, published
+from resnet_cpu.simulator.exchange import Exchange, Node
 
 
 def cluster_of(*arguments):
@@ -29,10 +29,16 @@ def test_time_to_train_counts_steps_evaluations_and_checkpoints():
     node = simulated.node
     assert (small.compute - node.batch_s) / (full.compute - node.batch_s) == pytest.approx(work[1] / work[0])
     rounds = -(-50_000 // (16 * 32))
-    evaluations = 110 * 512 / 1_281_167 / 0.001
+    evaluations = 110 * 512 * 1000 // 1_281_167 + 1  # at the end, too
     assert found["evaluation"] == pytest.approx(evaluations * rounds * 32 * node.image_s / 3)
     weights = 4 * 25_557_032
-    assert found["checkpoints"] == pytest.approx(110 / 1000 * 2 * weights / cluster.DISK_BANDWIDTH)
+    assert found["checkpoints"] == pytest.approx(2 * 2 * weights / cluster.DISK_BANDWIDTH)  # at the ends of the phases
+
+
+def test_without_a_split_to_evaluate_on_no_evaluation_is_counted():
+    """Fault: --eval_split=none had no effect on the time."""
+    flags = ["--phase=a:steps=100,lr=1", "--eval_split=none"]
+    assert cluster.training_seconds(cluster_of(*flags), 8, 1_281_167)["evaluation"] == 0
 
 
 @pytest.mark.parametrize("image_size", [224, 112])
@@ -51,17 +57,28 @@ def test_strong_scaling_keeps_its_batch_and_skips_node_counts_that_do_not_divide
     simulated = cluster_of(
         "--global_batch_size=1024", "--accumulate_steps=0", "--batch_size=32", "--network=ethernet10"
     )
-    rows, skipped = cluster.curve(simulated, 24)
+    rows, refused = cluster.curve(simulated, 24)
     assert [(row.nodes, row.batch) for row in rows] == [
         (nodes, Batch(32, 16 // nodes, 1024)) for nodes in (1, 2, 4, 8, 16)
     ]
-    assert skipped == [24]
+    assert list(refused) == [24]
     node = simulated.node
     assert rows[0].step.compute == pytest.approx(16 * (32 * node.image_s + node.batch_s)) and node.batch_s > 0
     shares = [cluster.efficiency(rows[0], row) for row in rows]
     assert shares[0] == 1 and shares == sorted(shares, reverse=True) and shares[-1] < 0.9
     with pytest.raises(FlagError, match="--global_batch_size=1000: "):
         cluster.curve(cluster_of("--global_batch_size=1000", "--accumulate_steps=0", "--batch_size=8"), 1)
+
+
+def test_strong_scaling_tries_the_numbers_of_nodes_that_divide_its_batch():
+    """Fault: only powers of two and --nodes were tried, so that recipe A was answered for 64 nodes, or skipped 224."""
+    simulated = cluster_of("--global_batch_size=14336", "--accumulate_steps=0", "--batch_size=16")
+    points, refused = cluster.curve(simulated, 1536)
+    assert [point.nodes for point in points] == [1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 112, 224, 448]
+    assert list(refused) == [128, 256, 512, 1024, 1536]
+    assert cluster.first_below(simulated, points, 0.91).nodes == 224
+    many = cluster_of("--global_batch_size=72072000", "--accumulate_steps=0", "--batch_size=1")
+    assert len(cluster.curve(many, 10_000)[0]) < 2 * 14  # at most two for each power of two
 
 
 def test_first_below_is_found_between_two_points():
@@ -157,3 +174,32 @@ def test_constants_of_a_file_are_used(tmp_path):
     assert (network.latency_s, network.bandwidth, network.algorithm) == (5e-6, 1e9, "ring")
     assert (simulated.exchange.cycle_s, node.jitter, node.interference) == (0.005, (1, 1.1, 1.3), 0.1)
     assert simulated.inter_op_threads == 2
+
+
+def test_a_file_with_the_speed_of_a_rank_needs_no_other(tmp_path):
+    """Fault: constants of the fit were added to those of the file, and another network than that of the fit refused."""
+    path, fitted = tmp_path / "network.json", published.best_fit().node
+    path.write_text(json.dumps({"latency_s": 5e-6, "bandwidth": 1e9, "image_s": 0.03}))
+    simulated = cluster_of(f"--network={path}", "--model=resnet18", "--image_size=64", "--ranks_per_node=4")
+    assert simulated.node == Node(image_s=0.03, jitter=fitted.jitter)
+    assert simulated.sources[0] == f"node: image_s of {path}; jitter fitted to published points, see below"
+
+
+@pytest.mark.parametrize(
+    "flags, constants, source",
+    [
+        (
+            [],
+            {"batch_s": 0.1},
+            "node: Intel Caffe's on 2x Xeon 8160, fitted to published points, see below; batch_s of {}",
+        ),
+        (["--speed=9"], {"fixed_s": 1, "jitter": 0.1}, "node: speed as given; fixed_s, jitter of {}"),
+        ([], {"image_s": 1, "jitter": 0.1}, "node: image_s, jitter of {}"),
+    ],
+)
+def test_the_source_of_every_part_of_a_node_is_named(tmp_path, flags, constants, source):
+    path = tmp_path / "network.json"
+    path.write_text(json.dumps({"latency_s": 5e-6, "bandwidth": 1e9, **constants}))
+    simulated = cluster_of(f"--network={path}", *flags)
+    assert simulated.sources[0] == source.format(path)
+    assert {key: getattr(simulated.node, key) for key in constants} == constants

@@ -94,6 +94,16 @@ def test_an_empty_path_of_a_command_is_refused(flag):
     assert commandline.parse(["--data_dir=", "--init_from="]).run.init_from is None
 
 
+def test_an_empty_number_of_a_run_overrides_that_of_a_flagfile(tmp_path):
+    (tmp_path / "F").write_text("--batch_size=8\n--image_size=64\n")
+    found = commandline.parse([f"--flagfile={tmp_path}/F", "--batch_size=", "--image_size=", "--ranks="])
+    assert (found.recipe.batch_size, found.data.image_size, found.system.ranks) == (None, 224, None)
+    assert "batch_size" not in found.resolved_flags
+    for command, flag in (("prepare", "short_side"), ("train", "log_every_steps")):
+        with pytest.raises(FlagError, match=f"--{flag}=: "):
+            commandline.parse([f"--{flag}="], command)
+
+
 def test_resolved_flags_are_a_fixed_point(tmp_path):
     given = ["--dataset=fashion_mnist", "--data_dir=d", PHASE, "--phase=b:epochs=1,lr_per_256=0.1,wd=0", "--conv1_bias"]
     first = commandline.parse([*given, "--nowd_on_bn", "--run_dir=a folder", "--bn_epsilon=1.001e-5"])

@@ -10,6 +10,7 @@ from resnet_cpu import commandline
 from resnet_cpu.cluster.control import World
 from resnet_cpu.resolve import resolve_recipe
 from resnet_cpu.run.folder import Stopwatch
+from resnet_cpu.simulator import cluster
 from resnet_cpu.training.job import Job
 from resnet_cpu.training.report import Report, Silent
 
@@ -72,6 +73,16 @@ def test_parts_of_an_epoch_are_counted_exactly():
     """Fault: as floats, 0.3 epochs hold two tenths, so that the evaluation was a step late."""
     found = dataclasses.replace(job("--eval_every_epochs=0.1"), train_examples=100)
     assert due(found.evaluation_due) == list(range(1, 21))
+
+
+@pytest.mark.parametrize("every_epochs", [0, 0.01, 0.2, 0.25, 0.3, 1, 1.25, 1.5, 3, 10])
+@pytest.mark.parametrize("every_steps", [0, 1, 3, 8, 10, 20, 30])
+def test_simulate_counts_what_falls_due(every_epochs, every_steps):
+    """Fault: neither evaluations nor checkpoints at the ends of phases were counted beside those at intervals."""
+    found = job(f"--eval_every_epochs={every_epochs}", f"--checkpoint_every_steps={every_steps}")
+    resolved = resolve_recipe(found.settings, 1, found.train_examples)
+    evaluations, checkpoints = len(due(found.evaluation_due)), len(due(found.checkpoint_due))
+    assert cluster.due(found.settings, resolved, found.train_examples) == (evaluations, checkpoints)
 
 
 def test_synthetic_data_is_never_evaluated():

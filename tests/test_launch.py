@@ -19,7 +19,7 @@ from resnet_cpu.cluster.machine import Cpu, Machine, Node, physical_cores
 from resnet_cpu.diagnosis import examination
 from resnet_cpu.errors import FlagError, OutputError, PeerLost
 
-NEEDED = ["bash", "dirname", "head", "sed", "cat", "sha256sum", "sort", "wc", "grep", "env"]
+NEEDED = ["bash", "dirname", "head", "sed", "cat", "sha256sum", "sort", "timeout", "wc", "grep", "env"]
 
 
 @pytest.fixture

@@ -44,6 +44,11 @@ def test_csv_has_one_row_per_step_and_floats_that_read_back(capsys):
     )
 
 
+def test_a_single_step_is_one_step(capsys):
+    plan.main(["--phase=a:steps=1,lr=1", "--batch_size=1"])
+    assert "\n1 step, 0.00 epochs, 1 image\n" in capsys.readouterr().out
+
+
 def test_branches_are_planned_in_their_place(capsys):
     found = rows(capsys, "--phase=a:steps=2,lr=1", "--phase=b:steps=1,lr=1,branch=1,member=1", "--phase=c:steps=1,lr=1")
     assert [row["phase"] for row in found] == ["a", "a", "b", "c"]

@@ -54,7 +54,9 @@ def test_the_plan_is_drawn_with_the_start_of_each_phase(tmp_path):
 
 def test_plots_of_predictions(tmp_path):
     points = [{"nodes": 64, "share": 0.9, "label": "a point", "fitted": fitted} for fitted in (True, False)]
-    scaling_plots.draw_prediction({"a network": ([1, 2], [1.0, 0.9])}, points, str(tmp_path / "one.png"), "a title")
+    scaling_plots.draw_prediction(
+        {"a network": ([1, 2], [1.0, 0.9])}, points, str(tmp_path / "one.png"), "a title", "one node"
+    )
     points = [{"measured": 1.0, "predicted": 1.1, "fitted": fitted} for fitted in (True, False)]
     scaling_plots.draw_validation(points, str(tmp_path / "two.png"), "a title")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]

@@ -22,6 +22,7 @@ def test_it_prints_the_answer(capsys):
         (["--ranks_per_node=two"], "--ranks_per_node=two"),
         (["--ranks=3"], "--ranks=3: contradicts 1536 nodes of 2"),
         (["--model=resnet101"], "is not known; give --speed"),
+        (["--ranks_per_node=4"], "--ranks_per_node=4: the fitted speed is that of nodes of 2 ranks; give --speed"),
         (["--image_size=32"], "is not known; give --speed"),
         (["--speed=0"], "--speed=0: must be above 0"),
         (["--speed=nan"], "--speed=nan: must be above 0"),

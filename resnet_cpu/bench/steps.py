@@ -18,6 +18,7 @@ from resnet_cpu.recipe.batch import Batch
 from resnet_cpu.recipe.schedule import Rates
 from resnet_cpu.resolve import resolve_batch
 from resnet_cpu.settings import Settings
+from resnet_cpu.text import count
 from resnet_cpu.training import evaluation, opening
 from resnet_cpu.training.state import build_model
 from resnet_cpu.training.step import TrainStep
@@ -48,7 +49,7 @@ class StepTimings:
             share = 100 * self.update_s.sum() / self.step_s.sum()
             split = [f"of a step: {share:.1f} % after the last gradient (messages not hidden, peers, update)"]
         return [
-            f"{self.what}: {ranks} ranks x {self.batch_size} images, {steps} steps timed",
+            f"{self.what}: {count(ranks, 'rank')} x {count(self.batch_size, 'image')}, {count(steps, 'step')} timed",
             f"step: median {middle:.2f} ms, 10-90 % {low:.2f} ... {high:.2f} ms; slowest rank "
             f"{self.step_s.sum(1).max() / self.step_s.sum(1).min():.3f} times the fastest",
             *split,

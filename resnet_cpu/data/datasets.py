@@ -6,6 +6,7 @@ import os
 from typing import Dict, Optional
 
 MANIFEST = "manifest.json"  # of a folder that `prepare` wrote
+NO_EVALUATION = "none"  # value of --eval_split
 
 
 @dataclasses.dataclass(frozen=True)

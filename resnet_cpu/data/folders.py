@@ -16,11 +16,11 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 import numpy as np
 
 from resnet_cpu.data import array_records, shards, tfds
-from resnet_cpu.data.datasets import facts_of
+from resnet_cpu.data.datasets import NO_EVALUATION, facts_of
 from resnet_cpu.data.shards import Split
 from resnet_cpu.errors import DataError
 
-AUTO, NO_EVALUATION = "auto", "none"  # values of --eval_split besides the name of a split
+AUTO = "auto"  # the value of --eval_split that chooses one of the next
 _EVALUATION = ("validation", "test")  # splits that --eval_split=auto looks for
 _SPLITS = {"train": "train", "validation": "validation", "val": "validation"}  # as in names of shards and sub-folders
 _SLIM_SHARD = re.compile(

@@ -1,6 +1,7 @@
 """The batch: images per rank, micro-batches and the global batch, and how the learning rate scales with it."""
 
 import math
+from fractions import Fraction
 from typing import NamedTuple, Optional
 
 from resnet_cpu.errors import FlagError
@@ -96,3 +97,12 @@ def check_statistics(bn_stats_batch: Optional[int], batch: Batch) -> None:
 def epochs_to_steps(epochs: float, train_examples: int, global_batch_size: int) -> int:
     """Return the steps nearest to `epochs` passes over the training examples (the only such conversion)."""
     return round(epochs * train_examples / global_batch_size)
+
+
+def intervals(images: int, train_examples: int, epochs: float) -> int:
+    """Return how often `epochs` passes over the training examples are completed after `images` images; 0 for no epochs.
+
+    In fractions: as floats, 0.3 // 0.1 is 2.
+    """
+    interval = Fraction(str(epochs)) * train_examples
+    return images // interval if interval else 0

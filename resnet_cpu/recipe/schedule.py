@@ -121,6 +121,12 @@ def end_steps(phases: Sequence[Phase]) -> Dict[str, int]:
     return ends
 
 
+def results(phases: Sequence[Phase]) -> Set[str]:
+    """Return the names of the phases whose end is a result: a member, or a start for no other phase."""
+    parents = {phase.parent for phase in phases}
+    return {phase.name for phase in phases if phase.member or phase.name not in parents}
+
+
 def still_needed(phases: Sequence[Phase], step: int) -> Set[int]:
     """Return the steps of the end states from which a phase still has to start, for a run that is at `step`."""
     ends = end_steps(phases)

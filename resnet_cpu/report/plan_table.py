@@ -84,7 +84,7 @@ def table_lines(settings: Settings, resolved: Resolved, ranks: int, examples: in
     lines = [
         *aligned(rows, str.ljust),
         "",
-        f"{steps:,} steps, {images / examples:.2f} epochs, {images:,} images",
+        f"{count(f'{steps:,}', 'step')}, {images / examples:.2f} epochs, {count(f'{images:,}', 'image')}",
         f"global batch {batch.total:,} = {count(ranks, 'rank')} x {batch.per_rank}{micro_batches}; {examples:,} "
         f"training examples = {examples / batch.total:,.2f} steps per epoch",
     ]
@@ -153,15 +153,22 @@ def _columns(global_batch: int, examples: int) -> List[Tuple[str, Callable[[Phas
 
 def notes(settings: Settings, resolved: Resolved) -> List[str]:
     """Return the notes that belong below the table."""
-    texts = []
+    lines = []
     seen = settings.model.bn_stats_batch or resolved.batch.per_rank
     if seen < _SMALL_STATISTICS:
-        texts.append(f"batch norm uses statistics of {seen} images per rank; at least {_SMALL_STATISTICS} are usual")
-    if settings.run.max_steps:
-        texts.append(f"--max_steps={settings.run.max_steps} stops the run earlier; the table shows the whole recipe")
+        lines.append(
+            f"note: batch norm uses statistics of {seen} images per rank; at least {_SMALL_STATISTICS} are usual"
+        )
+    lines += max_steps_note(settings)
     if settings.system.ranks is None:
-        texts.append("planned for 1 rank; use --ranks=N to plan for N ranks")
-    return [f"note: {text}" for text in texts]
+        lines.append("note: planned for 1 rank; use --ranks=N to plan for N ranks")
+    return lines
+
+
+def max_steps_note(settings: Settings) -> List[str]:
+    """Return the line that states that --max_steps is not considered, if it is set."""
+    most = settings.run.max_steps
+    return [f"note: --max_steps={most} stops the run earlier; the whole recipe is shown"] if most else []
 
 
 def _draw(resolved: Resolved, examples: int) -> None:

@@ -14,8 +14,9 @@ def draw_prediction(
     points: Sequence[Mapping[str, Any]],
     path: str,
     title: str,
+    base: str,
 ) -> None:
-    """Draw efficiency over nodes: predicted curves by name, and points (`nodes`, `share`, `label`, `fitted`)."""
+    """Draw efficiency relative to `base` over nodes: curves by name, points (`nodes`, `share`, `label`, `fitted`)."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(9, 5), constrained_layout=True)
     for number, (label, (nodes, shares)) in enumerate(curves.items()):
@@ -27,7 +28,7 @@ def draw_prediction(
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("nodes")
-    axes.set_ylabel("efficiency, % of one node")
+    axes.set_ylabel(f"efficiency, % of {base}")
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)

@@ -1,10 +1,13 @@
 """The answers of `python -m resnet_cpu.simulate`: the table, the CSV and the plot of a prediction."""
 
 import dataclasses
+import re
+import sys
 from typing import Any, Dict, List, Tuple
 
+from resnet_cpu.errors import FlagError
 from resnet_cpu.recipe.batch import Batch
-from resnet_cpu.report import plotting, scaling_plots
+from resnet_cpu.report import plan_table, plotting, scaling_plots
 from resnet_cpu.settings import Settings
 from resnet_cpu.simulator import cluster as clusters
 from resnet_cpu.simulator import published
@@ -23,13 +26,15 @@ PLOT = "simulate.png"
 def answer(settings: Settings) -> str:
     """Return the text to print: a table, CSV, or the path of the plot that was drawn."""
     cluster = clusters.from_settings(settings)
-    points, skipped = clusters.curve(cluster, settings.simulate.nodes)
+    points, refused = clusters.curve(cluster, settings.simulate.nodes)
+    left_out = left_out_lines(points, refused)
+    if settings.prediction.format == "table":
+        return "\n".join(table_lines(cluster, points, left_out))
+    print(*left_out, sep="\n", end="\n" if left_out else "", file=sys.stderr)
     if settings.prediction.format == "csv":
         return "\n".join(csv_lines(cluster, points))
-    if settings.prediction.format == "png":
-        _draw(cluster, points)
-        return PLOT
-    return "\n".join(table_lines(cluster, points, skipped))
+    _draw(cluster, points)
+    return PLOT
 
 
 def csv_lines(cluster: Cluster, points: List[CurvePoint]) -> List[str]:
@@ -42,20 +47,20 @@ def csv_lines(cluster: Cluster, points: List[CurvePoint]) -> List[str]:
     return lines
 
 
-def table_lines(cluster: Cluster, points: List[CurvePoint], skipped: List[int]) -> List[str]:
+def table_lines(cluster: Cluster, points: List[CurvePoint], left_out: List[str]) -> List[str]:
     """Return all answers: the curve, its limit and the causes, the time to train, local batches, published points."""
     nodes = points[-1].nodes
-    left_out = [f"skipped, because the global batch is not divisible there: {', '.join(f'{n:,}' for n in skipped)}"]
     return [
         *cluster.sources,
         "",
         *_curve_lines(cluster, points),
-        *(left_out if skipped else []),
+        *left_out,
         "",
         cause_line(cluster, points),
         *_other_order_lines(cluster, points),
         "",
         _training_line(cluster, nodes),
+        *plan_table.max_steps_note(cluster.settings),
         "",
         *_batch_lines(cluster, nodes),
         "",
@@ -63,9 +68,28 @@ def table_lines(cluster: Cluster, points: List[CurvePoint], skipped: List[int]) 
     ]
 
 
+def left_out_lines(points: List[CurvePoint], refused: Dict[int, FlagError]) -> List[str]:
+    """Return which numbers of nodes are not possible: a line if --nodes is one, then a line for each kind of reason."""
+    lines = []
+    last, most = points[-1].nodes, max(refused, default=0)
+    if most > last:
+        lines.append(f"{most:,} nodes are not possible; the answers are for {last:,}, the largest number that is")
+    kinds: Dict[str, List[int]] = {}
+    for nodes, error in refused.items():
+        kinds.setdefault(re.sub(r"\d+", "", str(error)), []).append(nodes)
+    for several in kinds.values():
+        numbers = ", ".join(f"{nodes:,}" for nodes in several)
+        lines.append(f"left out: {numbers}; at {several[-1]:,}: {refused[several[-1]]}")
+    return lines
+
+
+def _nodes(number: int) -> str:
+    return "one node" if number == 1 else count(f"{number:,}", "node")
+
+
 def _per_rank(batch: Batch) -> str:
     times = f" x {batch.accumulate_steps} accumulated" if batch.accumulate_steps > 1 else ""
-    return f"{batch.per_rank} images{times} per rank"
+    return f"{count(batch.per_rank, 'image')}{times} per rank"
 
 
 def _curve_lines(cluster: Cluster, points: List[CurvePoint]) -> List[str]:
@@ -88,11 +112,13 @@ def _curve_lines(cluster: Cluster, points: List[CurvePoint]) -> List[str]:
                 f"{step.messages}",
             ]
         )
-    title = f"{settings.model.model}, {cluster.ranks_per_node} ranks per node, "
+    title = f"{settings.model.model}, {count(cluster.ranks_per_node, 'rank')} per node, "
     if settings.recipe.global_batch_size:
         title += f"{points[0].batch.total:,} images a step in all (strong scaling)"
     else:
         title += f"{_per_rank(points[0].batch)}, the batch grows with the nodes (weak scaling)"
+    if points[0].nodes > 1:
+        title += f"; efficiency relative to {_nodes(points[0].nodes)}"
     return [title, *aligned(table)]
 
 
@@ -101,16 +127,16 @@ def cause_line(cluster: Cluster, points: List[CurvePoint]) -> str:
     one = points[0]
     below = clusters.first_below(cluster, points, TARGET)
     point = below or points[-1]
-    # The additional seconds of each part, compared with a step of one node on as many images.
+    # The additional seconds of each part, compared with a step of the first point on as many images per node.
     scale = point.batch.total / point.nodes / (one.batch.total / one.nodes)
     parts = {part: part for part in ("jitter", "allreduce", "coordinator", "input")}
-    parts["compute"] = "the update and other costs of a step that do not depend on its batch"
+    parts["compute"] = "the update and other costs of a step or micro-batch that do not depend on its images"
     lost = [(getattr(point.step, part) - scale * getattr(one.step, part), text) for part, text in parts.items()]
     shares = sorted(((extra / point.step.total, text) for extra, text in lost), reverse=True)
     causes = ", ".join(f"{text} {100 * share:.1f} %" for share, text in shares if share > 5e-4) or "nothing"
     where = "below {:.0f} % at {}" if below else "above {:.0f} % up to {}"
-    where = where.format(100 * TARGET, count(f"{point.nodes:,}", "node"))
-    return f"efficiency is {where}; of the step there, in excess of that of one node: {causes}"
+    where = where.format(100 * TARGET, _nodes(point.nodes))
+    return f"efficiency is {where}; extra time compared with {_nodes(one.nodes)}, as shares of that step: {causes}"
 
 
 def _other_order_lines(cluster: Cluster, points: List[CurvePoint]) -> List[str]:
@@ -121,8 +147,8 @@ def _other_order_lines(cluster: Cluster, points: List[CurvePoint]) -> List[str]:
     ends = (points[0], points[-1])
     one, many = (end._replace(step=clusters.step_of(other, end.nodes, end.batch)) for end in ends)
     return [
-        f"at {many.nodes:,}: {100 * efficiency(*ends):.1f} %; {100 * efficiency(one, many):.1f} % if gradients came "
-        "layer by layer (inter_op_threads=2)"
+        f"efficiency on {_nodes(many.nodes)}: {100 * efficiency(*ends):.1f} %; it would be "
+        f"{100 * efficiency(one, many):.1f} % if gradients came layer by layer (inter_op_threads=2)"
     ]
 
 
@@ -138,7 +164,7 @@ def _training_line(cluster: Cluster, nodes: int) -> str:
     parts = ", ".join(f"{name} {duration(part)}" for name, part in seconds.items())
     total = sum(seconds.values())
     return (
-        f"the recipe on {nodes:,} nodes: {duration(total)}, {total * nodes / 3600:,.1f} node-hours ({parts}; start and "
+        f"the recipe on {_nodes(nodes)}: {duration(total)}, {total * nodes / 3600:,.1f} node-hours ({parts}; start and "
         "first step not included)"
     )
 
@@ -147,7 +173,7 @@ def _batch_lines(cluster: Cluster, nodes: int) -> List[str]:
     """Return a comparison of local batches: on `nodes` nodes, and for a constant global batch."""
     settings, ranks_per_node = cluster.settings, cluster.ranks_per_node
     total = clusters.point(cluster, nodes).batch.total
-    examples = clusters.train_examples(settings) or 0
+    examples = clusters.train_examples(settings)
     table = [["images per rank", "batch", "images/s", "efficiency", "|", "nodes", "epoch s", "node-h per epoch"]]
 
     def point(count: int, per_rank: int) -> CurvePoint:
@@ -162,9 +188,10 @@ def _batch_lines(cluster: Cluster, nodes: int) -> List[str]:
         if rest or not few:
             table.append([*row, "-", "-", "-"])
             continue
-        seconds = examples / (few * point(few, per_rank).speed)
-        table.append([*row, f"{few:,}", f"{seconds:.1f}", f"{seconds * few / 3600:.2f}"])
-    return [f"local batch: on {nodes:,} nodes | for a global batch of {total:,}", *aligned(table)]
+        seconds = examples / (few * point(few, per_rank).speed) if examples else None
+        shown = ["-", "-"] if seconds is None else [f"{seconds:.1f}", f"{seconds * few / 3600:.2f}"]
+        table.append([*row, f"{few:,}", *shown])
+    return [f"local batch: on {_nodes(nodes)} | for a global batch of {total:,}", *aligned(table)]
 
 
 def published_lines() -> List[str]:
@@ -216,12 +243,13 @@ def plot_data(
     rows = published.rows()
     speed_ups = []
     for point in published.best_fit().comparisons:
-        if point.unit == "x":
+        if point.unit == "x" and points[0].nodes == 1:  # they are relative to one node
             nodes = int(rows[point.name]["nodes"])
             share = point.measured / nodes
             speed_ups.append({"nodes": nodes, "share": share, "label": point.name, "fitted": point.fitted})
-    title = f"{cluster.settings.model.model}, {_per_rank(points[0].batch)}, {cluster.ranks_per_node} ranks per node, "
-    return curves, speed_ups, title + cluster.network.name
+    ranks = count(cluster.ranks_per_node, "rank")
+    title = f"{cluster.settings.model.model}, {_per_rank(points[0].batch)}, {ranks} per node, {cluster.network.name}"
+    return curves, speed_ups, title
 
 
 def _shares(points: List[CurvePoint]) -> Tuple[List[int], List[float]]:
@@ -232,4 +260,4 @@ def _draw(cluster: Cluster, points: List[CurvePoint]) -> None:
     """Draw the curve to PLOT; raise FlagError without matplotlib."""
     plotting.require()
     curves, speed_ups, title = plot_data(cluster, points)
-    scaling_plots.draw_prediction(curves, speed_ups, PLOT, title)
+    scaling_plots.draw_prediction(curves, speed_ups, PLOT, title, _nodes(points[0].nodes))

@@ -10,11 +10,13 @@ import numpy as np
 
 from resnet_cpu import resolve
 from resnet_cpu.cluster import placement
-from resnet_cpu.data.datasets import facts_of
+from resnet_cpu.data.datasets import NO_EVALUATION, facts_of
 from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.model import tensors
 from resnet_cpu.model.tensors import Gradient
-from resnet_cpu.recipe.batch import Batch
+from resnet_cpu.recipe import schedule
+from resnet_cpu.recipe.batch import Batch, intervals
+from resnet_cpu.resolve import Resolved
 from resnet_cpu.run import files, past_run
 from resnet_cpu.run.folder import read_json, read_rows
 from resnet_cpu.settings import Settings
@@ -22,9 +24,10 @@ from resnet_cpu.simulator import exchange, published
 from resnet_cpu.simulator.exchange import Exchange, Node, Step
 from resnet_cpu.simulator.network import ALGORITHM_NAMES, NETWORKS, Allocation, Network
 
-RANKS_PER_NODE = 2  # where neither flags nor a past run say otherwise
+RANKS_PER_NODE = 2  # of the nodes of the fit, and where neither flags nor a past run say otherwise
 DISK_BANDWIDTH = 1e9  # bytes/s at which rank 0 writes a checkpoint; assumed
 KNOWN_SPEED = "resnet50 of width 1 at 224 pixels in float32"  # the network of the published figures
+_FITTED = "fitted to published points, see below"
 _ALWAYS_POSITIVE = ("bandwidth", "memory_bandwidth", "image_s", "input_images_per_s")
 _REQUIRED = ("latency_s", "bandwidth")
 
@@ -68,26 +71,7 @@ def from_settings(settings: Settings) -> Cluster:
     speed = settings.prediction.speed
     rate = None if speed is None else past_run.rate_of(speed)
     ranks_per_node = _ranks_per_node(settings, None if rate is not None else speed)
-    network = f"{settings.model.model} of width {settings.model.width:g} at {settings.data.image_size} pixels in "
-    network += settings.model.precision
-    fit = published.best_fit()
-    measured: Tuple[str, ...] = ()
-    if speed is None:
-        if network != KNOWN_SPEED:
-            raise FlagError(
-                f"the speed of {network} is not known; give --speed, as images/s of one node or as the folder of a run"
-            )
-        node, source = fit.node, "Intel Caffe's on 2x Xeon 8160, fitted to published points, see below"
-    elif rate is not None:
-        measured = ("image_s", "batch_s")
-        node = Node(image_s=ranks_per_node / rate, jitter=fit.node.jitter)
-        source = "speed as given; jitter fitted to published points, see below"
-    else:
-        measured = ("image_s", "fixed_s", "batch_s", "jitter")
-        node, source = _node_of_run(speed, settings), f"speed and jitter of {speed}"
-    twice = [key for key in measured if key in constants]
-    if twice:
-        raise FlagError(f"--network={name}: --speed={speed} also gives {', '.join(twice)}; remove one of the two")
+    node, source = _node(settings, ranks_per_node, constants)
     threads = int(constants.get("inter_op_threads", placement.variables(1)["TF_NUM_INTEROP_THREADS"]))
     order = "most kernels last" if threads == 1 else "layer by layer"
     base = NETWORKS.get(name) or Network(name, constants["latency_s"], constants["bandwidth"])
@@ -98,13 +82,57 @@ def from_settings(settings: Settings) -> Cluster:
     )
     return Cluster(
         settings,
-        _with_constants(node, constants),
+        node,
         ranks_per_node,
         _with_constants(base, constants),
         _with_constants(Exchange(), constants),
         threads,
         sources,
     )
+
+
+def _node(settings: Settings, ranks_per_node: int, constants: Dict[str, Any]) -> Tuple[Node, str]:
+    """Return the node, with the `constants` of the file of --network, and a text on where each of its parts comes from.
+
+    Its speed is that of --speed, else that of the file, else the fitted one, which holds for one network and node.
+    """
+    speed, name, fitted = settings.prediction.speed, settings.simulate.network, published.best_fit().node
+    rate = None if speed is None else past_run.rate_of(speed)
+    own = [field.name for field in dataclasses.fields(Node) if field.name in constants]
+    measured: Tuple[str, ...] = ()
+    if speed is not None and rate is None:
+        measured = ("image_s", "fixed_s", "batch_s", "jitter")
+        node, parts = _node_of_run(speed, settings), [f"speed and jitter of {speed}"]
+    elif rate is not None:
+        measured = ("image_s", "batch_s")
+        node, parts = Node(image_s=ranks_per_node / rate, jitter=fitted.jitter), ["speed as given"]
+    elif "image_s" in own:
+        node, parts = Node(image_s=constants["image_s"], jitter=fitted.jitter), []
+    else:
+        _check_known_speed(settings, ranks_per_node)
+        node, parts = fitted, [f"Intel Caffe's on 2x Xeon 8160, {_FITTED}"]
+    twice = [key for key in measured if key in own]
+    if twice:
+        raise FlagError(f"--network={name}: --speed={speed} also gives {', '.join(twice)}; remove one of the two")
+    parts += [f"{', '.join(own)} of {name}"] if own else []
+    parts += [f"jitter {_FITTED}"] if (rate is not None or "image_s" in own) and "jitter" not in own else []
+    return _with_constants(node, constants), "; ".join(parts)
+
+
+def _check_known_speed(settings: Settings, ranks_per_node: int) -> None:
+    """Raise FlagError if the fitted speed does not hold for the network, or for this number of ranks on a node."""
+    network = f"{settings.model.model} of width {settings.model.width:g} at {settings.data.image_size} pixels in "
+    network += settings.model.precision
+    if network != KNOWN_SPEED:
+        raise FlagError(
+            f"the speed of {network} is not known; give --speed, as images/s of one node or as the folder of a run, or "
+            "image_s in the file of --network"
+        )
+    if ranks_per_node != RANKS_PER_NODE:
+        raise FlagError(
+            f"--ranks_per_node={ranks_per_node}: the fitted speed is that of nodes of {RANKS_PER_NODE} ranks; give "
+            "--speed, as images/s of one node, or remove the flag"
+        )
 
 
 def _ranks_per_node(settings: Settings, run_dir: Optional[str]) -> int:
@@ -252,24 +280,29 @@ def point(cluster: Cluster, nodes: int) -> CurvePoint:
     return CurvePoint(nodes, batch, step_of(cluster, nodes, batch))
 
 
-def curve(cluster: Cluster, most: int) -> Tuple[List[CurvePoint], List[int]]:
-    """Return the points at 1, 2, 4, ... and `most` nodes, and the node counts that do not divide the global batch.
+def curve(cluster: Cluster, most: int) -> Tuple[List[CurvePoint], Dict[int, FlagError]]:
+    """Return the points at 1, 2, 4, ... and `most` nodes, and the reason for each of these that is not possible.
 
     Without a global batch the images of a rank are constant and the batch grows with the nodes. A global batch is
-    constant, and ranks accumulate as the flags say. Raises FlagError if no node count divides it.
+    constant, ranks accumulate as the flags say, and the largest possible number of nodes between two powers of two is
+    added to the points. Raises FlagError if no number of nodes is possible.
     """
-    points: List[CurvePoint] = []
-    skipped: List[int] = []
-    refused: Optional[FlagError] = None
-    for nodes in [*(2**power for power in range(most.bit_length()) if 2**power < most), most]:
+    usual = {*(2**power for power in range(most.bit_length())), most}
+    total, ranks = cluster.settings.recipe.global_batch_size or 0, cluster.ranks_per_node
+    divisors = {nodes for nodes in range(1, min(most, total // ranks) + 1) if total % (nodes * ranks) == 0}
+    batches: Dict[int, Batch] = {}
+    refused: Dict[int, FlagError] = {}
+    for nodes in sorted(usual | divisors):
         try:
-            points.append(point(cluster, nodes))
+            batches[nodes] = resolve.resolve_batch(cluster.settings, nodes * ranks)
         except FlagError as error:
-            skipped.append(nodes)
-            refused = error
-    if refused is not None and not points:
-        raise refused
-    return points, skipped
+            refused[nodes] = error
+    if not batches:
+        raise refused[most]
+    largest = {nodes.bit_length(): nodes for nodes in batches}
+    chosen = [nodes for nodes in batches if nodes in usual or nodes == largest[nodes.bit_length()]]
+    points = [CurvePoint(nodes, batches[nodes], step_of(cluster, nodes, batches[nodes])) for nodes in chosen]
+    return points, {nodes: error for nodes, error in refused.items() if nodes in usual}
 
 
 def efficiency(one: CurvePoint, many: CurvePoint) -> float:
@@ -281,7 +314,7 @@ def first_below(cluster: Cluster, points: List[CurvePoint], share: float) -> Opt
     """Return the first point with an efficiency below `share`, to 2 % of the nodes; None if there is not any.
 
     Between two points of the curve efficiency is assumed to fall. It does not where the algorithm is a butterfly, which
-    costs more on a number of ranks that is not a power of two, and a global batch is not divisible by every number of
+    costs more on a number of ranks that is not a power of two, and a global batch is only possible on some numbers of
     nodes: in these cases the result is one of `points`.
     """
     below = next((number for number, one in enumerate(points) if efficiency(points[0], one) < share), None)
@@ -301,6 +334,21 @@ def train_examples(settings: Settings) -> Optional[int]:
     return settings.data.train_examples or facts_of(settings.data.dataset, settings.data.data_dir).train_examples
 
 
+def due(settings: Settings, resolved: Resolved, examples: int) -> Tuple[int, int]:
+    """Return how many evaluations and checkpoints fall due in the whole recipe, as `training.job` decides it."""
+    run, ends = settings.run, schedule.end_steps(resolved.phases)
+    steps = schedule.total_steps(resolved.phases)
+
+    def passes(step: int) -> int:
+        return intervals(step * resolved.batch.total, examples, run.eval_every_epochs)
+
+    results = {ends[name] for name in schedule.results(resolved.phases)}
+    evaluations = min(steps, passes(steps)) + sum(passes(step) == passes(step - 1) for step in results)
+    every = run.checkpoint_every_steps or steps
+    checkpoints = steps // every + sum(step % every != 0 for step in ends.values())
+    return 0 if settings.data.eval_split == NO_EVALUATION else evaluations, checkpoints
+
+
 def training_seconds(cluster: Cluster, nodes: int, examples: int) -> Dict[str, float]:
     """Return the seconds of the recipe on `nodes` nodes by what they are spent on.
 
@@ -310,22 +358,15 @@ def training_seconds(cluster: Cluster, nodes: int, examples: int) -> Dict[str, f
     resolved = resolve.resolve_recipe(settings, ranks, examples)
     sizes = {phase.image_size for phase in resolved.phases}
     step_s = {size: step_of(cluster, nodes, resolved.batch, size).total for size in sizes}
-    training, steps = 0.0, 0
-    for phase in resolved.phases:
-        training += phase.steps * step_s[phase.image_size]
-        steps += phase.steps
-    run, evaluations = settings.run, 0.0
-    if run.eval_every_epochs:
-        evaluations = steps * resolved.batch.total / examples / run.eval_every_epochs
-    per_rank = run.eval_batch_size or resolved.batch.per_rank
+    evaluations, checkpoints = due(settings, resolved, examples)
+    per_rank = settings.run.eval_batch_size or resolved.batch.per_rank
     batches = -(
         -(facts_of(settings.data.dataset, settings.data.data_dir).validation_examples or 0) // (ranks * per_rank)
     )
     forward_s = (1 - exchange.BACKWARD_SHARE) * cluster.node.image_s
-    saved = steps / run.checkpoint_every_steps if run.checkpoint_every_steps else len(resolved.phases)
     weights = sum(gradient.bytes for gradient in gradients(cluster, settings.data.image_size))
     return {
-        "training": training,
+        "training": sum(phase.steps * step_s[phase.image_size] for phase in resolved.phases),
         "evaluation": evaluations * batches * per_rank * forward_s,
-        "checkpoints": saved * 2 * weights / DISK_BANDWIDTH,
+        "checkpoints": checkpoints * 2 * weights / DISK_BANDWIDTH,
     }

@@ -1,13 +1,12 @@
 """A run that may start, and what falls due after each of its steps. No TensorFlow; built by `opening.open_job`."""
 
 import dataclasses
-from fractions import Fraction
 from typing import Any, Dict, List, Optional, Tuple
 
 from resnet_cpu.cluster.control import World
 from resnet_cpu.data.folders import ShardedData
 from resnet_cpu.recipe import schedule
-from resnet_cpu.recipe.batch import Batch
+from resnet_cpu.recipe.batch import Batch, intervals
 from resnet_cpu.recipe.phases import Phase
 from resnet_cpu.run.folder import RunFolder, Stopwatch
 from resnet_cpu.settings import Settings
@@ -87,16 +86,15 @@ class Job:
 
     def evaluation_due(self, step: int) -> bool:
         """Return whether the network is evaluated after `step` steps."""
-        # In fractions: as floats, 0.3 // 0.1 is 2, which would be a step late.
-        images = Fraction(str(self.settings.run.eval_every_epochs)) * self.train_examples  # between two evaluations
-        total = self.batch.total
-        passed = images > 0 and step * total // images > (step - 1) * total // images
+        every, total = self.settings.run.eval_every_epochs, self.batch.total
+        before, after = (intervals(n * total, self.train_examples, every) for n in (step - 1, step))
+        passed = after > before
         return self.evaluates and (passed or step == self.last_step or self.evaluated_phase(step) is not None)
 
     def evaluated_phase(self, step: int) -> Optional[str]:
-        """Return the phase that ends after `step` steps, if its end is a result: a member, or a start for no phase."""
-        parents = {phase.parent for phase in self.phases}
-        return next((p.name for p in self._ending_at(step) if p.member or p.name not in parents), None)
+        """Return the phase that ends after `step` steps, if its end is a result."""
+        results = schedule.results(self.phases)
+        return next((phase.name for phase in self._ending_at(step) if phase.name in results), None)
 
     def _ending_at(self, step: int) -> List[Phase]:
         ends = schedule.end_steps(self.phases)
