@@ -18,7 +18,7 @@ mkdir -p logs # Slurm writes there, but does not create folders
 VENV=${VENV:-$PWD/.venv${STACK:+-$STACK}}
 if [[ -x $VENV/bin/python ]]; then
   export PATH=$VENV/bin:$PATH
-elif [[ $VENV != "$PWD"/.venv* ]]; then
+elif [[ $VENV != "$PWD/.venv" ]]; then
   echo "launch/env.sh: VENV=$VENV: there is no bin/python; correct it, or unset it to use python from PATH" >&2
 fi
 

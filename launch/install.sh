@@ -115,11 +115,6 @@ if ((${#missing[@]})) && [[ $without_compiler == no ]]; then
   say "system packages: ${missing[*]}"
   system_packages "${missing[@]}"
 fi
-if ((${#optional[@]})); then
-  say "optional system packages: ${optional[*]}"
-  system_packages "${optional[@]}" >/dev/null 2>&1 || say "note: ${optional[*]} could not be installed; training is slower without it"
-fi
-
 # sed reads to the end: an MPI that is cut off would end this script.
 mpi_version=$(timeout 60 mpirun --version 2>&1 | sed -n 1p) ||
   fail "$(command -v mpirun || echo mpirun) does not run: ${mpi_version:-it printed nothing within a minute}; load another MPI module, or install openmpi-bin"
@@ -141,6 +136,10 @@ if [[ -f $VENV/installed && ($(<"$VENV/installed") == "$stamp_text" || $(<"$VENV
   exit 0
 fi
 
+if ((${#optional[@]})); then
+  say "optional system packages: ${optional[*]}"
+  system_packages "${optional[@]}" >/dev/null 2>&1 || say "note: ${optional[*]} could not be installed; training is slower without it"
+fi
 say "virtual environment in $VENV: the stack $stack with $("$python" --version 2>&1)"
 rm -f "$VENV/installed"
 # Packages of another Python would stay behind in the folder.

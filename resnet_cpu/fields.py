@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
+from absl import flags
+
 from resnet_cpu.recipe import phases
 from resnet_cpu.recipe.phases import PhaseText
 
@@ -48,6 +50,25 @@ def setting(
         "shown": shown,
     }
     return dataclasses.field(default=default, metadata=about)
+
+
+class _IntegerOrEmpty(flags.IntegerParser):
+    """An integer, or the empty text as None."""
+
+    def parse(self, argument: Any) -> Any:
+        return None if argument == "" else super().parse(argument)
+
+
+class _FloatOrEmpty(flags.FloatParser):
+    """A number, or the empty text as None."""
+
+    def parse(self, argument: Any) -> Any:
+        return None if argument == "" else super().parse(argument)
+
+
+def parser_of(kind: type, low: Optional[float], high: Optional[float]) -> flags.ArgumentParser:
+    """Return a parser of numbers of this `kind` between `low` and `high`, to which an empty text means None."""
+    return _IntegerOrEmpty(low, high) if kind is int else _FloatOrEmpty(low, high)  # type: ignore[arg-type]
 
 
 def _pair(text: str, kind: Callable[[str], Any]) -> Tuple[Any, Any]:

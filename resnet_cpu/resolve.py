@@ -38,7 +38,9 @@ def resolve_recipe(settings: Settings, ranks: int, train_examples: int) -> Resol
     """
     batch = resolve_batch(settings, ranks)
     if train_examples < batch.total:
-        remedy = "it" if settings.recipe.global_batch_size else "--batch_size or --accumulate_steps, or use fewer ranks"
+        remedy = "--global_batch_size"
+        if settings.recipe.global_batch_size is None:
+            remedy = "--batch_size or --accumulate_steps, or use fewer ranks"
         raise DataError(
             f"{train_examples} training examples are fewer than one global batch of {batch.total}; lower {remedy}"
         )

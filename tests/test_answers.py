@@ -42,6 +42,11 @@ def test_the_table_answers_every_question():
     assert "above 90 % up to 2 nodes" in text and "give a --flagfile" in text
 
 
+def test_a_step_of_more_images_than_the_data_set_has_only_leaves_the_time_to_train_open():
+    printed = answer("--nodes=1536", "--train_examples=50000", "--phase=a:epochs=9,lr=1")
+    assert "time to train: a step on 1,536 nodes has more than the 50,000 images of the data set" in printed
+
+
 def test_the_table_names_the_nodes_that_it_leaves_out_and_why(capsys):
     """Fault: the reason was always that the batch is not divisible; this one is."""
     strong = ["--global_batch_size=1024", "--batch_size=32"]

@@ -95,10 +95,12 @@ def test_an_empty_path_of_a_command_is_refused(flag):
 
 
 def test_an_empty_number_of_a_run_overrides_that_of_a_flagfile(tmp_path):
-    (tmp_path / "F").write_text("--batch_size=8\n--image_size=64\n")
-    found = commandline.parse([f"--flagfile={tmp_path}/F", "--batch_size=", "--image_size=", "--ranks="])
+    (tmp_path / "F").write_text("--batch_size=8\n--image_size=64\n--eval_crop=0.5\n")
+    found = commandline.parse(
+        [f"--flagfile={tmp_path}/F", "--batch_size=", "--image_size=", "--ranks=", "--eval_crop="]
+    )
     assert (found.recipe.batch_size, found.data.image_size, found.system.ranks) == (None, 224, None)
-    assert "batch_size" not in found.resolved_flags
+    assert "batch_size" not in found.resolved_flags and found.data.eval_crop == 0.875
     for command, flag in (("prepare", "short_side"), ("train", "log_every_steps")):
         with pytest.raises(FlagError, match=f"--{flag}=: "):
             commandline.parse([f"--{flag}="], command)

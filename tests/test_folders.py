@@ -246,8 +246,11 @@ def test_a_folder_that_should_fix_the_classes_is_named(tmp_path):
     (tmp_path / "moved" / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="manifest.json: not readable as JSON"):
         commandline.parse(words, "train")
-    with pytest.raises(FlagError, match="that in --data_dir does; give one of these flags"):
+    with pytest.raises(FlagError, match="--num_classes is missing; give it, or --data_dir with"):
         commandline.parse(words[:1], "train")
+    manifest = {"num_classes": 3, "splits": {"train": [{"examples": 5}]}}
+    (tmp_path / "moved" / "manifest.json").write_text(json.dumps(manifest))
+    assert commandline.parse(words, "train").model.num_classes == 3  # also without a split to evaluate on
     assert commandline.parse([*words, "--num_classes=3"], "train").model.num_classes == 3  # negative control
 
 

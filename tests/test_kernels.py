@@ -362,7 +362,7 @@ def test_a_library_that_is_missing_or_of_another_build(tmp_path, monkeypatch):
     monkeypatch.setattr(library, "file", lambda: path)
     monkeypatch.setattr(library, "load", library.load.__wrapped__)  # not what this process has loaded
     for content, expected in (
-        (None, "does not exist; python -m resnet_cpu.model.kernels.build makes it"),
+        (None, "does not exist; build it with python -m resnet_cpu.model.kernels.build"),
         (b"no library", "does not load"),
     ):
         if content:
@@ -404,6 +404,19 @@ def test_a_library_that_does_not_load_is_built_again_and_a_cache_is_not_needed(t
     assert len(errors) == 1 and "could not be stored" in errors[0] and "TensorFlow's own operations" in errors[0]
 
 
+def test_a_library_is_tried_before_it_is_used(tmp_path):
+    junk = tmp_path / "kernels.so"
+    junk.write_bytes(b"no library")
+    assert not build._loads(junk) and not build._loads(tmp_path / "missing.so")
+    assert build._loads(library.file())
+
+
+def test_kernels_have_changed_only_if_others_compute():
+    plain = ["TensorFlow's operations (--fused_kernels=no)", "TensorFlow's operations: k.so does not exist"]
+    assert not library.changed(*plain) and not library.changed("fused, avx2", "fused, avx2")
+    assert library.changed(plain[0], "fused, avx2") and library.changed("fused, avx2", "fused, avx512")
+
+
 class Others(control.World):
     """Rank 0 of as many ranks as `choices`, which are what the ranks can use."""
 
@@ -426,7 +439,7 @@ def test_all_ranks_use_the_kernels_or_none_does():
     assert library.agree(settings(), Others(avx2, avx512)) == (True, ["fused, avx2", "fused, avx512"])
     assert library.agree(settings(), Others(lacks, lacks)) == (False, [lacks.text] * 2)
     used, texts = library.agree(settings(), Others(avx2, avx2, lacks))
-    assert not used and texts == [f"{lacks.text} (rank 2; what one rank cannot use, none uses)"] * 3
+    assert not used and texts == [f"{lacks.text} (on rank 2; either all ranks use the fused kernels or none does)"] * 3
 
 
 def test_each_tensorflow_has_its_own_library(monkeypatch, tmp_path):

@@ -279,17 +279,19 @@ def test_lars_on_unequal_threads_is_refused(tiny_data, tmp_path):
 
 
 class Rank1(control.World):
-    """Rank 1 of two; rank 0 has no error, and had other flags if `flags`."""
+    """Rank 1 of two; rank 0 has no error, and was also given the `more` flags."""
 
-    flags = "the same"
+    more = ()
 
     def broadcast(self, message):
         return {"result": None}
 
     def gather(self, message):
-        if isinstance(message, dict) and "flags" in message and self.flags != "the same":
-            return [{**message, "host": "first", "flags": self.flags}, message]
-        return [["first", None], message] if isinstance(message, list) else [message, message]
+        if isinstance(message, dict) and "flags" in message:
+            return [{**message, "host": "first", "flags": f"{message['flags']}{self.more}"}, message]
+        if isinstance(message, list) and str(message[0]).startswith("--"):
+            return [[*message, *self.more], message]
+        return [["first", None], message]
 
 
 def test_a_flag_that_one_host_lacks_is_an_error_of_all_ranks(tmp_path, monkeypatch):
@@ -298,9 +300,9 @@ def test_a_flag_that_one_host_lacks_is_an_error_of_all_ranks(tmp_path, monkeypat
     with pytest.raises(FlagError, match=r"^rank 1 on .*: --data_dir is missing") as caught:
         opening.open_data(settings, Rank1(2, 1))
     assert caught.value.collective
-    monkeypatch.setattr(Rank1, "flags", "a digest")
+    monkeypatch.setattr(Rank1, "more", ("--run_dir=runs/first",))
     settings = commandline.parse([*TINY_FLAGS, f"--data_dir={tmp_path}", "--run_dir="])
-    with pytest.raises(FlagError, match="rank 1 on .* runs with other flags .* than rank 0 on first") as caught:
+    with pytest.raises(FlagError, match="rank 0 on first: none instead of --run_dir=runs/first; give") as caught:
         opening.open_job(settings, Rank1(2, 1), Environment({}, {}, {}))
     assert caught.value.collective
 

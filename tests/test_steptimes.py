@@ -134,7 +134,9 @@ def scaling_job(folder, ranks):
 
     settings = types.SimpleNamespace(run=types.SimpleNamespace(experiment="scaling"))
     batch = types.SimpleNamespace(total=8)
-    return types.SimpleNamespace(settings=settings, world=Same(ranks, 0), batch=batch, folder=folder)
+    return types.SimpleNamespace(
+        settings=settings, world=Same(ranks, 0), batch=batch, folder=folder, run_dir=folder.path
+    )
 
 
 def test_an_attempt_that_timed_fewer_steps_does_not_replace_the_measurement(tmp_path, capsys):

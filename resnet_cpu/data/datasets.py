@@ -45,7 +45,7 @@ def facts_of(dataset: str, data_dir: Optional[str] = None) -> Facts:
         with open(os.path.join(data_dir, MANIFEST), encoding="utf-8") as file:
             manifest = json.load(file)
         train, validation = (
-            sum(row["examples"] for row in manifest["splits"][split]) for split in ("train", "validation")
+            sum(row["examples"] for row in manifest["splits"].get(split, [])) for split in ("train", "validation")
         )
         return dataclasses.replace(
             facts,

@@ -20,7 +20,7 @@ from resnet_cpu.data.datasets import NO_EVALUATION, facts_of
 from resnet_cpu.data.shards import Split
 from resnet_cpu.errors import DataError
 
-AUTO = "auto"  # the value of --eval_split that chooses one of the next
+AUTO = "auto"  # value of --eval_split: the first of `_EVALUATION` that exists
 _EVALUATION = ("validation", "test")  # splits that --eval_split=auto looks for
 _SPLITS = {"train": "train", "validation": "validation", "val": "validation"}  # as in names of shards and sub-folders
 _SLIM_SHARD = re.compile(

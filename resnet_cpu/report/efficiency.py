@@ -22,7 +22,7 @@ from resnet_cpu.report.tables import (
 )
 from resnet_cpu.run import files
 from resnet_cpu.run.folder import read_json, read_record
-from resnet_cpu.scaling import ladders
+from resnet_cpu.scaling import ladders, steptimes
 from resnet_cpu.scaling.ladders import LadderRun, Rung
 from resnet_cpu.scaling.steptimes import PARTS
 from resnet_cpu.text import count
@@ -69,7 +69,8 @@ def collect(folder: str) -> List[Row]:
     """Return the row of scaling_runs.csv of every run of --experiment=scaling below `folder` that has a result."""
     rows = []
     for name, path in run_folders(folder):
-        result, timing = (read_json(os.path.join(path, file)) for file in (files.RESULT, "scaling.json"))
+        result = read_json(os.path.join(path, files.RESULT))
+        timing = steptimes.read(path, result["ranks"]) if result else None
         record = read_record(path)
         if not result or not record or result.get("experiment") != "scaling" or not timing:
             continue

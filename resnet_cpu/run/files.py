@@ -4,5 +4,6 @@ RECORD = "run.json"
 FLAGS = "resolved.flags"
 RESULT = "result.json"
 NOT_FINITE = "not_finite.json"  # of a run whose loss or weights were not finite numbers
+CLOCK = "clock.json"
 METRICS = "metrics.jsonl"
 EVALUATIONS = "eval.jsonl"

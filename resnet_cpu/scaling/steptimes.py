@@ -12,17 +12,25 @@ at the same time. Durations counted from the end of the previous step therefore 
 They add up to the time from the end of one step to the end of the next, which is the same on all ranks.
 """
 
+import os
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from resnet_cpu.resolve import UNTIMED_STEPS
+from resnet_cpu.run.folder import read_json
 
 PARTS = ("between", "data", "compute", "peers", "messages")
 KEPT = 1000  # the latest steps that each rank remembers: 32 kB per rank, 100 MB on rank 0 for 3,000 ranks
 BLOCKS = 20  # at most; consecutive steps are correlated, blocks of them much less
 BINS = 30
 DRAWS = 2000
+
+
+def read(run_dir: str, ranks: int) -> Optional[Dict[str, Any]]:
+    """Return the content of a run's scaling.json; None if it is missing, or of an attempt with other `ranks`."""
+    found = read_json(os.path.join(run_dir, "scaling.json"))
+    return found if found and len(found.get("ranks", [])) == ranks else None
 
 
 class StepTimes:

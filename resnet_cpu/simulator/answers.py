@@ -5,7 +5,7 @@ import re
 import sys
 from typing import Any, Dict, List, Tuple
 
-from resnet_cpu.errors import FlagError
+from resnet_cpu.errors import DataError, FlagError
 from resnet_cpu.recipe.batch import Batch
 from resnet_cpu.report import plan_table, plotting, scaling_plots
 from resnet_cpu.settings import Settings
@@ -160,7 +160,10 @@ def _training_line(cluster: Cluster, nodes: int) -> str:
         return "time to train: not known without a --phase; give a --flagfile"
     if not examples:
         return f"time to train: not known, since the size of {settings.data.dataset} is not; give --train_examples"
-    seconds = clusters.training_seconds(cluster, nodes, examples)
+    try:
+        seconds = clusters.training_seconds(cluster, nodes, examples)
+    except DataError:
+        return f"time to train: a step on {_nodes(nodes)} has more than the {examples:,} images of the data set"
     parts = ", ".join(f"{name} {duration(part)}" for name, part in seconds.items())
     total = sum(seconds.values())
     return (

@@ -19,6 +19,7 @@ from resnet_cpu.recipe.batch import Batch, intervals
 from resnet_cpu.resolve import Resolved
 from resnet_cpu.run import files, past_run
 from resnet_cpu.run.folder import read_json, read_rows
+from resnet_cpu.scaling import steptimes
 from resnet_cpu.settings import Settings
 from resnet_cpu.simulator import exchange, published
 from resnet_cpu.simulator.exchange import Exchange, Node, Step
@@ -209,9 +210,8 @@ def _positive(value: Any) -> bool:
 def _node_of_run(run_dir: str, settings: Settings) -> Node:
     """Return the speed of the ranks of a past run and the jitter of its logged steps."""
     result = past_run.result(run_dir, settings.model, [settings.data.image_size])
-    step_times = os.path.join(run_dir, "step_times.npz")
-    if os.path.exists(step_times):
-        return _node_of_step_times(step_times, result)
+    if steptimes.read(run_dir, result["ranks"]):
+        return _node_of_step_times(os.path.join(run_dir, "step_times.npz"), result)
     rows = read_rows(os.path.join(run_dir, files.METRICS))
     times = [row["step_s"] for row in rows[1:] if row.get("step_s")]
     if len(times) < 3:
@@ -275,7 +275,7 @@ def step_of(cluster: Cluster, nodes: int, batch: Batch, image_size: Optional[int
 
 
 def point(cluster: Cluster, nodes: int) -> CurvePoint:
-    """Return the point of the curve at `nodes` nodes; raise FlagError if the global batch is not divisible there."""
+    """Return the point of the curve at `nodes` nodes; raise FlagError if it is not possible there."""
     batch = resolve.resolve_batch(cluster.settings, nodes * cluster.ranks_per_node)
     return CurvePoint(nodes, batch, step_of(cluster, nodes, batch))
 

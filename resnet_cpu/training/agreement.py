@@ -1,6 +1,8 @@
 """Check what the ranks of a job must have in common: flags, code, packages, kept variables; with LARS, the threads."""
 
+import dataclasses
 import hashlib
+import re
 import socket
 import sys
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -22,8 +24,10 @@ def check_same_everywhere(settings: Settings, world: World) -> None:
     computed; `environment.settle` has removed all others of that kind.
     """
     # Each host may have its data elsewhere, as in $TMPDIR; `opening.open_data` compares what lies there.
-    flags = [line for line in settings.resolved_flags.splitlines() if not line.startswith("--data_dir=")]
-    flags += [repr(settings.benchmark), repr(settings.evaluate)]
+    # Rank 0 alone writes what --export names.
+    of_command = {**dataclasses.asdict(settings.benchmark), **dataclasses.asdict(settings.evaluate), "export": None}
+    flags = [line for line in settings.resolved_flags.splitlines() if re.match("--(?!data_dir=)", line)]
+    flags += [f"--{name}={value}" for name, value in of_command.items() if value is not None]
     kept = [f"{name}={value}" for name, value in environment.kept_arithmetic().items()]
     facts = {
         "flags": hashlib.sha256("\n".join(flags).encode()).hexdigest()[:12],
@@ -34,6 +38,8 @@ def check_same_everywhere(settings: Settings, world: World) -> None:
     }
     rows = world.gather({"host": socket.gethostname(), **facts})
     for rank, row in enumerate(rows):
+        if row["flags"] != rows[0]["flags"]:
+            _refuse_other_flags(world.gather(flags), rank, row["host"], rows[0]["host"])
         for key in facts:
             if row[key] != rows[0][key]:
                 raise FlagError(
@@ -41,6 +47,17 @@ def check_same_everywhere(settings: Settings, world: World) -> None:
                     f"{rows[0]['host']} ({rows[0][key]}); start all ranks from the same environment",
                     collective=True,
                 )
+
+
+def _refuse_other_flags(flags: Sequence[Sequence[str]], rank: int, host: str, host_of_first: str) -> None:
+    """Raise FlagError that names the flags in which `rank` differs from rank 0."""
+    own, first = flags[rank], flags[0]
+    here, there = (sorted(set(one) - set(other)) for one, other in ((own, first), (first, own)))
+    raise FlagError(
+        f"rank {rank} on {host} runs with other flags than rank 0 on {host_of_first}: {', '.join(here) or 'none'} "
+        f"instead of {', '.join(there) or 'none'}; give all ranks the same flags",
+        collective=True,
+    )
 
 
 def _threads_of(place: Mapping[str, Any]) -> Tuple[int, Optional[int]]:

@@ -62,7 +62,7 @@ def save(path: str, predictions: Optional[Predictions], settings: Settings, cont
         raise NotFinite(
             f"member {os.path.basename(path)}: its outputs are not finite for {len(finite) - finite.sum():,} of "
             f"{len(finite):,} evaluation images, though its weights are; train again in another --run_dir with a lower "
-            "LR, or with a lower --bn_momentum, whose statistics follow the weights faster"
+            "LR, or with a lower --bn_momentum, so that batch norm's moving averages follow the weights faster"
         )
     info = {
         "step": manifest["step"],

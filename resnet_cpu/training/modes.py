@@ -2,21 +2,20 @@
 
 import socket
 import sys
-from typing import Any, Dict, Optional
+from typing import Any, Dict
 
 import numpy as np
 
 from resnet_cpu.recipe.batch import REFERENCE_BATCH
-from resnet_cpu.resolve import UNTIMED_STEPS
-from resnet_cpu.run.folder import read_json
 from resnet_cpu.scaling import steptimes
+from resnet_cpu.text import count
 from resnet_cpu.training.job import Job
 
 
 def record(job: Job, step_times: steptimes.StepTimes) -> None:
     """Write what the mode has measured so far; all ranks call it before each checkpoint.
 
-    After the last one no step is timed again, however often the run is cut off before its result.
+    After the last checkpoint no step is trained again, so the measurement must be on disk by then.
     """
     if job.settings.run.experiment == "scaling":
         _write_scaling(job, step_times)
@@ -55,7 +54,7 @@ def _write_scaling(job: Job, step_times: steptimes.StepTimes) -> None:
 
     def write() -> None:
         assert times is not None and job.folder is not None  # on rank 0
-        earlier = _read_scaling(job)
+        earlier = steptimes.read(job.run_dir, job.world.size)
         if earlier is not None and earlier["timed_steps"] > len(steps):
             return
         found = steptimes.summary(times, job.batch.total, hosts)
@@ -69,21 +68,14 @@ def _scaling(job: Job) -> Dict[str, Any]:
     """Return the summary of scaling.json, without what it holds of each rank; warn if no step was timed."""
     if job.folder is None:  # not on rank 0
         return {}
-    found = _read_scaling(job)
+    found = steptimes.read(job.run_dir, job.world.size)
     if found is None:
         print(
-            f"WARNING: --experiment=scaling: no step was timed, as the first {UNTIMED_STEPS} of an attempt never are; "
-            "the result has no scaling. Run again in another --run_dir",
+            f"WARNING: --experiment=scaling: no step was timed on {count(job.world.size, 'rank')} (docs/scaling.md, "
+            "timed steps); the result has no scaling. Train more steps without interruption, in another --run_dir",
             file=sys.stderr,
             flush=True,
         )
         return {}
     summary = {key: value for key, value in found.items() if key not in ("block_s", "edges_s")}
     return {"scaling": {**summary, "ranks": len(found["ranks"])}}
-
-
-def _read_scaling(job: Job) -> Optional[Dict[str, Any]]:
-    """Return what scaling.json holds; None if it is missing or of another number of ranks."""
-    assert job.folder is not None  # on rank 0
-    found = read_json(job.folder.file("scaling.json"))
-    return found if found and len(found.get("ranks", [])) == job.world.size else None

@@ -211,8 +211,8 @@ def _hold_folder(
                 _check_kept(run_dir, begin.resume_from, phases)
                 _report_lost(run_dir, begin.resume_from)
                 folder = held
-                # How an earlier attempt ended must not outlive the end of this one.
-                for name in (files.RESULT, files.NOT_FINITE):
+                # How an earlier attempt ended must not outlive the end of this one; nor its time, if it does not count.
+                for name in (files.RESULT, files.NOT_FINITE, *([] if begin.seconds_before else [files.CLOCK])):
                     if os.path.exists(held.file(name)):
                         os.remove(held.file(name))
         finally:
@@ -337,7 +337,7 @@ def _earlier_times(run_dir: Optional[str], manifest: Mapping[str, Any]) -> Dict[
 
     clock.json counts to the last row of a killed attempt, the checkpoint only to its step. Version 0.1 wrote none.
     """
-    clock = read_json(os.path.join(run_dir, "clock.json")) if run_dir else None
+    clock = read_json(os.path.join(run_dir, files.CLOCK)) if run_dir else None
     found = [times for times in (manifest, clock) if times and "seconds_to_top1" in times]
     marks: Dict[str, float] = {}
     for times in found:

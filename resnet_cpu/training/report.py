@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from resnet_cpu.cluster import machine, placement, precision
 from resnet_cpu.errors import RunFolderError
+from resnet_cpu.model.kernels import library
 from resnet_cpu.recipe.schedule import Rates, Span
 from resnet_cpu.report import plotting, profile, run_plots, tables
 from resnet_cpu.run import files, provenance
@@ -131,10 +132,9 @@ class Report:
             pairs = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
             self.say(f"packages changed since that checkpoint: {pairs}; results will differ in the last bits")
         before = saved.get("kernels", kernels[0])
-        if before != kernels[0]:
-            self.say(
-                f"kernels changed since that checkpoint: {before} -> {kernels[0]}; results will differ in the last bits"
-            )
+        if library.changed(before, kernels[0]):
+            text = f"kernels changed since that checkpoint: {before} -> {kernels[0]}"
+            self.say(f"{text}; results will differ in the last bits")
 
     def _warn_of_slow_precision(self) -> None:
         host = machine.read()
@@ -327,7 +327,7 @@ class Report:
         # Written to the disk each time, which takes long on some file systems: the next row that writes is due when
         # this write makes up no more than _CLOCK_SHARE of the time.
         started = time.monotonic()
-        self._folder.write_json("clock.json", self.times())
+        self._folder.write_json(files.CLOCK, self.times())
         self._next_clock = started + (time.monotonic() - started) / _CLOCK_SHARE
 
 
@@ -393,8 +393,8 @@ def _draw(job: Job, folder: RunFolder, result: Mapping[str, Any]) -> None:
         title += f", batch {job.batch.total:,}, {rule['optimizer']}, LR {rule['peak_lr']:.4g} ({rule['rule']})"
         run_plots.draw_lr_scaling(evaluations, published, folder.file("plots", "lr_scaling.png"), title)
     if "scaling" in result:
-        timing = read_json(folder.file("scaling.json")) or {}
-        run_plots.draw_scaling(timing, folder.file("plots", "scaling.png"), title)
+        timing = steptimes.read(job.run_dir, job.world.size)
+        run_plots.draw_scaling(timing or {}, folder.file("plots", "scaling.png"), title)
     if "ensemble" in result:
         path = folder.file("plots", "ensemble.png")
         run_plots.draw_ensemble(result["members"], result["ensemble"]["prefixes"], path)

@@ -42,8 +42,10 @@ def main() -> None:
 
 def _loads(path: pathlib.Path) -> bool:
     """Return whether TensorFlow loads the library: that of a shared cache may need newer system libraries."""
+    if not os.path.exists(path):
+        return False
     code = "import sys, tensorflow as tf; tf.load_op_library(sys.argv[1])"
-    return path.exists() and not subprocess.run([sys.executable, "-c", code, path], capture_output=True).returncode
+    return subprocess.run([sys.executable, "-c", code, path], capture_output=True).returncode == 0
 
 
 def _make(path: pathlib.Path, cached: pathlib.Path) -> None:
@@ -55,10 +57,12 @@ def _make(path: pathlib.Path, cached: pathlib.Path) -> None:
     try:
         _build(compiler, path)
     except subprocess.CalledProcessError as error:
-        log = path.with_suffix(".log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(f"{' '.join(error.cmd)}\n{error.stderr}", encoding="utf-8")
-        _say(f"the fused kernels did not build ({log}); training uses TensorFlow's own operations")
+        where, log = error.stderr.strip().splitlines()[-1:], path.with_suffix(".log")
+        with contextlib.suppress(OSError):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(f"{' '.join(error.cmd)}\n{error.stderr}", encoding="utf-8")
+            where = [str(log)]
+        _say(f"the fused kernels did not build ({' '.join(where)}); training uses TensorFlow's own operations")
         return
     _say(f"fused kernels built in {time.monotonic() - started:.0f} s")
     with contextlib.suppress(OSError):  # the cache only saves time

@@ -64,9 +64,15 @@ def agree(settings: Settings, world: World) -> Tuple[bool, List[str]]:
     choices = [Choice(*row) for row in world.gather(world.on_all(lambda: choose(settings)))]
     without = [rank for rank, choice in enumerate(choices) if not choice.used]
     if 0 < len(without) < len(choices):
-        text = f"{choices[without[0]].text} (rank {without[0]}; what one rank cannot use, none uses)"
+        text = f"{choices[without[0]].text} (on rank {without[0]}; either all ranks use the fused kernels or none does)"
         choices = [Choice(False, text)] * len(choices)
     return choices[0].used, [choice.text for choice in choices]
+
+
+def changed(before: str, now: str) -> bool:
+    """Return whether two descriptions are of different operations; why those of TensorFlow are used does not matter."""
+    fused = [text for text in (before, now) if text.startswith("fused")]
+    return before != now and bool(fused)
 
 
 def file() -> pathlib.Path:
@@ -97,7 +103,7 @@ def load() -> Kernels:
     """Load the library and register the gradients of its operations; TensorFlow must have been set up before."""
     path = file()
     if not path.exists():
-        return Kernels(None, "", f"{path} does not exist; {BUILD} makes it where g++ is installed")
+        return Kernels(None, "", f"{path} does not exist; build it with {BUILD}, which needs g++")
     import tensorflow as tf
 
     try:
@@ -105,7 +111,7 @@ def load() -> Kernels:
         isa = _isa(path)
     except (tf.errors.OpError, OSError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
-        return Kernels(None, "", f"{path} does not load ({reason}); {BUILD} makes another one")
+        return Kernels(None, "", f"{path} does not load ({reason}); {BUILD} rebuilds it")
     if not isa:
         limit = f" that {ISA_LIMIT}={os.environ[ISA_LIMIT]} allows" if os.environ.get(ISA_LIMIT) else ""
         return Kernels(None, "", f"this processor has none of the instruction sets{limit}: AVX2 with FMA or AVX-512")
