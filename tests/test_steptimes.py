@@ -135,7 +135,7 @@ def scaling_job(folder, ranks):
     settings = types.SimpleNamespace(run=types.SimpleNamespace(experiment="scaling"))
     batch = types.SimpleNamespace(total=8)
     return types.SimpleNamespace(
-        settings=settings, world=Same(ranks, 0), batch=batch, folder=folder, run_dir=folder.path
+        settings=settings, world=Same(ranks, 0), batch=batch, folder=folder, run_dir=folder.path, attempt=1
     )
 
 

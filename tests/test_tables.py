@@ -1,6 +1,7 @@
 """Tables: from run folders and published figures to documents, and whether the committed tables are up to date."""
 
 import csv
+import json
 import os
 import re
 import statistics
@@ -623,6 +624,22 @@ def test_ladders_become_tables_of_efficiency_separate_from_published_figures(lad
     write_scaling_run(tmp_path / "runs" / "scaling-17" / "ranks-1", 1, 0.5)  # where launch/scaling.sbatch puts it
     tables.main([f"--runs={tmp_path}/runs"])
     assert "scaling_runs.csv: scaling-17/ranks-1; add a line" in capsys.readouterr().err
+
+
+def test_a_measurement_belongs_to_the_attempt_and_the_ranks_that_made_it(tmp_path):
+    run = tmp_path / "runs" / "ranks-2"
+    write_scaling_run(run, 2, 0.5, code="of the second attempt")
+    record, timing = (json.loads((run / name).read_text()) for name in ("run.json", "scaling.json"))
+    first = {"attempt": 1, "code": "of the first", "cpus": ["another"], "versions": {"tensorflow": "2.14.0"}}
+    (run / "run.json").write_text(json.dumps({**record, "attempt": 2, "earlier_attempts": [first]}))
+
+    def found(**changed):
+        (run / "scaling.json").write_text(json.dumps({**timing, **changed}))
+        return [(row["code"], row["cpu"], row["tensorflow"]) for row in efficiency.collect(str(tmp_path / "runs"))]
+
+    assert found(attempt=1) == [("of the first", "another", "2.14.0")]
+    assert found(attempt=2) == found() == [("of the second attempt", "a processor", "2.15.1")]
+    assert found(ranks=timing["ranks"][:1]) == []
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def _postponed(layers: Sequence[_Layer]) -> Tuple[Gradient, ...]:
         else:
             finish(layer, layer.input_work)
         if projection_layers and layer.name == f"{block}_1_conv" and f"{block}_0_conv" in names:
-            for late in [late for late in reversed(waiting) if late.name.startswith(block)]:
+            for late in [late for late in reversed(waiting) if late.name.startswith(f"{block}_")]:
                 waiting.remove(late)
                 finish(late, late.kernel_work)
             norm, projection = projection_layers

@@ -74,6 +74,8 @@ def collect(folder: str) -> List[Row]:
         record = read_record(path)
         if not result or not record or result.get("experiment") != "scaling" or not timing:
             continue
+        attempts = {row["attempt"]: row for row in record.get("earlier_attempts", [])}
+        timed = attempts.get(timing.get("attempt"), record)  # the attempt that was timed
         rate, per_core = result["images_per_second"], result.get("images_per_second_per_core")
         low, high = timing["interval"] or (None, None)
         values = {
@@ -89,9 +91,9 @@ def collect(folder: str) -> List[Row]:
             "timed_steps": timing["timed_steps"],
             "block_s": "/".join(map(cell, timing["block_s"])),
             "flags": _digest_of_flags(os.path.join(path, files.FLAGS)),
-            "cpu": "; ".join(sorted({row["cpu"] for row in record["per_rank"]})),
-            "tensorflow": record["versions"]["tensorflow"],
-            "code": record["code"],
+            "cpu": "; ".join(timed.get("cpus") or sorted({row["cpu"] for row in record["per_rank"]})),
+            "tensorflow": timed["versions"]["tensorflow"],
+            "code": timed["code"],
         }
         rows.append({key: cell(values[key]) for key in RUN_COLUMNS})
     return rows

@@ -59,7 +59,7 @@ def _write_scaling(job: Job, step_times: steptimes.StepTimes) -> None:
             return
         found = steptimes.summary(times, job.batch.total, hosts)
         np.savez(job.folder.file("step_times.npz"), steps=steps, seconds=times, hosts=np.array(hosts))
-        job.folder.write_json("scaling.json", {**found, **steptimes.per_rank(times, hosts)})
+        job.folder.write_json("scaling.json", {"attempt": job.attempt, **found, **steptimes.per_rank(times, hosts)})
 
     job.world.on_rank0(write)
 
