@@ -124,6 +124,9 @@ def test_a_scaling_run_gives_the_work_of_its_ranks_without_waiting(tmp_path):
     assert node.image_s == pytest.approx(1.5 / 32) and node.fixed_s == 0
     assert sorted(node.jitter) == pytest.approx([0.8, 1, 1, 1, 1, 1, 1, 1.2])
     np.savez(tmp_path / "step_times.npz", seconds=seconds[:1])
+    with pytest.raises(CheckpointError, match="metrics.jsonl has fewer than 4 rows"):  # of an attempt on other ranks
+        cluster_of(f"--speed={tmp_path}")
+    (tmp_path / "result.json").write_text('{"images_per_second": 40.0, "ranks": 1, "global_batch_size": 64}')
     assert cluster_of(f"--speed={tmp_path}").node.fixed_s == 5.0
     record = {"signature": {"model": model}, "per_rank": [{"host": host} for host in "aaaa"]}
     (tmp_path / "run.json").write_text(json.dumps(record))

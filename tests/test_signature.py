@@ -46,7 +46,7 @@ def test_another_content_of_the_data_is_another_run_unless_one_of_them_recorded_
 
 @pytest.mark.parametrize("name", [flag.name for flag in of_a_run() if flag.group in ("recipe", "data", "model")])
 def test_every_setting_of_recipe_data_and_model_is_in_the_signature(name):
-    value = {"batch_size": "20"}.get(name, CHANGES[name])
+    value = {"batch_size": "20", "train_examples": "99"}.get(name, CHANGES[name])
     assert (signature_of(f"--{name}={value}") != signature_of()) == (name not in NOT_DECIDING)
 
 

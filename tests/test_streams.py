@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import OUTSIDE, ROOT, TINY_FLAGS, error_lines
 
-PLAN = "-m resnet_cpu.plan --dataset=synthetic --train_examples=8 --num_classes=3 --phase=main:steps=1,lr=1"
+PLAN = "-m resnet_cpu.plan --dataset=synthetic --train_examples=64 --num_classes=3 --phase=main:steps=1,lr=1"
 # Opens a file as a run does, and writes to the numbers of the standard streams as TensorFlow and MPI do.
 WRITER = """
 import os, sys

@@ -19,7 +19,6 @@ from resnet_cpu.recipe.batch import Batch, intervals
 from resnet_cpu.resolve import Resolved
 from resnet_cpu.run import files, past_run
 from resnet_cpu.run.folder import read_json, read_rows
-from resnet_cpu.scaling import steptimes
 from resnet_cpu.settings import Settings
 from resnet_cpu.simulator import exchange, published
 from resnet_cpu.simulator.exchange import Exchange, Node, Step
@@ -210,8 +209,9 @@ def _positive(value: Any) -> bool:
 def _node_of_run(run_dir: str, settings: Settings) -> Node:
     """Return the speed of the ranks of a past run and the jitter of its logged steps."""
     result = past_run.result(run_dir, settings.model, [settings.data.image_size])
-    if steptimes.read(run_dir, result["ranks"]):
-        return _node_of_step_times(os.path.join(run_dir, "step_times.npz"), result)
+    node = _node_of_step_times(os.path.join(run_dir, "step_times.npz"), result)
+    if node is not None:
+        return node
     rows = read_rows(os.path.join(run_dir, files.METRICS))
     times = [row["step_s"] for row in rows[1:] if row.get("step_s")]
     if len(times) < 3:
@@ -222,16 +222,20 @@ def _node_of_run(run_dir: str, settings: Settings) -> Node:
     return Node(image_s=result["ranks"] / result["images_per_second"], jitter=jitter)
 
 
-def _node_of_step_times(path: str, result: Dict[str, Any]) -> Node:
+def _node_of_step_times(path: str, result: Dict[str, Any]) -> Optional[Node]:
     """Return the speed and jitter of ranks by their own clocks, in a run of --experiment=scaling.
 
-    Waiting for peers and messages is not part of it.
+    Waiting for peers and messages is not part of it. None for other runs, and for times of other ranks than the result.
     """
+    if not os.path.exists(path):
+        return None
     try:
         with np.load(path, allow_pickle=False) as file:
             seconds = file["seconds"]  # [ranks, steps, (between, data, compute, after the last gradient)]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         raise CheckpointError(f"{path}: cannot be read; repeat the scaling run, or remove the file") from None
+    if len(seconds) != result["ranks"]:
+        return None
     work = seconds[..., :3].sum(-1)
     jitter = work / work.mean(1, keepdims=True)  # per rank: one that is always slow does not jitter
     # After its last gradient a single rank does nothing but the update.
