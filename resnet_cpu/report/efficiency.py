@@ -70,7 +70,7 @@ def collect(folder: str) -> List[Row]:
     rows = []
     for name, path in run_folders(folder):
         result = read_json(os.path.join(path, files.RESULT))
-        timing = steptimes.read(path, result["ranks"]) if result else None
+        timing = steptimes.read(path, result.get("ranks", 0)) if result else None
         record = read_record(path)
         if not result or not record or result.get("experiment") != "scaling" or not timing:
             continue
