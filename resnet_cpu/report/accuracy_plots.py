@@ -20,8 +20,8 @@ _TITLES = {
     "ensemble": f"{_FASHION}, 20,000 images, a quarter of the published epochs",
     "ensemble_full": f"{_FASHION}, 5,000 images, all of the published epochs",
     "cycles": f"{_FASHION}, 18.1 epochs of 20,000 images",
-    "border": "ResNet-50 at 1/8 width, 998,400 images in all for each side; 100 classes of Tiny-ImageNet unless said otherwise\n"
-    "hollow diamonds: predicted before the ensembles had finished",
+    "border": "ResNet-50 at 1/8 width, at most 998,400 images in all for each side; 100 classes of\n"
+    "Tiny-ImageNet unless said otherwise; hollow diamonds: predicted before the ensembles had finished",
     "image_size": "ResNet-50 at 1/8 width, Tiny-ImageNet, 5 epochs of 100,000 images unless said otherwise",
 }
 _VARIANTS = {  # of the border experiment
