@@ -19,7 +19,7 @@ VENV=${VENV:-$PWD/.venv${STACK:+-$STACK}}
 if [[ -x $VENV/bin/python ]]; then
   export PATH=$VENV/bin:$PATH
 elif [[ $VENV != "$PWD/.venv" ]]; then
-  echo "launch/env.sh: VENV=$VENV: there is no bin/python; correct it, or unset it to use python from PATH" >&2
+  echo "launch/env.sh: VENV=$VENV: bin/python is missing; correct it, or unset it to use python from PATH" >&2
 fi
 
 # The launcher: auto, openmpi, intel, mpich, ibrun or srun.

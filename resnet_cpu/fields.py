@@ -52,18 +52,19 @@ def setting(
     return dataclasses.field(default=default, metadata=about)
 
 
-class _IntegerOrEmpty(flags.IntegerParser):
-    """An integer, or the empty text as None."""
+class _OrEmpty(flags.ArgumentParser):
+    """Parse an empty text as None, and any other as the class beside this one does."""
 
     def parse(self, argument: Any) -> Any:
         return None if argument == "" else super().parse(argument)
 
 
-class _FloatOrEmpty(flags.FloatParser):
-    """A number, or the empty text as None."""
+class _IntegerOrEmpty(_OrEmpty, flags.IntegerParser):
+    pass
 
-    def parse(self, argument: Any) -> Any:
-        return None if argument == "" else super().parse(argument)
+
+class _FloatOrEmpty(_OrEmpty, flags.FloatParser):
+    pass
 
 
 def parser_of(kind: type, low: Optional[float], high: Optional[float]) -> flags.ArgumentParser:

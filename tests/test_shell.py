@@ -92,7 +92,7 @@ def test_env_sh_reports_an_environment_that_does_not_exist(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env={**outside, **variables}, capture_output=True, text=True)
         return done.stderr
 
-    assert f"VENV={tmp_path}/none: there is no bin/python" in warned(VENV=f"{tmp_path}/none")
+    assert f"VENV={tmp_path}/none: bin/python is missing" in warned(VENV=f"{tmp_path}/none")
     assert not warned() and not warned(VENV=sys.prefix)
 
 

@@ -71,7 +71,7 @@ def from_settings(settings: Settings) -> Cluster:
     speed = settings.prediction.speed
     rate = None if speed is None else past_run.rate_of(speed)
     ranks_per_node = _ranks_per_node(settings, None if rate is not None else speed)
-    node, source = _node(settings, ranks_per_node, constants)
+    node, source = _node(settings, ranks_per_node, rate, constants)
     threads = int(constants.get("inter_op_threads", placement.variables(1)["TF_NUM_INTEROP_THREADS"]))
     order = "most kernels last" if threads == 1 else "layer by layer"
     base = NETWORKS.get(name) or Network(name, constants["latency_s"], constants["bandwidth"])
@@ -91,13 +91,15 @@ def from_settings(settings: Settings) -> Cluster:
     )
 
 
-def _node(settings: Settings, ranks_per_node: int, constants: Dict[str, Any]) -> Tuple[Node, str]:
+def _node(
+    settings: Settings, ranks_per_node: int, rate: Optional[float], constants: Dict[str, Any]
+) -> Tuple[Node, str]:
     """Return the node, with the `constants` of the file of --network, and a text on where each of its parts comes from.
 
-    Its speed is that of --speed, else that of the file, else the fitted one, which holds for one network and node.
+    Its speed is that of --speed (`rate`, if that is a number of images/s), else that of the file, else the fitted one,
+    which holds for one network and node.
     """
     speed, name, fitted = settings.prediction.speed, settings.simulate.network, published.best_fit().node
-    rate = None if speed is None else past_run.rate_of(speed)
     own = [field.name for field in dataclasses.fields(Node) if field.name in constants]
     measured: Tuple[str, ...] = ()
     if speed is not None and rate is None:
