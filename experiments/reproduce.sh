@@ -141,6 +141,11 @@ border_search() {
       searched whole-cifar-5000 "$arm" "$decay" 1 --data_dir=data/cifar10 --num_classes=10
     done
   done
+  for decay in 5e-4 1e-3 2e-3; do
+    for arm in one late_36; do
+      searched whole-cifar-50000 "$arm" "$decay" 1 --data_dir=data/cifar10 --num_classes=10
+    done
+  done
 }
 
 # searched SEARCH ARM DECAY DIVISOR FLAG...: print the line of a run of a search, with its steps over DIVISOR; none without the
