@@ -98,7 +98,7 @@ border() {
       seed=$(seed_of "$setting" "$first")
       for arm in ${arms//,/ }; do
         decay=$(awk -F, -v where="$setting,$arm" '$1 "," $2 == where { print $3 }' "$border/decays.csv")
-        if [[ -z $decay && $setting =~ ^(tuned|again)- ]]; then
+        if [[ -z $decay && $setting =~ ^(tuned|again|cifar)- ]]; then
           echo "border/$setting/$arm/seed-$seed: left out, because $border/decays.csv has no weight decay for it" >&2
           continue
         fi

@@ -103,8 +103,13 @@ def test_a_past_run_gives_speed_and_jitter(tmp_path):
     node = cluster_of(f"--speed={tmp_path}", *equally_fast).node
     assert node.image_s == 0.1
     assert node.jitter == pytest.approx(2 * np.log(times).std(ddof=1))  # rows of four steps
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    with pytest.raises(CheckpointError, match="fewer than 4 rows"):
+    # Fault: steps of an earlier attempt, on other ranks, counted as jitter.
+    earlier = [{"step": step, "step_s": 4.0, "attempt": 1} for step in range(5)]
+    attempts = [*earlier, *({**row, "attempt": 2} for row in rows)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in attempts) + "\n")
+    assert cluster_of(f"--speed={tmp_path}", *equally_fast).node.jitter == node.jitter
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in attempts[:-4]) + "\n")
+    with pytest.raises(CheckpointError, match="the last attempt has fewer than 4 rows"):
         cluster_of(f"--speed={tmp_path}", "--model=resnet18")
     phases = {"main": {"image_size": 64}}
     (tmp_path / "run.json").write_text(json.dumps({"signature": {"model": model, "phases": phases}}))
@@ -124,7 +129,7 @@ def test_a_scaling_run_gives_the_work_of_its_ranks_without_waiting(tmp_path):
     assert node.image_s == pytest.approx(1.5 / 32) and node.fixed_s == 0
     assert sorted(node.jitter) == pytest.approx([0.8, 1, 1, 1, 1, 1, 1, 1.2])
     np.savez(tmp_path / "step_times.npz", seconds=seconds[:1])
-    with pytest.raises(CheckpointError, match="metrics.jsonl has fewer than 4 rows"):  # of an attempt on other ranks
+    with pytest.raises(CheckpointError, match="fewer than 4 rows in metrics.jsonl"):  # of an attempt on other ranks
         cluster_of(f"--speed={tmp_path}")
     (tmp_path / "result.json").write_text('{"images_per_second": 40.0, "ranks": 1, "global_batch_size": 64}')
     assert cluster_of(f"--speed={tmp_path}").node.fixed_s == 5.0

@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
+from concurrent import futures
 
 import pytest
 from conftest import OUTSIDE, ROOT, TINY_FLAGS, error_lines
@@ -103,6 +106,50 @@ def test_ranks_that_keep_other_variables_are_refused(monkeypatch):
                 agreement.check_same_everywhere(settings, control.World(2, 0))
         else:
             agreement.check_same_everywhere(settings, control.World(2, 0))
+
+
+class Pair(control.World):
+    """One of two ranks that are threads."""
+
+    def __init__(self, rank, rows, barrier):
+        super().__init__(2, rank)
+        self._rows, self._barrier = rows, barrier
+
+    def gather(self, value):
+        self._barrier.wait()
+        self._rows[self.rank] = value
+        self._barrier.wait()
+        return list(self._rows)
+
+
+A, B = "--phase=a:steps=1,lr=1", "--phase=b:steps=1,lr=1"
+
+
+@pytest.mark.parametrize(
+    "first, own, part",
+    [
+        (["--seed=0"], ["--seed=1"], "--seed=1 instead of --seed=0;"),
+        # Fault: ranks without --export waited for those with it. The folder may differ.
+        ([], ["--export=mean.npz"], r"--export=\.\.\. instead of none;"),
+        (["--export=a.npz"], ["--export=b.npz"], None),
+        ([A, B], [B, A], "--phase=b:.* instead of --phase=a:"),  # fault: "none instead of none"
+        ([A, B], [A, B], None),
+    ],
+)
+def test_ranks_with_other_flags_are_refused(first, own, part):
+    rows, barrier = [None, None], threading.Barrier(2, timeout=60)
+    settings = [commandline.parse(["--dataset=synthetic", *words], "evaluate") for words in (first, own)]
+
+    def error_of(rank):
+        try:
+            agreement.check_same_everywhere(settings[rank], Pair(rank, rows, barrier))
+        except FlagError as error:
+            return str(error)
+        return None
+
+    with futures.ThreadPoolExecutor(2) as pool:
+        errors = list(pool.map(error_of, (0, 1)))
+    assert errors[0] == errors[1] and (errors[0] is None if part is None else re.search(part, errors[0]))
 
 
 @pytest.mark.parametrize("switch, code", [("-OO", 64), ("-O", 0), ("-B", 0)])

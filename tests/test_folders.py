@@ -12,7 +12,7 @@ from conftest import error_lines, last_line
 
 from resnet_cpu import commandline, evaluate
 from resnet_cpu.cluster.control import World
-from resnet_cpu.data import batches, folders, shards
+from resnet_cpu.data import batches, datasets, folders, shards
 from resnet_cpu.errors import DataError, FlagError
 from resnet_cpu.training import opening as job
 
@@ -252,6 +252,16 @@ def test_a_folder_that_should_fix_the_classes_is_named(tmp_path):
     (tmp_path / "moved" / "manifest.json").write_text(json.dumps(manifest))
     assert commandline.parse(words, "train").model.num_classes == 3  # also without a split to evaluate on
     assert commandline.parse([*words, "--num_classes=3"], "train").model.num_classes == 3  # negative control
+    for splits in (["train"], None):  # fault: a traceback
+        (tmp_path / "moved" / "manifest.json").write_text(json.dumps({"num_classes": 3, "splits": splits}))
+        with pytest.raises(DataError, match="manifest.json: not the manifest of a data set"):
+            commandline.parse(words, "train")
+
+
+def test_a_folder_of_a_known_set_without_training_images_does_not_change_its_size(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"num_classes": 1000, "splits": {"validation": [{"examples": 5}]}}')
+    facts = datasets.facts_of("imagenet", str(tmp_path))
+    assert (facts.train_examples, facts.validation_examples) == (1281167, 5)
 
 
 def test_verify_reads_shards_written_by_others(slim, run_command, tmp_path):

@@ -218,6 +218,8 @@ def test_settings_with_a_weight_decay_of_their_own(with_data):
     printed, (tuned,) = with_data(ONLY="border/tuned-5000/half", SEEDS="0")
     assert "--train_examples=5000 --seed=0 --phase=main:steps=3900,lr=0.2,warmup_steps=390,wd=0.004,member=1 " in tuned
     assert "border/tuned-5000/one_collapse/seed-0: left out, because" in printed and "no weight decay for it" in printed
+    printed, calls = with_data(ONLY="border/cifar-50000/half", SEEDS="0")  # the search comes first
+    assert "border/cifar-50000/half/seed-0: left out, because" in printed and calls == []
     _, calls = with_data(ONLY="border/again-5000/half", SEEDS="0 1")  # the repetition has seeds of its own
     assert call_of(calls, "again-5000/half/seed-3 ").count("--seed=3 --phase=main:steps=3900") == 1 and len(calls) == 2
     assert with_data(ONLY="border/tuned-5000/one/", SEEDS="0")[1] == []  # its own weight decay: a run of tiny-5000

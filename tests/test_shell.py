@@ -93,6 +93,7 @@ def test_env_sh_reports_an_environment_that_does_not_exist(tmp_path):
         return done.stderr
 
     assert f"VENV={tmp_path}/none: bin/python is missing" in warned(VENV=f"{tmp_path}/none")
+    assert f"STACK=intel: {tmp_path}/.venv-intel is missing; install it" in warned(STACK="intel")
     assert not warned() and not warned(VENV=sys.prefix)
 
 

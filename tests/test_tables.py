@@ -633,13 +633,24 @@ def test_a_measurement_belongs_to_the_attempt_and_the_ranks_that_made_it(tmp_pat
     first = {"attempt": 1, "code": "of the first", "cpus": ["another"], "versions": {"tensorflow": "2.14.0"}}
     (run / "run.json").write_text(json.dumps({**record, "attempt": 2, "earlier_attempts": [first]}))
 
+    conditions = {}
+
     def found(**changed):
         (run / "scaling.json").write_text(json.dumps({**timing, **changed}))
-        return [(row["code"], row["cpu"], row["tensorflow"]) for row in efficiency.collect(str(tmp_path / "runs"))]
+        rows = efficiency.collect(str(tmp_path / "runs"))
+        conditions.update(rows[0] if rows else {})
+        return [(row["code"], row["cpu"], row["tensorflow"]) for row in rows]
 
     assert found(attempt=1) == [("of the first", "another", "2.14.0")]
     assert found(attempt=2) == found() == [("of the second attempt", "a processor", "2.15.1")]
     assert found(ranks=timing["ranks"][:1]) == []
+    # Fault: flags and cores were those of the last attempt, whichever was timed.
+    last = conditions["flags"], conditions["cores_per_rank"]
+    settings = commandline.parse([*TREE, "--width=0.25"])
+    found(attempt=1, cores=8, flags=[line for line in settings.resolved_flags.splitlines() if line.startswith("--")])
+    assert conditions["flags"] != last[0] and (last[1], conditions["cores_per_rank"]) == ("1", "4")
+    found(flags=[line for line in (run / "resolved.flags").read_text().splitlines() if line.startswith("--")])
+    assert (conditions["flags"], conditions["cores_per_rank"]) == last
 
 
 @pytest.mark.parametrize(

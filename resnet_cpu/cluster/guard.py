@@ -28,7 +28,7 @@ _FIRST_STEP_GRACE_S = 300.0  # for tracing the graph and creating kernels, on to
 _SUSPENDED_S = 2.0  # a poll of the watchdog that comes later than this means that the process did not run meanwhile
 _CONNECT_S = (10.0, 120.0)  # least and greatest time that the ranks are given to reach each other
 _START_S = 600.0  # time that MPI is given to start on all ranks
-_TOGETHER_S = 600.0  # how long a rank waits for the others at the end of an error that all ranks should have raised
+_TOGETHER_S = 300.0  # how long a rank waits for the others at the end of an error that all ranks should have raised
 _stop_signal: Optional[int] = None
 
 
@@ -110,7 +110,7 @@ def _comes_from_a_lost_peer(error: BaseException) -> bool:
 def _exit(code: int, collective: bool, unprinted: Optional[str] = None) -> NoReturn:
     """Exit with `code`: together if all ranks raised the error, else ending the other ranks as well.
 
-    A rank whose peers have not raised it, and wait for this rank elsewhere, ends them after ten minutes: until then,
+    A rank whose peers have not raised it, and wait for this rank elsewhere, ends them after five minutes: until then,
     rank 0 may be drawing plots. `unprinted` is the error, if only another rank was to print it.
     """
     for stream in (sys.stdout, sys.stderr):

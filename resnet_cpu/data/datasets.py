@@ -49,11 +49,11 @@ def facts_of(dataset: str, data_dir: Optional[str] = None) -> Facts:
         )
         return dataclasses.replace(
             facts,
-            train_examples=train,
+            train_examples=train or facts.train_examples,  # a folder with validation images only
             validation_examples=validation,
             num_classes=facts.num_classes or int(manifest["num_classes"]),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return facts  # opening the data reports what is wrong with them
 
 

@@ -77,12 +77,13 @@ def collect(folder: str) -> List[Row]:
         attempts = {row["attempt"]: row for row in record.get("earlier_attempts", [])}
         timed = attempts.get(timing.get("attempt"), record)  # the attempt that was timed
         rate, per_core = result["images_per_second"], result.get("images_per_second_per_core")
+        cores = timing.get("cores") or (rate / per_core if rate else None)  # runs before version 0.2 lack it
         low, high = timing["interval"] or (None, None)
         values = {
             "run": name,
             "ranks": result["ranks"],
             "hosts": timing["hosts"],
-            "cores_per_rank": round(rate / per_core / result["ranks"], 2) if rate else None,
+            "cores_per_rank": round(cores / result["ranks"], 2) if cores else None,
             "images_per_step": result["global_batch_size"],
             "images_per_second": timing["images_per_second"],
             "low": low,
@@ -90,7 +91,7 @@ def collect(folder: str) -> List[Row]:
             **{f"{part}_s": timing["split_s"][part] for part in PARTS},
             "timed_steps": timing["timed_steps"],
             "block_s": "/".join(map(cell, timing["block_s"])),
-            "flags": _digest_of_flags(os.path.join(path, files.FLAGS)),
+            "flags": _digest_of_flags(timing.get("flags") or _flags_of(os.path.join(path, files.FLAGS))),
             "cpu": "; ".join(timed.get("cpus") or sorted({row["cpu"] for row in record["per_rank"]})),
             "tensorflow": timed["versions"]["tensorflow"],
             "code": timed["code"],
@@ -99,16 +100,20 @@ def collect(folder: str) -> List[Row]:
     return rows
 
 
-def _digest_of_flags(path: str) -> str:
-    """Return a digest of a resolved flagfile without the flags in which runs of a ladder may differ."""
+def _flags_of(path: str) -> List[str]:
+    """Return the lines of a resolved flagfile, without comments."""
     try:
         with open(path, encoding="utf-8") as file:
-            lines = [line for line in file if line.startswith("--")]
+            return [line.rstrip("\n") for line in file if line.startswith("--")]
     except OSError as error:
         raise DataError(
             f"{path}: {error.strerror}; runs are compared by this file, so restore it or remove the run"
         ) from None
-    kept = [line for line in lines if line.split("=")[0].strip()[2:] not in _MAY_DIFFER]
+
+
+def _digest_of_flags(lines: Sequence[str]) -> str:
+    """Return a digest of flags, one a line, without those in which runs of a ladder may differ."""
+    kept = [f"{line}\n" for line in lines if line.split("=")[0].strip()[2:] not in _MAY_DIFFER]
     return hashlib.sha256("".join(kept).encode()).hexdigest()[:8]
 
 

@@ -215,9 +215,13 @@ def _node_of_run(run_dir: str, settings: Settings) -> Node:
     if node is not None:
         return node
     rows = read_rows(os.path.join(run_dir, files.METRICS))
+    # Earlier attempts may have had other ranks or threads; the speed in the result is that of the last one.
+    rows = [row for row in rows if row.get("attempt") == rows[-1].get("attempt")]
     times = [row["step_s"] for row in rows[1:] if row.get("step_s")]
     if len(times) < 3:
-        raise CheckpointError(f"--speed={run_dir}: metrics.jsonl has fewer than 4 rows; name a run that logged more")
+        raise CheckpointError(
+            f"--speed={run_dir}: the last attempt has fewer than 4 rows in metrics.jsonl; name a run that logged more"
+        )
     # A row is the mean of the steps since the previous row; the mean of k independent steps varies less, by sqrt(k).
     span = statistics.median(after["step"] - before["step"] for before, after in zip(rows, rows[1:]))
     jitter = exchange.fit_jitter(times) * span**0.5

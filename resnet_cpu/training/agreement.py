@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import re
 import socket
 import sys
@@ -24,8 +25,10 @@ def check_same_everywhere(settings: Settings, world: World) -> None:
     computed; `environment.settle` has removed all others of that kind.
     """
     # Each host may have its data elsewhere, as in $TMPDIR; `opening.open_data` compares what lies there.
-    # Rank 0 alone writes what --export names.
-    of_command = {**dataclasses.asdict(settings.benchmark), **dataclasses.asdict(settings.evaluate), "export": None}
+    # Rank 0 alone writes what --export names, but all take part.
+    of_command = {**dataclasses.asdict(settings.benchmark), **dataclasses.asdict(settings.evaluate)}
+    if settings.evaluate.export is not None:
+        of_command["export"] = "..."
     flags = [line for line in settings.resolved_flags.splitlines() if re.match("--(?!data_dir=)", line)]
     flags += [f"--{name}={value}" for name, value in of_command.items() if value is not None]
     kept = [f"{name}={value}" for name, value in environment.kept_arithmetic().items()]
@@ -53,6 +56,9 @@ def _refuse_other_flags(flags: Sequence[Sequence[str]], rank: int, host: str, ho
     """Raise FlagError that names the flags in which `rank` differs from rank 0."""
     own, first = flags[rank], flags[0]
     here, there = (sorted(set(one) - set(other)) for one, other in ((own, first), (first, own)))
+    if not here and not there:  # such as two phases in another order
+        pairs = itertools.zip_longest(own, first, fillvalue="none")
+        here, there = ([text] for text in next(pair for pair in pairs if pair[0] != pair[1]))
     raise FlagError(
         f"rank {rank} on {host} runs with other flags than rank 0 on {host_of_first}: {', '.join(here) or 'none'} "
         f"instead of {', '.join(there) or 'none'}; give all ranks the same flags",

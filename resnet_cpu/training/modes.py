@@ -50,7 +50,8 @@ def _write_scaling(job: Job, step_times: steptimes.StepTimes) -> None:
     steps, mine = step_times.kept()
     if not len(steps):  # the same on all ranks
         return
-    hosts, times = job.world.gather(socket.gethostname()), job.world.collect(mine[None])
+    places, times = job.world.gather((socket.gethostname(), job.world.cores)), job.world.collect(mine[None])
+    hosts = [host for host, _ in places]
 
     def write() -> None:
         assert times is not None and job.folder is not None  # on rank 0
@@ -59,7 +60,10 @@ def _write_scaling(job: Job, step_times: steptimes.StepTimes) -> None:
             return
         found = steptimes.summary(times, job.batch.total, hosts)
         np.savez(job.folder.file("step_times.npz"), steps=steps, seconds=times, hosts=np.array(hosts))
-        job.folder.write_json("scaling.json", {"attempt": job.attempt, **found, **steptimes.per_rank(times, hosts)})
+        # A later attempt may have other flags and cores, and replaces those of the run folder.
+        flags = [line for line in job.settings.resolved_flags.splitlines() if line.startswith("--")]
+        of_attempt = {"attempt": job.attempt, "flags": flags, "cores": sum(cores for _, cores in places)}
+        job.folder.write_json("scaling.json", {**of_attempt, **found, **steptimes.per_rank(times, hosts)})
 
     job.world.on_rank0(write)
 
@@ -77,5 +81,5 @@ def _scaling(job: Job) -> Dict[str, Any]:
             flush=True,
         )
         return {}
-    summary = {key: value for key, value in found.items() if key not in ("block_s", "edges_s")}
+    summary = {key: value for key, value in found.items() if key not in ("block_s", "edges_s", "flags")}
     return {"scaling": {**summary, "ranks": len(found["ranks"])}}

@@ -131,7 +131,7 @@ class Report:
         if changed:
             pairs = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
             self.say(f"packages changed since that checkpoint: {pairs}; results will differ in the last bits")
-        before = saved.get("kernels", kernels[0])
+        before = saved.get("kernels", "TensorFlow's operations")  # version 0.1 had no others
         if library.changed(before, kernels[0]):
             text = f"kernels changed since that checkpoint: {before} -> {kernels[0]}"
             self.say(f"{text}; results will differ in the last bits")
