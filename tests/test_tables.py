@@ -205,7 +205,7 @@ def test_committed_runs_of_the_border_experiment_have_the_recipes_of_their_flagf
 
 
 def not_the_best(decays, runs):
-    """Return the rows of decays.csv that are not the best of three in their search.
+    """Return the rows of decays.csv that are not the best of three or more in their search.
 
     `half` stands for single models, except in the repetition, where `one` and `third` have a search with all of the
     budget, and on CIFAR-10, where `one` does.
@@ -222,7 +222,7 @@ def not_the_best(decays, runs):
         name = re.compile(rf"search_border/{search}/{arm}-([\de-]+)/seed-9")
         found_scores = [(name.fullmatch(run["run"]), float(run["top1"])) for run in runs if run["what"] == "ensemble"]
         scores = {match[1]: top1 for match, top1 in found_scores if match}
-        if len(scores) != 3 or max(scores, key=scores.get) != row["decay"]:
+        if len(scores) < 3 or max(scores, key=scores.get) != row["decay"]:
             found.append(row)
     return found
 
