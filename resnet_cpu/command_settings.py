@@ -1,9 +1,28 @@
 """The settings of single commands: see `settings.py`, which holds those of a run and brings all of them together."""
 
 import dataclasses
-from typing import Optional, Tuple
+from typing import Dict, Optional, Tuple
 
 from resnet_cpu.fields import parse_count_or_auto, setting
+
+#: Flags of earlier versions -> what to do instead.
+REMOVED: Dict[str, str] = {
+    "lars_eta": "the trust coefficient is always 0.001; remove the flag",
+    "crop_area": "write it into --crop, as in --crop=inception:0.25,1 or --crop=authors:0.25,1",
+    "crop_aspect": "the range is always 3/4..4/3; remove the flag",
+    "order_block": "records are always read one by one; remove the flag",
+    "untimed_steps": "the first 10 steps are never timed; remove the flag",
+    "timed_seconds": "give a number of steps with --timed_steps",
+    "most_bytes": "messages of up to 256 MiB are timed; remove the flag",
+    "output": "--format=png writes plan.png or simulate.png to the current folder",
+    "images_per_second": "write --speed=IMAGES_PER_SECOND",
+    "past_run": "write --speed=RUN_FOLDER",
+    "documents": "marked tables of README.md and of pages in docs/ are always updated; remove the flag",
+    "experiments": "the folder experiments/ is always used; run from the root of the project",
+    "validate": "run python benchmarks/replay_fit.py FILE",
+    "launch_agent": "set the environment variable RESNET_CPU_LAUNCH_AGENT",
+    "oversubscribe": "use launch/local.sh, or set RESNET_CPU_OVERSUBSCRIBE=1",
+}
 
 SOURCES = ("imagenet", "folder", "tiny_imagenet", "fashion_mnist", "digits", "verify")  # of resnet_cpu.prepare
 

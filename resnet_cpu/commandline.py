@@ -18,7 +18,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 from absl import flags
 
 from resnet_cpu import fields, flagfiles, settings
-from resnet_cpu.command_settings import SOURCES
+from resnet_cpu.command_settings import REMOVED, SOURCES
 from resnet_cpu.data.datasets import DATASETS, facts_of, normalization_of
 from resnet_cpu.errors import CheckpointError, FlagError
 from resnet_cpu.run import files
@@ -28,25 +28,6 @@ from resnet_cpu.settings import GROUPS, Settings
 
 _COMMENT = "a comment must be on a line of its own that starts with #"
 _AFTER_FLAGS = {"launch": " -- COMMAND [ARGUMENT ...]"}
-
-#: Flags of earlier versions -> what to do instead.
-REMOVED: Dict[str, str] = {
-    "lars_eta": "the trust coefficient is always 0.001; remove the flag",
-    "crop_area": "write it into --crop, as in --crop=inception:0.25,1 or --crop=authors:0.25,1",
-    "crop_aspect": "the range is always 3/4..4/3; remove the flag",
-    "order_block": "records are always read one by one; remove the flag",
-    "untimed_steps": "the first 10 steps are never timed; remove the flag",
-    "timed_seconds": "give a number of steps with --timed_steps",
-    "most_bytes": "messages of up to 256 MiB are timed; remove the flag",
-    "output": "--format=png writes plan.png or simulate.png to the current folder",
-    "images_per_second": "write --speed=IMAGES_PER_SECOND",
-    "past_run": "write --speed=RUN_FOLDER",
-    "documents": "marked tables of README.md and of pages in docs/ are always updated; remove the flag",
-    "experiments": "the folder experiments/ is always used; run from the root of the project",
-    "validate": "run python benchmarks/replay_fit.py FILE",
-    "launch_agent": "set the environment variable RESNET_CPU_LAUNCH_AGENT",
-    "oversubscribe": "use launch/local.sh, or set RESNET_CPU_OVERSUBSCRIBE=1",
-}
 
 
 class Flag(NamedTuple):
@@ -62,6 +43,11 @@ class Flag(NamedTuple):
     def of_a_run(self) -> bool:
         """Return whether the flag is a setting of a run, which a flagfile may hold and a run records."""
         return GROUPS[self.group][1] == settings.OF_A_RUN
+
+    @property
+    def takes(self) -> str:
+        """Return what values are allowed; empty for texts without choices."""
+        return fields.allowed(self.name, self.kind, self.field.metadata)
 
     @property
     def default(self) -> str:
@@ -133,12 +119,17 @@ def parse(argv: Sequence[str], command: str = "train", recorded: Optional[str] =
     if any(argument in ("-h", "--help", "--helpfull", "-help", "-helpfull") for argument in argv):
         print(help_text(command))
         sys.exit(0)
-    every = all_flags()
-    values = _define(every)
     words = flagfiles.inserted(argv)
     if recorded:
         own = recorded_flags(recorded)
         words = [*own, *_view_of(recorded, own, words), *words, f"--run_dir={recorded}"]
+    with flagfiles.located(words):
+        return _settings_of(words, command, recorded is not None)
+
+
+def _settings_of(words: Sequence[str], command: str, recorded: bool) -> Settings:
+    every = all_flags()
+    values = _define(every)
     rest = _parse(values, words)
     positional = ["source"] if command == "prepare" else []
     if len(rest) > len(positional):
@@ -149,7 +140,7 @@ def parse(argv: Sequence[str], command: str = "train", recorded: Optional[str] =
     for flag in every:
         _check_text(values, flag)
     # What `evaluate` is given is only whole together with the flags that the run recorded.
-    whole = command in settings.OF_A_RUN and (command != "evaluate" or recorded is not None)
+    whole = command in settings.OF_A_RUN and (command != "evaluate" or recorded)
     return _frozen(values, every, whole, dict(zip(positional, rest)))
 
 
@@ -174,8 +165,11 @@ def _parse(values: flags.FlagValues, argv: Sequence[str]) -> List[str]:
         raise FlagError(f"{shown}: unknown flag; {remedy}") from None
     except (flags.Error, ValueError) as error:  # ValueError: a value for the no-form of a switch, as in --noquick=1
         reason = " ".join(str(error).removeprefix("ERROR:: ").split())
-        remedy = _COMMENT if " #" in reason else "see --help for the values that are allowed"
-        raise FlagError(f"{reason}; {remedy}") from None
+        wrong = [flag.takes for flag in all_flags() if reason.startswith(f"flag --{flag.name}=")]
+        remedy = _COMMENT if " #" in reason else wrong[0] if wrong else ""
+        if not remedy:
+            raise FlagError(f"{reason}; see --help for the values that are allowed") from None
+        raise FlagError(f"{reason.split(': ')[0].removeprefix('flag ')}: {remedy}") from None
 
 
 def _check_commands(values: flags.FlagValues, every: Sequence[Flag], command: str) -> None:
@@ -197,7 +191,7 @@ def _check_text(values: flags.FlagValues, flag: Flag) -> None:
         if isinstance(one, str) and " #" in one:
             raise FlagError(f"--{flag.name}={one}: {_COMMENT}")
         if isinstance(one, float) and not math.isfinite(one):
-            raise FlagError(f"--{flag.name}={one}: must be a finite number; see --help for the values that are allowed")
+            raise FlagError(f"--{flag.name}={one}: {flag.takes}")
     if flag.field.metadata["path"] and values[flag.name].present and value:
         expanded = [flagfiles.expanded(flag.name, one) for one in value] if isinstance(value, list) else None
         values[flag.name].value = flagfiles.expanded(flag.name, value) if expanded is None else expanded

@@ -1,7 +1,7 @@
 """How a dataclass field becomes a flag: what `settings.py` declares its fields with."""
 
 import dataclasses
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
 
 from absl import flags
 
@@ -70,6 +70,19 @@ class _FloatOrEmpty(_OrEmpty, flags.FloatParser):
 def parser_of(kind: type, low: Optional[float], high: Optional[float]) -> flags.ArgumentParser:
     """Return a parser of numbers of this `kind` between `low` and `high`, to which an empty text means None."""
     return _IntegerOrEmpty(low, high) if kind is int else _FloatOrEmpty(low, high)  # type: ignore[arg-type]
+
+
+def allowed(name: str, kind: Any, about: Mapping[str, Any]) -> str:
+    """Return, as the remedy of a message, what values a flag takes; empty for texts without choices."""
+    if kind is bool:
+        return f"write --{name} or --no{name}"
+    if about["choices"]:
+        return f"must be one of {', '.join(about['choices'])}"
+    if kind not in (int, float):
+        return ""
+    low, high = (None if bound is None else str(bound).removesuffix(".0") for bound in (about["low"], about["high"]))
+    number = "a whole number" if kind is int else "a finite number"
+    return f"must be {number}{'' if low is None else f' from {low}'}{'' if high is None else f' to {high}'}"
 
 
 def _pair(text: str, kind: Callable[[str], Any]) -> Tuple[Any, Any]:

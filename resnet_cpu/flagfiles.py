@@ -1,14 +1,43 @@
 """Read flagfiles, and expand `~` and `$VAR` in paths, which no shell does there or behind `--name=`."""
 
+import contextlib
 import os
 import re
-from typing import List, Sequence, Tuple
+from typing import Iterator, List, Sequence, Tuple
 
 from resnet_cpu.errors import FlagError
 
 _QUOTES = ("'", '"')
 _DEEPEST = 50  # flagfiles within each other
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # in a log they would be commands to the terminal
+
+
+class _Line(str):
+    """A line of a flagfile, with where it stands, as in `FILE, line 3`."""
+
+    where: str
+
+    @classmethod
+    def of(cls, text: str, path: str, number: int) -> "_Line":
+        line = cls(text)
+        line.where = f"{path}, line {number}"
+        return line
+
+
+@contextlib.contextmanager
+def located(words: Sequence[str]) -> Iterator[None]:
+    """Add to the message of an error about a flag in which line of which flagfile it stands, if in one."""
+    try:
+        yield
+    except FlagError as error:
+        text = str(error)
+        # Messages begin with the flag, of --phase only with its name, or with 'WORD' is not a flag.
+        begins = (text.split(": ")[0], text.split(" ")[0], text.split("' is not a flag")[0][1:])
+        starts = tuple(f"{begin}:" for begin in begins)
+        wrong = [word for word in words if isinstance(word, _Line) and f"{word}:".startswith(starts)]
+        if wrong:
+            error.args = (f"{text} ({wrong[-1].where})",)
+        raise
 
 
 def inserted(words: Sequence[str], within: Tuple[str, ...] = ()) -> List[str]:
@@ -28,7 +57,8 @@ def inserted(words: Sequence[str], within: Tuple[str, ...] = ()) -> List[str]:
             raise FlagError(f"--flagfile={path}: the file includes itself; remove the line")
         if len(within) == _DEEPEST:
             raise FlagError(f"--flagfile={path}: more than {_DEEPEST} flagfiles within each other; remove some")
-        lines = [line.strip() for line in _read_lines(path)]
+        with located([word]):
+            lines = [_Line.of(line.strip(), path, number) for number, line in enumerate(_read_lines(path), 1)]
         chosen = [line for line in lines if line and not line.startswith(("#", "//"))]
         found += inserted(chosen, (*within, os.path.abspath(path)))
     return found
@@ -40,7 +70,8 @@ def _read_lines(path: str) -> List[str]:
             text = file.read()
     except OSError as error:
         raise FlagError(
-            f"--flagfile={path}: {error.strerror}; name an existing file, relative to the current folder"
+            f"--flagfile={path}: {error.strerror}; name an existing file, relative to the current folder "
+            "(for those of experiments/, the root of the repository)"
         ) from None
     except UnicodeDecodeError as error:
         raise FlagError(f"--flagfile={path}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None

@@ -138,6 +138,9 @@ def test_a_scaling_run_gives_the_work_of_its_ranks_without_waiting(tmp_path):
     assert cluster_of(f"--speed={tmp_path}").ranks_per_node == 4
     with pytest.raises(FlagError, match="had 4 ranks on a node"):
         cluster_of(f"--speed={tmp_path}", "--ranks_per_node=2")
+    (tmp_path / "run.json").write_text(json.dumps({**record, "per_rank": ["a"]}))
+    with pytest.raises(CheckpointError, match="run.json does not list the ranks"):
+        cluster_of(f"--speed={tmp_path}")
     (tmp_path / "run.json").write_text(json.dumps({**record, "per_rank": [{"host": "a"}, {"host": "b"}]}))
     with pytest.raises(CheckpointError, match="2 hosts"):
         cluster_of(f"--speed={tmp_path}")

@@ -21,9 +21,11 @@ PHASE = "--phase=main:steps=1,lr=1"
         (["--run_dir=a  # mine"], ["--run_dir=a  # mine", "starts with #"]),
         (["--width=0.25  # narrow"], ["width", "starts with #"]),
         (["--no_such_thing"], ["--no_such_thing", "--help"]),
-        (["--batch_size=0"], ["batch_size", "0", "--help"]),
-        (["--batch_size=x"], ["batch_size", "x"]),
-        (["--model=vgg16"], ["model", "vgg16", "resnet50"]),
+        (["--batch_size=0"], ["--batch_size=0: must be a whole number from 1 to 65536"]),
+        (["--batch_size=x"], ["--batch_size=x: must be a whole number from 1"]),
+        (["--batch_size=2.5"], ["--batch_size=2.5: must be a whole number from 1"]),
+        (["--momentum_correction=maybe"], ["write --momentum_correction or --nomomentum_correction"]),
+        (["--model=vgg16"], ["--model=vgg16: must be one of ", "resnet50"]),
         (["--seed=-1"], ["seed", "-1"]),
         (["stray"], ["'stray'", "--name=value"]),
         (["--batch_size=3", "--global_batch_size=8"], ["--batch_size=3", "--global_batch_size=8", "remove"]),
@@ -54,7 +56,7 @@ PHASE = "--phase=main:steps=1,lr=1"
         ),
         (["--num_classes=1000000000"], ["num_classes", "1000000000"]),
         (["--train_examples=1000000000000"], ["train_examples", "1000000000000"]),
-        (["--stall_timeout=1e300"], ["stall_timeout", "1e+300"]),
+        (["--stall_timeout=1e300"], ["--stall_timeout=1e300: must be a finite number from 1 to 1000000"]),
     ],
 )
 def test_bad_flags_give_one_line_with_the_remedy(arguments, parts):
@@ -92,6 +94,28 @@ def test_an_empty_path_of_a_command_is_refused(flag):
     with pytest.raises(FlagError, match=f"--{flag}=: the value is empty"):
         commandline.parse([f"--{flag}="], "evaluate")
     assert commandline.parse(["--data_dir=", "--init_from="]).run.init_from is None
+
+
+@pytest.mark.parametrize(
+    "line, begins",
+    [
+        ("--batch_sise=3", "--batch_sise=3: unknown flag"),
+        ("--batch_size=x", "--batch_size=x: must be a whole number"),
+        ("--phase=main:stepz=3", "--phase=main: unknown key"),
+        ("--nodes=3", "--nodes=3: belongs to"),
+        ("--flagfile=none.flags", "--flagfile=none.flags: No such file"),
+        ("two words", "'two words' is not a flag"),
+    ],
+)
+def test_an_error_in_a_flagfile_names_the_file_and_the_line(line, begins, tmp_path):
+    (tmp_path / "top.flags").write_text(f"# A comment.\n--flagfile={tmp_path}/base.flags\n")
+    (tmp_path / "base.flags").write_text(f"--seed=1\n\n{line}\n")
+    with pytest.raises(FlagError) as caught:
+        commandline.parse([f"--flagfile={tmp_path}/top.flags"])
+    assert str(caught.value).startswith(begins) and str(caught.value).endswith(f" ({tmp_path}/base.flags, line 3)")
+    with pytest.raises(FlagError) as caught:  # negative control: on the command line
+        commandline.parse(line.split(" ", 0))
+    assert "line 3" not in str(caught.value)
 
 
 def test_an_empty_number_of_a_run_overrides_that_of_a_flagfile(tmp_path):

@@ -125,6 +125,8 @@ def test_a_run_of_version_0_1_gives_its_speed_as_well(tmp_path, capsys):
         ("0", "--speed=0: must be above 0", 64),
         ("-3", "must be above 0", 64),
         ("inf", "must be above 0", 64),
+        ("6,303", "--speed=6,303: neither a number, as in 6303.5, nor an existing run folder", 64),
+        ("{}/none", "no result.json with a speed", 66),
     ],
 )
 def test_a_useless_speed_is_refused(tmp_path, speed, part, code):
@@ -137,6 +139,25 @@ def test_a_run_folder_without_a_network_is_refused(tmp_path):
     (tmp_path / "result.json").write_text('{"images_per_second": 0.64, "ranks": 2}')
     with pytest.raises(UserError, match="run.json does not describe the network"):
         plan.main([*ASKED, f"--speed={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+    "name, content, part",
+    [
+        ("result.json", {"images_per_second": [100, 200], "ranks": 2}, "no result.json with a speed in it"),
+        ("result.json", {"images_per_second": -100, "ranks": 2}, "no result.json with a speed in it"),
+        ("result.json", {"images_per_second": 9, "ranks": "2"}, "no result.json with a speed in it"),
+        ("run.json", {"signature": {"model": "resnet50"}}, "run.json does not describe the network"),
+        ("run.json", {"signature": []}, "run.json does not describe the network"),
+    ],
+)
+def test_a_damaged_run_folder_is_refused(name, content, part, tmp_path):
+    """Fault: a traceback, or a plan with a negative time."""
+    write_run(tmp_path)
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=part) as caught:
+        plan.main([*ASKED, f"--speed={tmp_path}"])
+    assert caught.value.exit_code == 66
 
 
 def test_table_shows_branches_members_and_accumulation(capsys):

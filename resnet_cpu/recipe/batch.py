@@ -48,7 +48,8 @@ def resolve_batch(
     parts = ranks * (accumulate_steps or 1)
     if global_batch_size % parts:
         parts_text = f"{ranks} ranks" + (f" x {accumulate_steps} accumulated batches" if accumulate_steps > 1 else "")
-        raise FlagError(f"{flag}: not divisible by {parts_text}; use a multiple of {parts} or another number of ranks")
+        remedy = _ranks_that_fit(batch_size, global_batch_size, ranks, accumulate_steps)
+        raise FlagError(f"{flag}: not divisible by {parts_text}; use {remedy}, or a global batch that {parts} divides")
     if accumulate_steps == 0:
         accumulate_steps = _fitting(batch_size, global_batch_size, ranks)
     per_rank = global_batch_size // (ranks * accumulate_steps)
@@ -63,17 +64,38 @@ def resolve_batch(
 def _fitting(batch_size: Optional[int], global_batch_size: int, ranks: int) -> int:
     """Return the number of micro-batches that make up a rank's part of the global batch, which `ranks` divide."""
     part = global_batch_size // ranks
-    if batch_size is None:
-        least = min(LEAST_FITTED, part)  # batch norm over fewer images only if --batch_size asks for it
-        sizes = range(min(DEFAULT_BATCH_PER_RANK, part), least - 1, -1)
-        batch_size = next((size for size in sizes if part % size == 0), None)
-    if batch_size is None or part % batch_size:
+    size = _micro_batch(batch_size, part)
+    if size is None:
+        sizes = batch_size or f"{LEAST_FITTED} to {DEFAULT_BATCH_PER_RANK}"
         raise FlagError(
-            f"--global_batch_size={global_batch_size}: cannot be divided into {ranks} ranks x "
-            f"{batch_size or f'{LEAST_FITTED} to {DEFAULT_BATCH_PER_RANK}'} images at a time; give another "
-            "--batch_size or use another number of ranks"
+            f"--global_batch_size={global_batch_size}: cannot be divided into {ranks} ranks x {sizes} images at a "
+            f"time; give another --batch_size, or use {_ranks_that_fit(batch_size, global_batch_size, ranks, 0)}"
         )
-    return part // batch_size
+    return part // size
+
+
+def _micro_batch(batch_size: Optional[int], part: int) -> Optional[int]:
+    """Return how many images at a time make up the `part` of a rank, `batch_size` if given; None if none does."""
+    least = min(LEAST_FITTED, part)  # batch norm over fewer images only if --batch_size asks for it
+    sizes = range(min(DEFAULT_BATCH_PER_RANK, part), least - 1, -1) if batch_size is None else [batch_size]
+    return next((size for size in sizes if part % size == 0), None)
+
+
+def _ranks_that_fit(batch_size: Optional[int], global_batch_size: int, ranks: int, accumulate_steps: int) -> str:
+    """Return the numbers of ranks next to `ranks`, below and above, on which the batch can be resolved."""
+
+    def fits(number: int) -> bool:
+        part, rest = divmod(global_batch_size, number * (accumulate_steps or 1))
+        if rest:
+            return False
+        return batch_size in (None, part) if accumulate_steps else _micro_batch(batch_size, part) is not None
+
+    below = next((number for number in range(ranks - 1, 0, -1) if fits(number)), None)
+    above = next((number for number in range(ranks + 1, 4 * ranks) if fits(number)), None)
+    found = [str(number) for number in (below, above) if number is not None]
+    if not found:
+        return "another number of ranks"
+    return f"{' or '.join(found)} rank{'s' * (found != ['1'])}"
 
 
 def check_size(batch: Batch) -> None:

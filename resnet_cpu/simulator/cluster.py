@@ -190,11 +190,11 @@ def _read_constants(path: str) -> Dict[str, Any]:
         if key == "algorithm":
             if value not in ALGORITHM_NAMES:
                 raise FlagError(f"{flag}: algorithm={value}: unknown; use one of {', '.join(ALGORITHM_NAMES)}")
-        elif key == "jitter" and isinstance(value, list) and value and all(_positive(time) for time in value):
+        elif key == "jitter" and isinstance(value, list) and value and all(past_run.positive(time) for time in value):
             constants[key] = tuple(value)
-        elif key in _ALWAYS_POSITIVE and not _positive(value):
+        elif key in _ALWAYS_POSITIVE and not past_run.positive(value):
             raise FlagError(f"{flag}: {key}={value!r} must be a number above 0")
-        elif not (_positive(value) or value == 0):
+        elif not (past_run.positive(value) or value == 0):
             raise FlagError(f"{flag}: {key}={value!r} must be a number, 0 or above")
     if constants.get("interference", 0) >= 1:
         raise FlagError(f"{flag}: interference={constants['interference']} must be a share below 1")
@@ -202,10 +202,6 @@ def _read_constants(path: str) -> Dict[str, Any]:
         if key not in constants:
             raise FlagError(f"{flag}: '{key}' is missing; measure it (docs/simulate.md)")
     return constants
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 < value < float("inf")
 
 
 def _node_of_run(run_dir: str, settings: Settings) -> Node:
