@@ -12,7 +12,7 @@ RAW := $(if $(RAW_DIR),--raw_dir='$(RAW_DIR)',)
 .PHONY: help train test labs check sessions smoke setup lint format docs reproduce tables wheelhouse lock clean
 
 help:
-	@echo "make train   set up, prepare Fashion-MNIST, train ResNet-50 on two MPI ranks (RANKS=N, RAW_DIR=FOLDER; about 15 minutes)"
+	@echo "make train   set up, prepare Fashion-MNIST, train ResNet-50 on two MPI ranks (RANKS=N, RAW_DIR=FOLDER; 7 to 25 minutes)"
 	@echo "make test    set up and run the tests: lint, types, training, MPI sessions (about 25 minutes the first time)"
 	@echo "make labs    set up and run the tests with a disposable Slurm and with several hosts on one machine (as root; 10 minutes)"
 	@echo "make check   lint, types and the quick tests that need no training (a minute and a half)"

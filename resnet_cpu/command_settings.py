@@ -122,7 +122,8 @@ class Launch:
     interface: Optional[str] = setting(None, "Network interface for TCP, such as eth1 (default: the launcher chooses).")
     dry_run: bool = setting(
         False,
-        "Print the command line and do not start it. prepare: print what would be written and how long it would take.",
+        "launch: print the command line and do not start it. prepare: print what would be written and how long it "
+        "would take.",
         also=("prepare",),
     )
     tune: bool = setting(

@@ -142,18 +142,19 @@ def batch_job(tmp_path):
     (tmp_path / "logs").mkdir()
     tools = tmp_path / "venv" / "bin"
     tools.mkdir(parents=True)
-    scripts = {"python": 'exit "$CODE"', "squeue": "echo RUNNING", "scontrol": f'echo "$@" >>{tmp_path}/requeued'}
+    asked = '[[ "$*" == "-m resnet_cpu.plan --help" ]] && exit "${CAN_START-0}"\nexit "$CODE"'
+    scripts = {"python": asked, "squeue": "echo RUNNING", "scontrol": f'echo "$@" >>{tmp_path}/requeued'}
     for name, script in scripts.items():
         (tools / name).write_text(f"#!{shutil.which('bash')}\n{script}\n")
         (tools / name).chmod(0o755)
 
-    def run(code: int, attempts: int = 0, **more: str) -> subprocess.CompletedProcess:
+    def run(code: int, attempts: int = 0, name: str = "prepare", **more: str) -> subprocess.CompletedProcess:
         if attempts:
             (tmp_path / "logs" / ".restarts-7").write_text(f"{attempts}\n")
         job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "MAX_RESTARTS": "2"}
         job.update(SLURM_SUBMIT_DIR=str(tmp_path), SLURM_RESTART_COUNT=str(attempts), CODE=str(code))
         return subprocess.run(
-            ["bash", str(ROOT / "launch" / "prepare.sbatch"), "verify"],
+            ["bash", str(ROOT / "launch" / f"{name}.sbatch"), "verify"],
             env={**OUTSIDE, **job, "VENV": str(tmp_path / "venv"), **more},
             capture_output=True,
             text=True,
@@ -172,6 +173,27 @@ def test_io_errors_stops_and_lost_peers_are_requeued_with_a_cap(batch_job, code)
     capped = run(code, attempts=2)
     assert capped.returncode == code and "no new checkpoint in 3 attempts in a row" in capped.stderr
     assert not requeued.exists()
+
+
+def test_a_number_of_restarts_may_begin_with_zeros(batch_job):
+    """Fault: bash read 08 as an octal number, and the job was not submitted again."""
+    run, requeued = batch_job
+    assert run(75, MAX_RESTARTS="08").returncode == 75 and requeued.read_text() == "requeue 7\n"
+
+
+def test_a_job_without_the_packages_is_refused_in_one_line(batch_job):
+    """Fault: a traceback, No module named 'absl'."""
+    run, requeued = batch_job
+    refused = run(0, CAN_START="1")
+    assert refused.returncode == 64 and not requeued.exists()
+    assert "venv/bin/python cannot start resnet_cpu: run make setup" in refused.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["scaling", "lr_scaling"])
+def test_a_ladder_without_an_array_is_refused(batch_job, name):
+    run, _ = batch_job
+    refused = run(0, name=name)
+    assert refused.returncode == 64 and "needs an array of jobs" in refused.stderr
 
 
 def test_ranks_of_a_job_without_the_variables_of_its_user_get_those_of_the_job(batch_job, tmp_path):

@@ -76,7 +76,7 @@ def left_out_lines(points: List[CurvePoint], refused: Dict[int, FlagError]) -> L
         lines.append(f"{most:,} nodes are not possible; the answers are for {last:,}, the largest number that is")
     kinds: Dict[str, List[int]] = {}
     for nodes, error in refused.items():
-        kinds.setdefault(re.sub(r"\d+", "", str(error)), []).append(nodes)
+        kinds.setdefault(re.sub(r"\d+", "", str(error).split("; ")[0]), []).append(nodes)
     for several in kinds.values():
         numbers = ", ".join(f"{nodes:,}" for nodes in several)
         lines.append(f"left out: {numbers}; at {several[-1]:,}: {refused[several[-1]]}")
@@ -194,7 +194,8 @@ def _batch_lines(cluster: Cluster, nodes: int) -> List[str]:
         seconds = examples / (few * point(few, per_rank).speed) if examples else None
         shown = ["-", "-"] if seconds is None else [f"{seconds:.1f}", f"{seconds * few / 3600:.2f}"]
         table.append([*row, f"{few:,}", *shown])
-    return [f"local batch: on {_nodes(nodes)} | for a global batch of {total:,}", *aligned(table)]
+    title = f"local batch: on {_nodes(nodes)}, relative to one node with as many images per rank"
+    return [f"{title} | for a global batch of {total:,}", *aligned(table)]
 
 
 def published_lines() -> List[str]:

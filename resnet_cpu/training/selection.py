@@ -181,7 +181,12 @@ def _open_data_of(member: Member, world: World, opened: Dict[Tuple[Any, ...], Sh
 
 
 def _open_data(settings: Settings, world: World) -> ShardedData:
-    data = open_data(settings, world, own_pixels=False)
+    try:
+        data = open_data(settings, world, own_pixels=False)
+    except DataError as error:
+        if f"--data_dir={settings.data.data_dir}: the folder does not exist" in str(error):  # such as a staged copy
+            error.args = (f"{error}; or name the data of the run with --data_dir, if they have moved",)
+        raise
     assert data is not None  # settings_of refuses synthetic data
     if not data.validation.examples:
         names = [*(["train"] if data.train.examples else []), *data.others]

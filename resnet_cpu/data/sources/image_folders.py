@@ -20,7 +20,7 @@ def find_folder(raw_dir: str, validation_share: Optional[float], allow_incomplet
 
     Raises DataError if classes are missing, or files cannot be images, unless `allow_incomplete`.
     """
-    train_at = os.path.join(_existing(raw_dir), "train")
+    train_at = os.path.join(existing(raw_dir), "train")
     validation_at = next((path for name in _VALIDATION if os.path.isdir(path := os.path.join(raw_dir, name))), None)
     if not os.path.isdir(train_at):
         if validation_share is None:
@@ -60,7 +60,7 @@ def find_folder(raw_dir: str, validation_share: Optional[float], allow_incomplet
 
 def find_tiny_imagenet(raw_dir: str, allow_incomplete: bool) -> Listing:
     """Return the images of Tiny-ImageNet: train/SYNSET/images/..., val/images/... and val/val_annotations.txt."""
-    inner = os.path.join(_existing(raw_dir), "tiny-imagenet-200")
+    inner = os.path.join(existing(raw_dir), "tiny-imagenet-200")
     root = inner if os.path.isdir(inner) else raw_dir
     train_at, validation_at = os.path.join(root, "train"), os.path.join(root, "val")
     annotations = os.path.join(validation_at, _ANNOTATIONS)
@@ -145,9 +145,11 @@ class _Tree:
         return Listing(dataset, source, tuple(names), 0, tuple(self._files), tables)
 
 
-def _existing(raw_dir: str) -> str:
+def existing(raw_dir: str) -> str:
+    """Return --raw_dir; raise DataError unless it is a folder."""
     if not os.path.isdir(raw_dir):
-        raise DataError(f"--raw_dir={raw_dir}: the folder does not exist")
+        problem = "is a file; name the folder that holds it" if os.path.exists(raw_dir) else "the folder does not exist"
+        raise DataError(f"--raw_dir={raw_dir}: {problem}")
     return raw_dir
 
 

@@ -7,7 +7,7 @@ import sys
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from resnet_cpu.data.datasets import DATASETS
-from resnet_cpu.data.sources import archives
+from resnet_cpu.data.sources import archives, image_folders
 from resnet_cpu.data.sources.listing import MOST_BYTES, Collector, Listing, size_of, some, unusable, walk
 from resnet_cpu.errors import DataError
 
@@ -126,8 +126,7 @@ def _named(images: Sequence[_Image], pattern: "re.Pattern[str]", what: str, prob
 
 
 def _locate(raw_dir: str, names: Sequence[str]) -> str:
-    if not os.path.isdir(raw_dir):
-        raise DataError(f"--raw_dir={raw_dir}: the folder does not exist")
+    image_folders.existing(raw_dir)
     for name in names:
         path = os.path.join(raw_dir, name)
         if os.path.exists(path):
