@@ -35,7 +35,7 @@ def test_the_table_answers_every_question():
     text = answer("--phase=main:epochs=90,lr=1", "--nodes=64", "--network=ethernet1", "--batch_size=32")
     assert "below 90 % at" in text and "allreduce" in text
     assert "the recipe on 64 nodes:" in text and "node-hours" in text
-    assert "local batch: on 64 nodes | for a global batch of 4,096" in text
+    assert "local batch: on 64 nodes, relative to one node with as many images per rank | for a global batch of 4,096" in text
     assert "assumed" in text and "published points" in text
     assert "efficiency on 64 nodes: " in text and "% if gradients came layer by layer" in text
     text = answer("--nodes=2", "--batch_size=32")
@@ -72,7 +72,7 @@ def test_efficiency_is_relative_to_the_first_point_that_is_possible(tmp_path, mo
     monkeypatch.setattr(scaling_plots, "draw_prediction", lambda *given: drawn.update(given=given))
     answer(*strong, "--format=png")
     assert drawn["given"][1] == [] and drawn["given"][-1] == "64 nodes"  # published points are relative to one node
-    assert "compared with one node" in answer("--nodes=2") and "relative to" not in answer("--nodes=2")
+    assert "compared with one node" in answer("--nodes=2") and "; efficiency relative to" not in answer("--nodes=2")
 
 
 def test_causes_compare_as_many_images_as_one_node_computes():

@@ -194,8 +194,8 @@ def _batch_lines(cluster: Cluster, nodes: int) -> List[str]:
         seconds = examples / (few * point(few, per_rank).speed) if examples else None
         shown = ["-", "-"] if seconds is None else [f"{seconds:.1f}", f"{seconds * few / 3600:.2f}"]
         table.append([*row, f"{few:,}", *shown])
-    title = f"local batch: on {_nodes(nodes)}, relative to one node with as many images per rank"
-    return [f"{title} | for a global batch of {total:,}", *aligned(table)]
+    base = ", relative to one node with as many images per rank" if nodes > 1 else ""
+    return [f"local batch: on {_nodes(nodes)}{base} | for a global batch of {total:,}", *aligned(table)]
 
 
 def published_lines() -> List[str]:
