@@ -119,3 +119,13 @@ def test_members_are_not_scored_on_other_classes(variant, tmp_path, capsys):
     other = variant("other", classes=NAMES[::-1])
     with pytest.raises(DataError, match="members/tail was trained on other classes: class 0 was digit 0"):
         evaluate.main([f"--run_dir={run_dir}", "--ensemble", f"--data_dir={other}"])
+
+
+def test_data_that_have_moved_are_named_with_a_flag(variant, tmp_path, capsys):
+    """Fault: the advice for a staged copy, evaluated on another node, was to prepare the data again."""
+    folder = variant("data")
+    train(folder, tmp_path / "run")
+    os.rename(folder, f"{folder}_moved")
+    with pytest.raises(DataError, match="the folder does not exist; .*; or name the data of the run with --data_dir"):
+        score(capsys, tmp_path / "run")
+    assert score(capsys, tmp_path / "run", f"--data_dir={folder}_moved")["examples"] == 21
