@@ -35,7 +35,10 @@ def test_the_table_answers_every_question():
     text = answer("--phase=main:epochs=90,lr=1", "--nodes=64", "--network=ethernet1", "--batch_size=32")
     assert "below 90 % at" in text and "allreduce" in text
     assert "the recipe on 64 nodes:" in text and "node-hours" in text
-    assert "local batch: on 64 nodes, relative to one node with as many images per rank | for a global batch of 4,096" in text
+    assert (
+        "local batch: on 64 nodes, relative to one node with as many images per rank | for a global batch of 4,096"
+        in text
+    )
     assert "assumed" in text and "published points" in text
     assert "efficiency on 64 nodes: " in text and "% if gradients came layer by layer" in text
     text = answer("--nodes=2", "--batch_size=32")

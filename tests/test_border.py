@@ -176,6 +176,8 @@ def test_a_better_model_with_a_collapse_is_what_a_prediction_compares_with():
         for chosen in (singles, better)
     )
     assert float(plain["single"]) == 0
+    without = {arm: singles[arm] for arm in ("half", "one")}
+    assert border_prediction.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(without), PILOT) == plain
     assert float(better["single"]) == pytest.approx(100 * (0.25 - 0.68 / 3), abs=1e-3)
     assert float(better["D"]) - float(plain["D"]) == pytest.approx(float(better["single"]), abs=1e-3)
 
@@ -247,7 +249,7 @@ def test_a_repetition_with_other_seeds_is_predicted_to_find_the_same():
 def test_what_cannot_be_predicted_is_refused():
     with pytest.raises(DataError, match="has been run; predict it before"):
         border_prediction.predict("tiny-10000", "late_36", DOUBLINGS, runs_of(), PILOT)
-    with pytest.raises(DataError, match="needs finished runs of half, one and one_collapse"):
+    with pytest.raises(DataError, match="needs finished runs of half and one"):
         border_prediction.predict("tiny-5000", "late_36", DOUBLINGS, runs_of(), PILOT)
     singles = {arm: TOP1[arm] for arm in ("half", "one", "one_collapse")}
     with pytest.raises(DataError, match="nothing is known of late_36"):
@@ -260,7 +262,7 @@ SCRIPT = ROOT / "experiments" / "collapsed_ensemble" / "border" / "predict.py"
 def test_the_script_names_what_it_needs_and_predicts_nothing_twice(tmp_path):
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     done = subprocess.run([sys.executable, SCRIPT, "tiny-7"], cwd=tmp_path, env=OUTSIDE, capture_output=True, text=True)
-    assert done.returncode == 65 and "needs finished runs of half, one and one_collapse" in done.stderr
+    assert done.returncode == 65 and "needs finished runs of half and one" in done.stderr
     for words, part in ((["tiny"], "write it as tiny-10000"), (["tiny-7", "early_36"], "early_36: not an ensemble")):
         done = subprocess.run(
             [sys.executable, SCRIPT, *words], cwd=tmp_path, env=OUTSIDE, capture_output=True, text=True

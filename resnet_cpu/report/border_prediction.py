@@ -53,14 +53,14 @@ def predict(
 
     D is predicted as the gain of one model per doubling of the budget, measured in this setting with `half` and `one`,
     times the doublings by which the members are behind on average, plus what the cycles lose: D minus that product
-    where it is known, against `one`; plus what the best single model is ahead of `one`. G and the loss of the
-    cycles come from the pilot, on half of Tiny-ImageNet, and from what has been run with other numbers of images,
-    linear over the logarithm of the number, also with other weight decays; for other data and widths, from the pilot
-    only while nothing of theirs has been run.
+    where it is known, against `one`; plus what the best single model, of those that were run, is ahead of `one`.
+    G and the loss of the cycles come from the pilot, on half of Tiny-ImageNet, and from what has been run with other
+    numbers of images, linear over the logarithm of the number, also with other weight decays; for other data and
+    widths, from the pilot only while nothing of theirs has been run.
     `doublings` has those of every arm. For a setting that repeats another one with other seeds, all figures are those
     that were found there.
 
-    Raises DataError if the single models of the setting, or all figures of other settings, are missing, and if the arm
+    Raises DataError if `half` or `one` of the setting, or all figures of other settings, are missing, and if the arm
     has been run; FlagError if `setting` is none.
     """
     arms = border_runs.by_place(runs, decays)
@@ -74,8 +74,8 @@ def predict(
         return _as_found(setting, place._replace(setting=_REPEATED[place.setting]), arms, doublings[arm])
     gain = border_runs.slope(arms, place)
     means = border_runs.means_of_singles(arms, place)
-    if gain is None or len(means) < len(border_runs.SINGLES):
-        raise DataError(f"border/{setting}: needs finished runs of half, one and one_collapse; run them before")
+    if gain is None:
+        raise DataError(f"border/{setting}: needs finished runs of half and one; run them before")
     gains, losses = [], []
     for other in (arm, *([_LIKE[arm]] if arm in _LIKE else [])):
         names = _SAME.get(place.setting, (place.setting,))
