@@ -150,6 +150,8 @@ def test_modes_record_what_they_are_for(tiny_data, tmp_path):
     assert (found["rule"], found["optimizer"], found["warmup_epochs"]) == ("sqrt", "lars", 2 * 12 / 50)
     more = ["--experiment=scaling", "--phase=main:steps=13,lr=0.05", "--phase=tail:steps=3,lr=0.01"]
     scaling = train(tiny_data, tmp_path / "scaling", *more)["scaling"]
+    written = json.loads((tmp_path / "scaling" / "scaling.json").read_text())
+    assert "--experiment=scaling" in written["flags"] and written["cores"] >= 1 and "flags" not in scaling
     with np.load(tmp_path / "scaling" / "step_times.npz") as times:
         # Neither the first steps, nor the first one of a phase.
         assert times["steps"].tolist() == [10, 11, 12, 14, 15]

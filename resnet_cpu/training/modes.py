@@ -81,5 +81,5 @@ def _scaling(job: Job) -> Dict[str, Any]:
             flush=True,
         )
         return {}
-    summary = {key: value for key, value in found.items() if key not in ("block_s", "edges_s", "flags")}
+    summary = {key: value for key, value in found.items() if key not in ("block_s", "edges_s", "flags", "cores")}
     return {"scaling": {**summary, "ranks": len(found["ranks"])}}
