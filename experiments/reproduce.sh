@@ -183,9 +183,9 @@ tiny-20000 half,one,one_collapse,late_36,late_100,published
 tiny-5000 half,one,one_collapse,late_36,late_100,published,third
 tuned-5000 half,one,one_collapse,late_36,late_100,published
 again-5000 half,one,late_36,third
-wide-10000 half,one,one_collapse,late_36,late_100 --width=0.25
 cifar-5000 half,one,one_collapse,late_36,third --data_dir=data/cifar10 --num_classes=10
 cifar-50000 half,one,one_collapse,late_36 --data_dir=data/cifar10 --num_classes=10
+wide-10000 half,one,one_collapse,late_36,late_100 --width=0.25
 SETTINGS
 }
 
