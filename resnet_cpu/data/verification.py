@@ -56,11 +56,11 @@ def verify(folder: str, dataset: str, threads: int) -> Dict[str, int]:
     for each bad record. Raises DataError at the end if there was one.
     """
     own = os.path.exists(os.path.join(folder, shards.MANIFEST))
+    description = shards.read_manifest(folder) if own else folders.describe(folder, dataset)
     if not own:
         print(
             f"note: no {shards.MANIFEST}: SHA-256 and sizes of the shards are not compared", file=sys.stderr, flush=True
         )
-    description = shards.read_manifest(folder) if own else folders.describe(folder, dataset)
     if description.get("others"):
         names = ", ".join(description["others"])
         print(f"note: not verified, because they are not used by default: {names}", file=sys.stderr, flush=True)
