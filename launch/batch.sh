@@ -27,8 +27,8 @@ source launch/env.sh
 set -eu
 [[ $MAX_RESTARTS =~ ^[0-9]{1,4}$ ]] || refuse "MAX_RESTARTS=$MAX_RESTARTS: give a whole number; 0 never restarts"
 MAX_RESTARTS=$((10#$MAX_RESTARTS)) # 08 would be an octal number
-PYTHONPATH=$PWD python -m resnet_cpu.plan --help >/dev/null 2>&1 ||
-  refuse "$(command -v python || echo "python, which is not in PATH,") cannot start resnet_cpu: run make setup, or set VENV in launch/env.sh (docs/offline.md)"
+why=$(PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} python -m resnet_cpu.plan --help 2>&1 >/dev/null) ||
+  refuse "$(command -v python || echo python) cannot start resnet_cpu (${why##*$'\n'}): run make setup, or set VENV in launch/env.sh (docs/offline.md)"
 say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_JOB_NUM_NODES nodes: $SLURM_JOB_NODELIST"
 counter=logs/.restarts-$job # consecutive attempts without a new checkpoint
 ((${SLURM_RESTART_COUNT:-0} > 0)) || rm -f -- "$counter"

@@ -15,11 +15,11 @@ mkdir -p logs # Slurm writes there, but does not create folders
 
 # The environment that launch/install.sh made; without one, python from PATH or from a module is used.
 # STACK=current chooses .venv-current, if both stacks are installed (docs/stacks.md); .venv is the one installed first.
-# To use another one, write its folder here: VENV=/shared/venvs/resnet_cpu
+VENV=${VENV:-} # another one, as in VENV=${VENV:-/shared/venvs/resnet_cpu}
 venv=${VENV:-$PWD/.venv${STACK:+-$STACK}}
 if [[ -x $venv/bin/python ]]; then
   export PATH=$venv/bin:$PATH
-elif [[ ${VENV:-} ]]; then
+elif [[ $VENV ]]; then
   echo "launch/env.sh: VENV=$VENV: bin/python is missing; correct it, or unset it to use python from PATH" >&2
 elif [[ ${STACK:-} ]]; then
   echo "launch/env.sh: STACK=$STACK: $venv is missing; install it (make setup STACK=$STACK), or unset STACK" >&2

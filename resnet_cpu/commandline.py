@@ -169,7 +169,8 @@ def _parse(values: flags.FlagValues, argv: Sequence[str]) -> List[str]:
         remedy = _COMMENT if " #" in reason else wrong[0] if wrong else ""
         if not remedy:
             raise FlagError(f"{reason}; see --help for the values that are allowed") from None
-        raise FlagError(f"{reason.split(': ')[0].removeprefix('flag ')}: {remedy}") from None
+        given = [f"--{word.lstrip('-')}" for word in argv if reason.startswith(f"flag --{word.lstrip('-')}: ")]
+        raise FlagError(f"{given[0] if given else reason.split(': ')[0].removeprefix('flag ')}: {remedy}") from None
 
 
 def _check_commands(values: flags.FlagValues, every: Sequence[Flag], command: str) -> None:

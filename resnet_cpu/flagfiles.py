@@ -26,18 +26,27 @@ class _Line(str):
 
 @contextlib.contextmanager
 def located(words: Sequence[str]) -> Iterator[None]:
-    """Add to the message of an error about a flag in which line of which flagfile it stands, if in one."""
+    """Add to the message of an error about a flag in which line of which flagfile it stands, if that is certain."""
     try:
         yield
     except FlagError as error:
-        text = str(error)
-        # Messages begin with the flag, of --phase only with its name, or with 'WORD' is not a flag.
-        begins = (text.split(": ")[0], text.split(" ")[0], text.split("' is not a flag")[0][1:])
-        starts = tuple(f"{begin}:" for begin in begins)
-        wrong = [word for word in words if isinstance(word, _Line) and f"{word}:".startswith(starts)]
-        if wrong:
-            error.args = (f"{text} ({wrong[-1].where})",)
+        wrong = _wrong(str(error), words)
+        # Of several phases of one name, or several values of a flag, the message does not say which is meant.
+        if len(set(wrong)) == 1 and isinstance(wrong[-1], _Line):
+            error.args = (f"{error} ({wrong[-1].where})",)
         raise
+
+
+def _wrong(text: str, words: Sequence[str]) -> List[str]:
+    """Return the words that a message may be about: those that it begins with, else those with its flag's name."""
+    # Messages begin with the flag, of --phase only with its name, or with 'WORD' is not a flag.
+    begins = (text.split(": ")[0], text.split(" ")[0], text.split("' is not a flag")[0][1:])
+    starts = tuple(f"{begin}:" for begin in begins)
+    exact = [word for word in words if f"{word}:".startswith(starts)]
+    name = re.match(r"(?:Missing value for flag )?--(\w+)", text)
+    if exact or name is None:
+        return exact
+    return [word for word in words if word.lstrip("-").partition("=")[0] == name[1]]
 
 
 def inserted(words: Sequence[str], within: Tuple[str, ...] = ()) -> List[str]:
@@ -52,12 +61,12 @@ def inserted(words: Sequence[str], within: Tuple[str, ...] = ()) -> List[str]:
             found.append(word)
             continue
         _, equals, path = word.partition("=")
-        path = expanded("flagfile", path if equals else next(rest, ""))
-        if os.path.abspath(path) in within:
-            raise FlagError(f"--flagfile={path}: the file includes itself; remove the line")
-        if len(within) == _DEEPEST:
-            raise FlagError(f"--flagfile={path}: more than {_DEEPEST} flagfiles within each other; remove some")
         with located([word]):
+            path = expanded("flagfile", path if equals else next(rest, ""))
+            if os.path.abspath(path) in within:
+                raise FlagError(f"--flagfile={path}: the file includes itself; remove the line")
+            if len(within) == _DEEPEST:
+                raise FlagError(f"--flagfile={path}: more than {_DEEPEST} flagfiles within each other; remove some")
             lines = [_Line.of(line.strip(), path, number) for number, line in enumerate(_read_lines(path), 1)]
         chosen = [line for line in lines if line and not line.startswith(("#", "//"))]
         found += inserted(chosen, (*within, os.path.abspath(path)))

@@ -34,14 +34,14 @@ def test_batches(arguments, expected):
         ((None, 12, 2, 4), "not divisible by 2 ranks x 4 accumulated"),
         ((32, 4096, 2), "--accumulate_steps=0"),
         ((48, 4096, 2, 0), "cannot be divided into 2 ranks x 48 images"),
-        ((None, 3, 2, 0), "not divisible by 2 ranks; use 1 or 3 ranks, or a global batch that 2 divides"),
+        ((None, 3, 2, 0), "not divisible by 2 ranks; use 1 or 3 ranks, or a multiple of 2 as the global batch"),
         ((32, 4096, 126, 0), "not divisible by 126 ranks; use 64 or 128 ranks,"),
         ((None, 4096, 126, 1), "use 64 or 128 ranks,"),
+        ((None, 4096, 10**9, 0), "use 4096 ranks,"),  # at once
+        ((None, 1000000, 7, 1), "use 16 ranks,"),  # 5 and 8 ranks would have more images than are allowed
+        ((None, 10, 3, 4), "4 accumulated batches; use a multiple of 12"),  # 4 never divides 10
         ((204, 1632, 16, 0), "cannot be divided into 16 ranks x 204 images at a time; .* or use 8 ranks"),
-        (
-            (None, 74, 2, 0),
-            "2 ranks x 8 to 32 images at a time; give another --batch_size, or use another number",
-        ),  # 37
+        ((None, 74, 2, 0), "2 ranks x 8 to 32 images at a time; give another --batch_size$"),  # 37 is prime
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_the_remedy(arguments, part):

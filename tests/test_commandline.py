@@ -105,6 +105,10 @@ def test_an_empty_path_of_a_command_is_refused(flag):
         ("--nodes=3", "--nodes=3: belongs to"),
         ("--flagfile=none.flags", "--flagfile=none.flags: No such file"),
         ("two words", "'two words' is not a flag"),
+        ("--flagfile=$NONE/x", "--flagfile=$NONE/x: $NONE is not defined"),
+        ("-batch_size=x", "--batch_size=x: must be a whole number"),
+        ("--model=a: b", "--model=a: b: must be one of"),
+        ("--dry_run", "--dry_run=True: belongs to"),
     ],
 )
 def test_an_error_in_a_flagfile_names_the_file_and_the_line(line, begins, tmp_path):
@@ -116,6 +120,13 @@ def test_an_error_in_a_flagfile_names_the_file_and_the_line(line, begins, tmp_pa
     with pytest.raises(FlagError) as caught:  # negative control: on the command line
         commandline.parse(line.split(" ", 0))
     assert "line 3" not in str(caught.value)
+
+
+def test_a_phase_that_replaces_another_is_not_blamed_on_the_flagfile(tmp_path):
+    (tmp_path / "F").write_text("--phase=main:steps=3,lr=1\n")
+    with pytest.raises(FlagError) as caught:
+        commandline.parse([f"--flagfile={tmp_path}/F", "--phase=main:stepz=3,lr=1"])
+    assert str(caught.value).endswith("did you mean steps?")
 
 
 def test_an_empty_number_of_a_run_overrides_that_of_a_flagfile(tmp_path):

@@ -142,7 +142,9 @@ def batch_job(tmp_path):
     (tmp_path / "logs").mkdir()
     tools = tmp_path / "venv" / "bin"
     tools.mkdir(parents=True)
-    asked = '[[ "$*" == "-m resnet_cpu.plan --help" ]] && exit "${CAN_START-0}"\nexit "$CODE"'
+    asked = (
+        '[[ "$*" == "-m resnet_cpu.plan --help" ]] && { echo "$PYTHONPATH" >&2; exit "${CAN_START-0}"; }\nexit "$CODE"'
+    )
     scripts = {"python": asked, "squeue": "echo RUNNING", "scontrol": f'echo "$@" >>{tmp_path}/requeued'}
     for name, script in scripts.items():
         (tools / name).write_text(f"#!{shutil.which('bash')}\n{script}\n")
@@ -184,9 +186,10 @@ def test_a_number_of_restarts_may_begin_with_zeros(batch_job):
 def test_a_job_without_the_packages_is_refused_in_one_line(batch_job):
     """Fault: a traceback, No module named 'absl'."""
     run, requeued = batch_job
-    refused = run(0, CAN_START="1")
+    refused = run(0, CAN_START="1", PYTHONPATH="/site/packages")  # as a module sets it
     assert refused.returncode == 64 and not requeued.exists()
-    assert "venv/bin/python cannot start resnet_cpu: run make setup" in refused.stderr.splitlines()[-1]
+    line = refused.stderr.splitlines()[-1]
+    assert f"venv/bin/python cannot start resnet_cpu ({requeued.parent}:/site/packages): run make setup" in line
 
 
 @pytest.mark.parametrize("name", ["scaling", "lr_scaling"])

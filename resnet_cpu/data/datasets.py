@@ -53,7 +53,7 @@ def facts_of(dataset: str, data_dir: Optional[str] = None) -> Facts:
             validation_examples=validation,
             num_classes=facts.num_classes or int(manifest["num_classes"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return facts  # opening the data reports what is wrong with them
 
 

@@ -48,8 +48,9 @@ def resolve_batch(
     parts = ranks * (accumulate_steps or 1)
     if global_batch_size % parts:
         parts_text = f"{ranks} ranks" + (f" x {accumulate_steps} accumulated batches" if accumulate_steps > 1 else "")
-        remedy = _ranks_that_fit(batch_size, global_batch_size, ranks, accumulate_steps)
-        raise FlagError(f"{flag}: not divisible by {parts_text}; use {remedy}, or a global batch that {parts} divides")
+        other = _ranks_that_fit(batch_size, global_batch_size, ranks, accumulate_steps)
+        remedy = f"use {other}{', or ' if other else ''}a multiple of {parts} as the global batch"
+        raise FlagError(f"{flag}: not divisible by {parts_text}; {remedy}")
     if accumulate_steps == 0:
         accumulate_steps = _fitting(batch_size, global_batch_size, ranks)
     per_rank = global_batch_size // (ranks * accumulate_steps)
@@ -67,9 +68,10 @@ def _fitting(batch_size: Optional[int], global_batch_size: int, ranks: int) -> i
     size = _micro_batch(batch_size, part)
     if size is None:
         sizes = batch_size or f"{LEAST_FITTED} to {DEFAULT_BATCH_PER_RANK}"
+        other = _ranks_that_fit(batch_size, global_batch_size, ranks, 0)
         raise FlagError(
             f"--global_batch_size={global_batch_size}: cannot be divided into {ranks} ranks x {sizes} images at a "
-            f"time; give another --batch_size, or use {_ranks_that_fit(batch_size, global_batch_size, ranks, 0)}"
+            f"time; give another --batch_size{f', or use {other}' if other else ''}"
         )
     return part // size
 
@@ -82,20 +84,21 @@ def _micro_batch(batch_size: Optional[int], part: int) -> Optional[int]:
 
 
 def _ranks_that_fit(batch_size: Optional[int], global_batch_size: int, ranks: int, accumulate_steps: int) -> str:
-    """Return the numbers of ranks next to `ranks`, below and above, on which the batch can be resolved."""
+    """Return the numbers of ranks next to `ranks`, below and above, on which the batch can be resolved; or nothing."""
 
     def fits(number: int) -> bool:
         part, rest = divmod(global_batch_size, number * (accumulate_steps or 1))
         if rest:
             return False
-        return batch_size in (None, part) if accumulate_steps else _micro_batch(batch_size, part) is not None
+        if not accumulate_steps:
+            return _micro_batch(batch_size, part) is not None
+        return batch_size in (None, part) and part <= MOST_PER_RANK
 
-    below = next((number for number in range(ranks - 1, 0, -1) if fits(number)), None)
-    above = next((number for number in range(ranks + 1, 4 * ranks) if fits(number)), None)
+    most = min(4 * ranks, global_batch_size)
+    below = next((number for number in range(min(ranks - 1, most), 0, -1) if fits(number)), None)
+    above = next((number for number in range(ranks + 1, most + 1) if fits(number)), None)
     found = [str(number) for number in (below, above) if number is not None]
-    if not found:
-        return "another number of ranks"
-    return f"{' or '.join(found)} rank{'s' * (found != ['1'])}"
+    return f"{' or '.join(found)} rank{'s' * (found != ['1'])}" if found else ""
 
 
 def check_size(batch: Batch) -> None:

@@ -72,7 +72,7 @@ def agree(settings: Settings, world: World) -> Tuple[bool, List[str]]:
 def changed(before: str, now: str) -> bool:
     """Return whether one of two descriptions is of the fused kernels and the other is not.
 
-    The bits of the kernels do not depend on the instruction set.
+    The bits of the kernels do not depend on the instruction set, except for denormals that are converted to bfloat16.
     """
     return before.startswith("fused") != now.startswith("fused")
 
