@@ -20,15 +20,16 @@ _TITLES = {
     "ensemble": f"{_FASHION}, 20,000 images, a quarter of the published epochs",
     "ensemble_full": f"{_FASHION}, 5,000 images, all of the published epochs",
     "cycles": f"{_FASHION}, 18.1 epochs of 20,000 images",
-    "border": "ResNet-50 at 1/8 width, at most 998,400 images in all for each side; 100 classes of\n"
-    "Tiny-ImageNet unless said otherwise; hollow diamonds: predicted before the ensembles had finished",
+    "border": "Ensembles of three; ResNet-50 at 1/8 width, 998,400 images in all, 100 classes of Tiny-ImageNet,\n"
+    "unless said otherwise; hollow diamonds: predicted before the ensembles had finished",
     "image_size": "ResNet-50 at 1/8 width, Tiny-ImageNet, 5 epochs of 100,000 images unless said otherwise",
 }
-_VARIANTS = {  # of the border experiment
-    "tuned": "weight decay tuned",
-    "again": "repeated, 8e-3 for one model",
-    "wide": "twice the width",
-    "cifar": "CIFAR-10",
+_SETTINGS = {  # of the border experiment
+    "tiny": "Tiny-ImageNet, the same weight decay for all",
+    "tuned": "weight decay tuned with half of the budget",
+    "again": "repeated with other seeds, 8e-3 for one model",
+    "wide": "twice the width, the same weight decay for all",
+    "cifar": "CIFAR-10, weight decay tuned with all of the budget",
 }
 _STYLES = {"tiny": "o-", "tuned": "s--", "again": "P--", "wide": "^:", "cifar": "v-."}
 _LADDERS = {
@@ -73,7 +74,7 @@ def draw(
         if arms:
             drawings[table] = functools.partial(one, arms=arms)
     if border:
-        drawings["border"] = functools.partial(_border, rows=border)
+        _border(border, os.path.join(folder, "border.png"))
     for name, drawing in drawings.items():
         figure, axes = pyplot().subplots(figsize=(9, 5), constrained_layout=True)
         drawing(axes)
@@ -248,37 +249,50 @@ def _with_intervals(
     axes.errorbar(places, means, bounds, fmt=style, color=colour, capsize=3, markersize=5)
 
 
-def _border(axes: Any, rows: Sequence[Row]) -> None:
-    """Draw the ensemble minus one model over the training images, with intervals, beside what was predicted."""
-    axes.axhline(0, color="black", linewidth=1)
-    arms = list(dict.fromkeys((row["setting"], row["arm"]) for row in rows))
-    colours = {arm: f"C{number}" for number, arm in enumerate(sorted({arm for _, arm in arms}))}
-    names: List[Tuple[float, str, str]] = []  # height, text and colour
-    for number, (setting, arm) in enumerate(arms):
-        line = sorted((row for row in rows if (row["setting"], row["arm"]) == (setting, arm)), key=_images)
-        beside = 1.04 ** (number - (len(arms) - 1) / 2)  # side by side, so that intervals do not cover each other
-        sizes, values = [beside * _images(row) for row in line], [float(row["difference"]) for row in line]
-        colour = colours[arm]
-        _with_intervals(
-            axes, sizes, [border_runs.difference_of(row) for row in line], colour, _STYLES.get(setting, "x-")
-        )
-        predicted = [(size, float(row["predicted"])) for size, row in zip(sizes, line) if row["predicted"]]
-        axes.plot(*zip(*predicted) if predicted else ([], []), "D", color=colour, markerfacecolor="none")
-        where = "" if setting == "tiny" else f"\n({_VARIANTS.get(setting, setting)})"
-        names.append((values[-1], border_runs.ENSEMBLES.get(arm, arm) + where, colour))
+def _border(rows: Sequence[Row], path: str) -> None:
+    """Draw the ensembles minus one model over the training images, with intervals, beside what was predicted."""
+    kinds = [arm for arm in border_runs.ENSEMBLES if any(row["arm"] == arm for row in rows)]
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    figure, grid = pyplot().subplots(
+        2, 2, figsize=(10, 7.5), sharex=True, sharey=True, squeeze=False, constrained_layout=True
+    )
+    for axes, arm in zip(grid.flat, kinds):
+        axes.axhline(0, color="black", linewidth=1)
+        axes.set_title(border_runs.ENSEMBLES[arm], fontsize=10)
+        for number, setting in enumerate(settings):
+            line = sorted((row for row in rows if (row["setting"], row["arm"]) == (setting, arm)), key=_images)
+            if not line:
+                continue
+            beside = 1.07 ** (
+                number - (len(settings) - 1) / 2
+            )  # side by side, so that intervals do not cover each other
+            sizes, colour = [beside * _images(row) for row in line], f"C{number}"
+            values = [border_runs.difference_of(row) for row in line]
+            _with_intervals(axes, sizes, values, colour, _STYLES.get(setting, "x-"))
+            predicted = [(size, float(row["predicted"])) for size, row in zip(sizes, line) if row["predicted"]]
+            axes.plot(*zip(*predicted) if predicted else ([], []), "D", color=colour, markerfacecolor="none", zorder=4)
+        for height, text in ((0.98, "the ensemble is better"), (0.02, "one model is better")):
+            place = {"transform": axes.transAxes, "va": "top" if height > 0.5 else "bottom"}
+            axes.text(0.01, height, text, color="grey", fontsize=8, **place)
+        axes.grid(axis="y", alpha=0.3)
+    for axes in grid[-1]:
+        axes.set_xlabel("training images")
+    axes = grid[0, 0]
     axes.set_xscale("log")
     axes.set_xticks(sorted({_images(row) for row in rows}))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_locator(pyplot().NullLocator())
-    smallest, largest = (limit(_images(row) for row in rows) for limit in (min, max))
-    axes.set_xlim(smallest / 1.4, largest * 1.25)
-    axes.margins(y=0.12)  # for the texts above and below the intervals
-    _name(axes, names)
-    for height, text in ((0.98, "the ensemble is better"), (0.02, "one model is better")):
-        axes.text(0.01, height, text, transform=axes.transAxes, color="grey", va="top" if height > 0.5 else "bottom")
-    axes.set_xlabel("training images")
-    axes.set_ylabel("top-1, ensemble minus best single model\nof at most the same budget, points (95 % interval)")
-    axes.grid(axis="y", alpha=0.3)
+    axes.margins(x=0.08, y=0.1)  # for the texts above and below the intervals
+    for unused in grid.flat[len(kinds) :]:
+        unused.set_visible(False)
+    names = [_SETTINGS.get(setting, setting) for setting in settings]
+    marks = [pyplot().Line2D([], [], color=f"C{n}", marker=_STYLES.get(s, "x-")[0]) for n, s in enumerate(settings)]
+    figure.legend(marks, names, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    figure.suptitle(_TITLES["border"], fontsize=10)
+    figure.supylabel(
+        "top-1: ensemble minus best single model of at most the same budget, points (95 % interval)", fontsize=10
+    )
+    save(figure, path)
 
 
 def _images(row: Row) -> int:
