@@ -193,8 +193,10 @@ def test_committed_runs_of_the_border_experiment_have_the_recipes_of_their_flagf
         if place.setting not in ("tiny", "tuned") or not os.path.exists(flagfile):
             continue
         flags = [f"--flagfile={flagfile}", f"--train_examples={place.images}"]
-        if place.setting == "tuned":  # as with_decay of experiments/reproduce.sh
-            decay = decays[border_runs.name_of(*place[:2]), place.arm] / 2e-3
+        own = decays.get((border_runs.name_of(*place[:2]), place.arm))
+        assert own or place.setting == "tiny"
+        if own:  # as with_decay of experiments/reproduce.sh
+            decay = own / 2e-3
             text = (ROOT / flagfile).read_text()
             text = re.sub(r"wd=([\de.-]+)", lambda found: f"wd={float(found[1]) * decay:.6g}", text)  # noqa: B023
             flags += re.findall(r"^--phase=.*", text, flags=re.M)
