@@ -98,11 +98,11 @@ border() {
       seed=$(seed_of "$setting" "$first")
       for arm in ${arms//,/ }; do
         decay=$(awk -F, -v where="$setting,$arm" '$1 "," $2 == where { print $3 }' "$border/decays.csv")
-        if [[ -z $decay && $setting =~ ^(tuned|again|cifar)- ]]; then
+        if [[ -z $decay && $setting =~ ^(tuned|again|heavier|cifar)- ]]; then
           echo "border/$setting/$arm/seed-$seed: left out, because $border/decays.csv has no weight decay for it" >&2
           continue
         fi
-        if [[ $setting == tuned-* && $decay == 2e-3 ]]; then continue; fi # the runs of tiny-* have it
+        if [[ $setting =~ ^(tuned|heavier)- && $decay == 2e-3 ]]; then continue; fi # the runs of tiny-* and wide-* have it
         phases=${decay:+$(with_decay "$border/$arm.flags" "$decay" 1)}
         if [[ $arm == third ]]; then
           for number in 0 1 2; do
@@ -174,7 +174,7 @@ seed_of() { # SETTING SEED: print the seed of a run; `again` settings repeat `tu
 }
 
 # One setting a line: its name with the number of training images, its arms, and the flags that make it. Arms that border/decays.csv
-# lists have their weight decay from there; in `tuned`, `again` and `cifar` settings, these are the only ones that are run.
+# lists have their weight decay from there; in `tuned`, `again`, `heavier` and `cifar` settings, these are the only ones that are run.
 border_settings() {
   cat <<'SETTINGS'
 tiny-10000 half,one,one_collapse,late_36,late_100,published,third
@@ -186,6 +186,7 @@ again-5000 half,one,late_36,third
 cifar-5000 half,one,one_collapse,late_36,third --data_dir=data/cifar10 --num_classes=10
 cifar-50000 half,one,one_collapse,late_36 --data_dir=data/cifar10 --num_classes=10
 wide-10000 half,one,one_collapse,late_36,late_100 --width=0.25
+heavier-10000 half,one,late_36 --width=0.25
 SETTINGS
 }
 

@@ -29,9 +29,10 @@ _SETTINGS = {  # of the border experiment
     "tuned": "weight decay tuned with half of the budget",
     "again": "repeated with other seeds, 8e-3 for one model",
     "wide": "twice the width, the same weight decay for all",
+    "heavier": "twice the width, 4e-3 for one model",
     "cifar": "CIFAR-10, weight decay tuned with all of the budget",
 }
-_STYLES = {"tiny": "o-", "tuned": "s--", "again": "P--", "wide": "^:", "cifar": "v-."}
+_STYLES = {"tiny": "o-", "tuned": "s--", "again": "P--", "wide": "^:", "heavier": "X:", "cifar": "v-."}
 _LADDERS = {
     "ladder": "Fashion-MNIST,\n3 epochs",
     "ladder_cifar": "CIFAR-10,\n10 epochs",

@@ -20,6 +20,7 @@ SETTINGS = {
     "tuned": "Tiny-ImageNet, 100 classes, weight decay tuned with half of the budget",
     "again": "Tiny-ImageNet, 100 classes, repeated with other seeds, and 8e-3 for one model of the whole budget",
     "wide": "Tiny-ImageNet, 100 classes, twice the width",
+    "heavier": "Tiny-ImageNet, 100 classes, twice the width, and 4e-3 for one model of the whole budget",
     "cifar": "CIFAR-10",
 }
 ENSEMBLES = {
@@ -38,6 +39,9 @@ class Place(NamedTuple):
     arm: str
 
 
+# Settings that differ from another one, with the same data and network, only in weight decays of their own.
+_OTHER_DECAYS = {"tuned": "tiny", "heavier": "wide"}
+
 Arms = Dict[Place, Dict[str, Dict[str, Row]]]  # the rows of each place by seed and by what they score
 
 
@@ -49,8 +53,8 @@ def origin_of(arms: Arms) -> str:
 def by_place(runs: Iterable[Row], decays: Iterable[Row] = ()) -> Arms:
     """Return for each place the rows of each seed, by what they score.
 
-    A `tuned` setting has the weight decays of `decays`, rows of decays.csv. An arm of it whose decay is that of its
-    flagfile is the same run as in the setting `tiny`, and is found in both.
+    The settings `tuned` and `heavier` have the weight decays of `decays`, rows of decays.csv. An arm of them whose
+    decay is that of its flagfile is the same run as in the setting `tiny` or `wide`, and is found in both.
     """
     found: Arms = {}
     for row in runs:
@@ -63,9 +67,9 @@ def by_place(runs: Iterable[Row], decays: Iterable[Row] = ()) -> Arms:
             found.setdefault(place, {}).setdefault(parts[3], {})[row["what"]] = row
     for row in decays:
         setting, images = parts_of(row["setting"])
-        own, tuned = Place("tiny", images, row["arm"]), Place(setting, images, row["arm"])
-        if setting == "tuned" and row["decay"] == OWN_DECAY and own in found:
-            found.setdefault(tuned, found[own])
+        own, other = Place(_OTHER_DECAYS.get(setting, ""), images, row["arm"]), Place(setting, images, row["arm"])
+        if row["decay"] == OWN_DECAY and own in found:
+            found.setdefault(other, found[own])
     return found
 
 
