@@ -220,16 +220,17 @@ def test_a_tuned_setting_is_predicted_from_the_same_data_and_then_from_its_own_r
     assert float(row["G"]) == pytest.approx(3) and "tuned-10000 at 10,000" in row["from"]
 
 
-def test_an_arm_whose_tuned_weight_decay_is_its_own_is_the_same_run():
+@pytest.mark.parametrize("name, base", [("tuned", "tiny"), ("heavier", "wide")])
+def test_an_arm_whose_tuned_weight_decay_is_its_own_is_the_same_run(name, base):
     singles = {arm: [((0.25,), 0.25)] * 3 for arm in ("half", "one", "one_collapse")}
-    runs = [*runs_of(), *runs_of(singles, "tuned-10000")]
-    decays = [{"setting": "tuned-10000", "arm": arm, "decay": "4e-3"} for arm in singles]
-    decays.append({"setting": "tuned-10000", "arm": "late_36", "decay": "2e-3"})
+    runs = [*runs_of(setting=f"{base}-10000"), *runs_of(singles, f"{name}-10000")]
+    decays = [{"setting": f"{name}-10000", "arm": arm, "decay": "4e-3"} for arm in singles]
+    decays.append({"setting": f"{name}-10000", "arm": "late_36", "decay": "2e-3"})
     rows = {row["setting"]: row for row in border.tables(runs, [], decays)["border"].rows}
-    assert rows["tuned"]["ensemble"] == rows["tiny"]["ensemble"] == "24"
-    assert float(rows["tuned"]["difference"]) == pytest.approx(-1) and float(rows["tiny"]["difference"]) > 1
-    with pytest.raises(DataError, match="tuned-10000/late_36 has been run"):
-        border_prediction.predict("tuned-10000", "late_36", DOUBLINGS, runs, PILOT, decays)
+    assert rows[name]["ensemble"] == rows[base]["ensemble"] == "24"
+    assert float(rows[name]["difference"]) == pytest.approx(-1) and float(rows[base]["difference"]) > 1
+    with pytest.raises(DataError, match=f"{name}-10000/late_36 has been run"):
+        border_prediction.predict(f"{name}-10000", "late_36", DOUBLINGS, runs, PILOT, decays)
     decays[-1]["decay"] = "4e-3"
     assert {row["setting"] for row in border.tables(runs, [], decays)["border"].rows} == {"tiny"}
 

@@ -127,6 +127,7 @@ def with_data(reproduce, tmp_path):
     decays = place / "experiments" / "collapsed_ensemble" / "border" / "decays.csv"
     decays.write_text(
         "setting,arm,decay\ntuned-5000,half,4e-3\nagain-5000,half,4e-3\ntuned-5000,one,2e-3\nwide-10000,half,1e-3\n"
+        "heavier-10000,half,2e-3\nheavier-10000,one,4e-3\n"
     )
     return functools.partial(reproduce, script=place / "experiments" / "reproduce.sh")
 
@@ -223,5 +224,8 @@ def test_settings_with_a_weight_decay_of_their_own(with_data):
     _, calls = with_data(ONLY="border/again-5000/half", SEEDS="0 1")  # the repetition has seeds of its own
     assert call_of(calls, "again-5000/half/seed-3 ").count("--seed=3 --phase=main:steps=3900") == 1 and len(calls) == 2
     assert with_data(ONLY="border/tuned-5000/one/", SEEDS="0")[1] == []  # its own weight decay: a run of tiny-5000
+    (heavier,) = with_data(ONLY="border/heavier-10000/(half|one)", SEEDS="0")[1]  # half: a run of wide-10000
+    assert "/heavier-10000/one/seed-0 " in heavier and "--width=0.25 --phase=main:steps=7800,lr=0.2," in heavier
+    assert "wd=0.004," in heavier
     (wide,) = with_data(ONLY="border/wide-10000/half", SEEDS="0")[1]
     assert "--width=0.25 --phase=main:steps=3900,lr=0.2,warmup_steps=390,wd=0.001,member=1 " in wide
