@@ -187,7 +187,7 @@ again-5000 half,one,late_36,third
 cifar-5000 half,one,one_collapse,late_36,third --data_dir=data/cifar10 --num_classes=10
 cifar-50000 half,one,one_collapse,late_36 --data_dir=data/cifar10 --num_classes=10
 wide-10000 half,one,one_collapse,late_36,late_100 --width=0.25
-heavier-10000 half,one,late_36 --width=0.25
+heavier-10000 half,one,one_collapse,late_36 --width=0.25
 SETTINGS
 }
 
