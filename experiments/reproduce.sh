@@ -141,7 +141,7 @@ border_search() {
       searched whole-cifar-5000 "$arm" "$decay" 1 --data_dir=data/cifar10 --num_classes=10
     done
   done
-  for decay in 4e-3 8e-3; do searched whole-wide-10000 one "$decay" 1 --width=0.25; done
+  searched whole-wide-10000 one 8e-3 1 --width=0.25
   for decay in 1e-4 2e-4 5e-4 1e-3 2e-3; do
     for arm in one late_36; do
       searched whole-cifar-50000 "$arm" "$decay" 1 --data_dir=data/cifar10 --num_classes=10
@@ -187,7 +187,7 @@ again-5000 half,one,late_36,third
 cifar-5000 half,one,one_collapse,late_36,third --data_dir=data/cifar10 --num_classes=10
 cifar-50000 half,one,one_collapse,late_36 --data_dir=data/cifar10 --num_classes=10
 wide-10000 half,one,one_collapse,late_36,late_100 --width=0.25
-heavier-10000 half,one,one_collapse,late_36 --width=0.25
+heavier-10000 half,one,late_36 --width=0.25
 SETTINGS
 }
 

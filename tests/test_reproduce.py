@@ -149,7 +149,7 @@ def test_the_search_of_rates_changes_nothing_else(with_data):
 
 def test_a_search_of_the_weight_decay_has_the_same_budget_for_each_side(with_data):
     _, calls = with_data(ONLY="search_border/")
-    assert len(calls) == 39
+    assert len(calls) == 38
     one = call_of(calls, "search_border/tiny-5000/half-8e-3/")
     assert "--phase=main:steps=3900,lr=0.2,warmup_steps=390,wd=0.008,member=1 " in one
     late = call_of(calls, "search_border/tiny-5000/late_36-4e-3/")
