@@ -132,7 +132,8 @@ def scaling_job(folder, ranks):
         def on_rank0(self, work):
             return work()
 
-    settings = types.SimpleNamespace(run=types.SimpleNamespace(experiment="scaling"))
+    run = types.SimpleNamespace(experiment="scaling")
+    settings = types.SimpleNamespace(run=run, resolved_flags="# A comment.\n--seed=0\n")
     batch = types.SimpleNamespace(total=8)
     return types.SimpleNamespace(
         settings=settings, world=Same(ranks, 0), batch=batch, folder=folder, run_dir=folder.path, attempt=1
@@ -154,6 +155,8 @@ def test_an_attempt_that_timed_fewer_steps_does_not_replace_the_measurement(tmp_
     try:
         assert measured(2, 1) is None and "no step was timed" in capsys.readouterr().err
         assert measured(2, 21) == (2, 20)
+        written = steptimes.read(folder.path, 2)
+        assert written["flags"] == ["--seed=0"] and written["cores"] == 2 * World(2, 0).cores
         assert measured(2, 1) == measured(2, 15) == (2, 20)
         assert measured(2, 31) == (2, 30) and not capsys.readouterr().err
         assert measured(4, 1) is None and "no step was timed" in capsys.readouterr().err
