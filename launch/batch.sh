@@ -27,7 +27,9 @@ source launch/env.sh
 set -eu
 [[ $MAX_RESTARTS =~ ^[0-9]{1,4}$ ]] || refuse "MAX_RESTARTS=$MAX_RESTARTS: give a whole number; 0 never restarts"
 MAX_RESTARTS=$((10#$MAX_RESTARTS)) # 08 would be an octal number
-why=$(PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} python -m resnet_cpu.plan --help 2>&1 >/dev/null) ||
+# own_python ARGUMENT...: python with the package of this repository before what PYTHONPATH names.
+own_python() { PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} python "$@"; }
+why=$(own_python -m resnet_cpu.plan --help 2>&1 >/dev/null) ||
   refuse "$(command -v python || echo python) cannot start resnet_cpu (${why##*$'\n'}): run make setup, or set VENV in launch/env.sh (docs/offline.md)"
 say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_JOB_NUM_NODES nodes: $SLURM_JOB_NODELIST"
 counter=logs/.restarts-$job # consecutive attempts without a new checkpoint
@@ -35,7 +37,7 @@ counter=logs/.restarts-$job # consecutive attempts without a new checkpoint
 
 # setting NAME FLAGS...: prints the value of a training flag, or nothing if the flags are wrong: the command will say why.
 setting() {
-  PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} python launch/setting.py "$@" 2>/dev/null || true
+  own_python launch/setting.py "$@" 2>/dev/null || true
 }
 
 newest_step() {
